@@ -1,0 +1,1 @@
+"""What runs: one stage = one module = one command, `python -m stages.<stage>`."""
