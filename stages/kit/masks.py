@@ -1,0 +1,110 @@
+"""Which patches are hidden: masks as pure functions of uniform random numbers, whole batches at once.
+
+1 or True = hidden. Row b of every result depends on row b of the given random numbers alone, so a sample's
+mask does not depend on who else is in the batch; nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+
+# Blocks per mask at most; of 20,000 masks of 14x14 (75 hidden) or 16x16 (98 hidden) none has more than 12.
+ROUNDS = 16
+TRIES = 10  # attempts per block, as in the official code
+
+
+def keep_count(patches: int, ratio: float) -> int:
+    """Patches that stay visible: patches * (1 - ratio) cut to an integer, exact for the decimal `ratio`.
+
+    In floats 10 * (1 - 0.9) is 0.9999..., which would keep nothing. Raises ValueError unless 0 < ratio < 1
+    leaves at least one patch visible and one hidden.
+    """
+    keep = int(patches * (1 - Fraction(str(ratio))))
+    if not (0 < ratio < 1 and 0 < keep < patches):
+        raise ValueError(f"mask_ratio: {ratio} of {patches} patches keeps {keep}, expected at "
+                         "least 1 visible and 1 hidden")
+    return keep
+
+
+def hidden_count(patches: int, ratio: float) -> int:
+    """Patches to hide: patches * ratio rounded to the nearest. Raises ValueError as `keep_count` does."""
+    count = round(patches * ratio)
+    if not (0 < ratio < 1 and 0 < count < patches):
+        raise ValueError(f"mask_ratio: {ratio} of {patches} patches hides {count}, expected at "
+                         "least 1 visible and 1 hidden")
+    return count
+
+
+def random_masking(noise: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MAE's uniform masking (arXiv 2111.06377, section 3): noise (B,N) -> (ids_keep, ids_restore, mask).
+
+    ids_keep (B,keep): the patches with the smallest noise, in that order; ids_restore (B,N): where each patch
+    is in the sequence kept-then-dropped; mask (B,N) float: 0 kept, 1 dropped.
+    """
+    ids_shuffle = noise.argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    return ids_shuffle[:, :keep], ids_restore, (ids_restore >= keep).to(noise.dtype)
+
+
+def block_masks(uniform: Callable[..., torch.Tensor], grid: tuple[int, int], count: int, smallest: int = 16,
+                largest: int | None = None, aspect: float = 0.3) -> torch.Tensor:
+    """BEiT's block-wise masks (arXiv 2106.08254, algorithm 1): bool (B,N) with at most `count` ones.
+
+    Rectangles are added until `count` patches of the grid (rows, columns) are hidden. A rectangle's area is
+    uniform between `smallest` and cap = min(count - hidden, largest), in whichever order; its aspect ratio is
+    log-uniform in (aspect, 1/aspect); it lies anywhere inside and is smaller than the grid both ways; it is
+    taken if it hides 1..cap new patches. A mask whose ten tries all fail is finished.
+    `uniform(name, *shape)` gives numbers (B, *shape) in [0,1), as Progress.uniform does.
+    """
+    rows, columns = grid
+    draws = uniform("block", ROUNDS, TRIES, 4)
+    log_aspect = math.log(aspect)
+    ratio = (log_aspect * (1 - 2 * draws[..., 1])).exp()
+    hidden = torch.zeros(len(draws), rows, columns, dtype=torch.bool, device=draws.device)
+    going = torch.ones(len(draws), dtype=torch.bool, device=draws.device)
+    row = torch.arange(rows, device=draws.device)[:, None]
+    column = torch.arange(columns, device=draws.device)
+    for number in range(ROUNDS):
+        cap = (count - hidden.sum((1, 2))).clamp(max=largest or count)
+        area = smallest + draws[:, number, :, 0] * (cap[:, None] - smallest)  # (B, TRIES)
+        height, width = (area * ratio[:, number]).sqrt().round(), (area / ratio[:, number]).sqrt().round()
+        fits = (height < rows) & (width < columns)
+        top = (draws[:, number, :, 2] * (rows - height + 1)).floor().clamp(min=0)
+        left = (draws[:, number, :, 3] * (columns - width + 1)).floor().clamp(min=0)
+        y0, y1 = top.long(), (top + height).long().clamp(max=rows)
+        x0, x1 = left.long(), (left + width).long().clamp(max=columns)
+        # Hidden cells above and left of each corner; from four of them, those inside a rectangle.
+        sums = F.pad(hidden.cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
+        inside = sum(sign * sums.gather(1, y * (columns + 1) + x)
+                     for y, x, sign in ((y1, x1, 1), (y0, x1, -1), (y1, x0, -1), (y0, x0, 1)))
+        new = (y1 - y0) * (x1 - x0) - inside
+        good = fits & (new > 0) & (new <= cap[:, None])
+        going = going & good.any(dim=1)
+        first = good.to(torch.uint8).argmax(dim=1, keepdim=True)  # of the tries that are good, if any is
+        y0, y1, x0, x1 = (edge.gather(1, first)[..., None] for edge in (y0, y1, x0, x1))
+        chosen = (row >= y0) & (row < y1) & (column >= x0) & (column < x1)
+        hidden = hidden | (chosen & going[:, None, None])
+    return hidden.flatten(1)
+
+
+def exact_block_masks(uniform: Callable[..., torch.Tensor], grid: tuple[int, int], count: int,
+                      smallest: int = 16, largest: int | None = None, aspect: float = 0.3) -> torch.Tensor:
+    """BEiT v2's masks: `block_masks` topped up with random visible patches to exactly `count` ones each."""
+    hidden = block_masks(uniform, grid, count, smallest, largest, aspect)
+    rank = torch.where(hidden, -1.0, uniform("top-up", hidden.shape[1])).argsort(dim=1, stable=True)
+    return torch.zeros_like(hidden).scatter_(1, rank[:, :count], True)
+
+
+def hidden_ids(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions (B,count) of the ones of bool masks (B,N), ascending; every row must have `count` ones."""
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+
+
+def take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Tokens (B,N,D) at positions ids (B,n) -> (B,n,D)."""
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))

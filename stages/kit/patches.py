@@ -1,0 +1,65 @@
+"""Images as sequences of patches, and contact sheets to look at them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def patchify(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(B,C,H,W) -> (B, H/size * W/size, size*size*C), patches row by row.
+
+    Inside a patch: row, column, channel, the channel fastest. ValueError if `size` does not divide H and W.
+    """
+    batch, channels, height, width = images.shape
+    if height % size or width % size:
+        raise ValueError(f"patchify: {size} does not divide the image of {height}x{width}")
+    x = images.reshape(batch, channels, height // size, size, width // size, size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, size * size * channels)
+
+
+def unpatchify(patches: torch.Tensor, size: int, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    """The inverse of `patchify`: (B,N,size*size*C) -> (B,C,H,W); grid (rows, columns), by default square."""
+    batch, count, values = patches.shape
+    rows, columns = grid or (round(count ** 0.5),) * 2
+    if rows * columns != count or values % size**2:
+        raise ValueError(f"unpatchify: {count} patches of {values} values do not make a {rows}x{columns} "
+                         f"grid of {size}x{size} pixels")
+    x = patches.reshape(batch, rows, columns, size, size, values // size**2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * size, columns * size)
+
+
+def patch_statistics(patches: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and sqrt(unbiased variance + eps) over all values of each patch, channels jointly: two (B,N,1)."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
+    return mean, (variance + eps).sqrt()
+
+
+def normalise_patches(patches: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Each patch minus its mean over its deviation (MAE's norm_pix targets, arXiv 2111.06377 section 4)."""
+    mean, deviation = patch_statistics(patches, eps)
+    return (patches - mean) / deviation
+
+
+def paint(images: torch.Tensor, mask: torch.Tensor, colour: float | torch.Tensor = 0.5) -> torch.Tensor:
+    """Images (B,C,H,W) with patches painted over where mask (B,N) is 1; `colour` is broadcast to the images.
+    """
+    rows = round(mask.shape[1] ** 0.5)
+    cells = mask.reshape(len(mask), 1, rows, -1).float()
+    hidden = F.interpolate(cells, size=images.shape[-2:], mode="nearest") > 0.5
+    return torch.where(hidden, torch.as_tensor(colour, dtype=images.dtype, device=images.device), images)
+
+
+def contact_sheet(columns: list[torch.Tensor], side: int = 96, gap: int = 4) -> np.ndarray:
+    """Columns of images in [0,1], each (B,3,H,W), side by side: uint8 (height, width, 3), one row per sample.
+
+    Small images are enlarged by a whole factor, without smoothing, to about `side` pixels.
+    """
+    factor = max(1, round(side / columns[0].shape[-1]))
+    cells = [x.detach().float().cpu().clamp(0, 1) for x in columns]
+    cells = [F.interpolate(x, scale_factor=factor, mode="nearest") for x in cells]
+    cells = [F.pad(x, (0, gap, 0, gap), value=1.0) for x in cells]
+    rows = torch.cat(cells, dim=3).permute(0, 2, 3, 1)
+    sheet = rows.reshape(-1, *rows.shape[2:])[:-gap, :-gap]
+    return (sheet * 255).round().to(torch.uint8).numpy()

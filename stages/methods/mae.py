@@ -1,0 +1,155 @@
+"""MAE: masked autoencoders are scalable vision learners (arXiv 2111.06377).
+
+A uniformly random part of the patches is dropped; a ViT encodes the rest, without mask tokens. A small
+decoder gets the encoded patches back in their places, one learnt token everywhere else, and regresses the
+pixels of the dropped patches.
+
+Follows facebookresearch/mae, with these departures:
+- the masks come from keyed random numbers, so that a step can be repeated, instead of from the device's
+  generator;
+- patches kept = patches * (1 - mask_ratio) cut to an integer in exact arithmetic, where the official code
+  uses floats;
+- defaults are for small images (width 128 and depth 2 of the decoder, crops not below 40 % of the area,
+  learning rate 1.5e-3 at batch 512). As published, for ImageNet and ViT-B/16: decoder_dim 512, decoder_depth
+  8, decoder_heads 16, crop_min 0.2, lr 1.5e-4 with lr_per 256 at batch 4096, 800 or 1600 epochs of which 40
+  warm up.
+As there, the class and mask tokens do get weight decay, and only one-dimensional parameters do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from stages.kit import encoder as kit
+from stages.kit.masks import keep_count, random_masking, take
+from stages.kit.patches import contact_sheet, normalise_patches, paint, patch_statistics, patchify, unpatchify
+from stages.kit.positions import sincos_2d
+from stages.kit.views import View
+
+TARGET = None
+LABELS = False
+TRAINS = True
+
+
+@dataclass(frozen=True)
+class Config:
+    mask_ratio: float = 0.75  # share of the patches that is dropped
+    norm_pix: bool = True  # targets normalised per patch
+    decoder_dim: int = 128
+    decoder_depth: int = 2
+    decoder_heads: int = 4
+    crop_min: float = 0.4  # smallest share of the image's area in a crop
+    flip: float = 0.5
+    optimizer: str = "adamw"
+    lr: float = 1.5e-3  # at batch lr_per
+    lr_per: int | None = 512
+    min_lr: float = 0.0
+    warmup: float = 0.05  # share of all steps
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | None = None
+
+    def __post_init__(self):
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio: found {self.mask_ratio}, expected a share in (0, 1)")
+        if self.decoder_depth < 1:
+            raise ValueError(f"decoder_depth: found {self.decoder_depth}, expected 1 or more blocks")
+        if self.decoder_heads < 1 or self.decoder_dim % self.decoder_heads:
+            raise ValueError(f"decoder_heads: {self.decoder_heads} does not divide decoder_dim "
+                             f"{self.decoder_dim}")
+        if self.decoder_dim < 4 or self.decoder_dim % 4:
+            raise ValueError(f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 "
+                             "(sin-cos positions)")
+        if not 0 < self.crop_min <= 1:
+            raise ValueError(f"crop_min: found {self.crop_min}, expected a share in (0, 1]")
+
+    def check(self, image_size: int, model: dict) -> None:
+        patches = (image_size // model["patch_size"]) ** 2
+        if not 1 <= int(patches * (1 - self.mask_ratio) + 1e-9) < patches:
+            raise ValueError(f"mask_ratio: {self.mask_ratio} of {patches} patches does not leave at least "
+                             "one visible and one hidden")
+        if model["embed_dim"] % 4:
+            raise ValueError(f"model.embed_dim: found {model['embed_dim']}, expected a multiple of 4 "
+                             "(sin-cos positions)")
+
+
+def views(config: Config, spec) -> dict[str, View]:
+    return {"view": View(size=spec.image_size, scale=(config.crop_min, 1.0), flip=config.flip)}
+
+
+class Method(nn.Module):
+    def __init__(self, config: Config, spec, target=None):
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.patch = spec.model["patch_size"]
+        self.patches = spec.grid**2
+        self.keep = keep_count(self.patches, config.mask_ratio)
+        self.encoder = kit.sincos_vit(spec)
+        self.prefix = self.encoder.num_prefix_tokens
+        width, dim = self.encoder.embed_dim, config.decoder_dim
+        self.decoder_embed = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        positions = torch.cat([torch.zeros(self.prefix, dim, device="cpu"), sincos_2d(dim, spec.grid)])
+        self.decoder_pos = nn.Parameter(positions[None].to(self.mask_token.device), requires_grad=False)
+        self.decoder_blocks = nn.Sequential(*[
+            Block(dim, config.decoder_heads, qkv_bias=True, norm_layer=LayerNorm)
+            for _ in range(config.decoder_depth)])
+        self.decoder_norm = LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, 3 * self.patch**2)
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
+            kit.xavier_init(part)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean squared error over the dropped patches."""
+        images = self.spec.normalise(batch["view"])
+        ids_keep, ids_restore, mask = random_masking(progress.uniform("mask", self.patches), self.keep)
+        predicted = self.decode(self.encode(images, ids_keep), ids_restore)
+        error = (predicted.float() - self.target(images)).square().mean(dim=-1)  # (B, N)
+        return {"loss": (error * mask).sum() / mask.sum()}
+
+    def encode(self, images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
+        """Normalised images -> encoded prefix and kept patches (B, P+keep, D)."""
+        # positions are added to all patches before most are dropped
+        tokens = take(kit.patch_tokens(self.encoder, images), ids_keep)
+        tokens, _ = kit.run_blocks(self.encoder, kit.with_prefix(self.encoder, tokens), ids=ids_keep)
+        return self.encoder.norm(tokens)
+
+    def decode(self, encoded: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        """Encoded tokens (B, P+keep, D) -> pixels of every patch (B, N, 3*patch^2)."""
+        x = self.decoder_embed(encoded)
+        hidden = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.keep, -1)
+        places = take(torch.cat([x[:, self.prefix:], hidden], dim=1), ids_restore)
+        x = torch.cat([x[:, :self.prefix], places], dim=1)
+        x = self.decoder_blocks(x + self.decoder_pos)
+        return self.decoder_pred(self.decoder_norm(x)[:, self.prefix:])
+
+    def target(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images -> their patches (B, N, 3*patch^2) in float32, each normalised if norm_pix."""
+        patches = patchify(images.float(), self.patch)
+        return normalise_patches(patches) if self.config.norm_pix else patches
+
+    @torch.no_grad()
+    def pictures(self, batch: dict) -> dict[str, np.ndarray]:
+        """A contact sheet of at most 8 images: original | what the encoder sees | its reconstruction.
+
+        Visible patches are copied from the image, since nothing trains their prediction. With norm_pix the
+        predicted patches get the mean and deviation of the TRUE patch, which the model does not know: only
+        their structure is its own.
+        """
+        pixels = batch["view"][:8]
+        images = self.spec.normalise(pixels)
+        noise = torch.rand(len(images), self.patches, generator=torch.Generator().manual_seed(0))
+        ids_keep, ids_restore, mask = random_masking(noise.to(images.device), self.keep)
+        predicted = self.decode(self.encode(images, ids_keep), ids_restore).float()
+        if self.config.norm_pix:
+            mean, deviation = patch_statistics(patchify(images, self.patch))
+            predicted = predicted * deviation + mean
+        filled = paint(pixels, mask, self.spec.denormalise(unpatchify(predicted, self.patch)))
+        return {"reconstruction": contact_sheet([pixels, paint(pixels, mask), filled])}

@@ -1,0 +1,223 @@
+"""MAE: the facts of the paper (arXiv 2111.06377) and its official code, against independent calculations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from stages.kit import keyed
+from stages.kit.masks import random_masking
+from stages.kit.positions import sincos_2d
+from stages.kit.spec import Spec
+from stages.methods.mae import Config, Method, views
+
+SMALL = Config(decoder_dim=16, decoder_depth=1, decoder_heads=2)
+
+
+def spec(size=16, patch=4, width=16, depth=2, heads=2):
+    model = {"name": "vit_tiny_patch16_224", "patch_size": patch, "embed_dim": width, "depth": depth,
+             "num_heads": heads, "mlp_ratio": 4.0, "args": {}}
+    return Spec(image_size=size, model=model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=5,
+                images=100)
+
+
+def progress(rows=6, step=0, seed=0):
+    """As much of kit/loop.py's Progress as a method may use."""
+    index = torch.arange(rows)
+
+    def uniform(name, *shape):
+        return keyed.uniform(keyed.key(seed, step, name), index, *shape)
+
+    return SimpleNamespace(uniform=uniform, step=step, rows=index)
+
+
+def batch(rows=6, size=16):
+    return {"view": torch.rand(rows, 3, size, size, generator=torch.Generator().manual_seed(1))}
+
+
+@pytest.fixture
+def method():
+    torch.manual_seed(0)
+    return Method(SMALL, spec())
+
+
+def masking(rows=6):
+    return random_masking(progress(rows).uniform("mask", 16), 4)
+
+
+def test_sequence_lengths_at_full_size():
+    """224 pixels, patch 16, ratio 0.75: the encoder sees 1 + 49 tokens, the decoder 1 + 196."""
+    method = Method(SMALL, spec(size=224, patch=16, depth=1))
+    seen = {}
+    method.encoder.blocks[0].register_forward_hook(lambda m, args, out: seen.update(encoder=out.shape[1]))
+    method.decoder_blocks[0].register_forward_hook(lambda m, args, out: seen.update(decoder=out.shape[1]))
+    with torch.no_grad():
+        method(batch(2, 224), progress(2))
+    assert seen == {"encoder": 50, "decoder": 197}
+
+
+def test_the_encoder_never_sees_the_mask_token(method):
+    ids_keep, ids_restore, _ = masking()
+    encoded = method.encode(spec().normalise(batch()["view"]), ids_keep)
+    assert encoded.shape == (6, 5, 16)
+    encoded.sum().backward(retain_graph=True)
+    assert method.mask_token.grad is None
+    method.decode(encoded, ids_restore).square().sum().backward()
+    assert method.mask_token.grad.abs().sum() > 0
+
+
+def test_only_dropped_patches_have_a_loss(method, monkeypatch):
+    seen, decode = {}, method.decode
+    monkeypatch.setattr(method, "decode", lambda *args: seen.setdefault("predicted", decode(*args)))
+    out = method(batch(), progress())
+    gradient, = torch.autograd.grad(out["loss"], seen["predicted"])
+    mask = masking()[2].bool()
+    assert (gradient[~mask] == 0).all()
+    assert (gradient[mask] != 0).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_loss_is_the_formula(norm_pix, monkeypatch):
+    method = Method(dataclasses.replace(SMALL, norm_pix=norm_pix), spec())
+    predicted = torch.randn(6, 16, 48, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(method, "decode", lambda *args: predicted)
+    images, mask = batch()["view"].double().numpy(), masking()[2].numpy()
+    total = 0.0
+    for b in range(6):
+        for n in range(16):
+            y, x = 4 * (n // 4), 4 * (n % 4)
+            patch = images[b, :, y:y + 4, x:x + 4].transpose(1, 2, 0).reshape(-1)
+            patch = (patch - np.tile(spec().mean, 16)) / np.tile(spec().std, 16)
+            if norm_pix:
+                patch = (patch - patch.mean()) / math.sqrt(patch.var(ddof=1) + 1e-6)
+            total += mask[b, n] * ((predicted[b, n].numpy() - patch) ** 2).mean()
+    assert float(method(batch(), progress())["loss"]) == pytest.approx(total / mask.sum(), rel=1e-5)
+    assert mask.sum() == 6 * 12
+
+
+def test_dropped_pixels_do_not_reach_the_prediction(method):
+    ids_keep, ids_restore, mask = masking()
+    images = batch()["view"].requires_grad_()
+    method.decode(method.encode(images, ids_keep), ids_restore).square().sum().backward()
+    reached = images.grad.unfold(2, 4, 4).unfold(3, 4, 4).abs().sum((1, 4, 5)).flatten(1) > 0
+    assert torch.equal(reached, ~mask.bool())
+
+
+def test_tokens_return_to_their_places(method):
+    """With the blocks taken out: the token of a kept patch, or the mask token, plus its own position."""
+    for name in ("decoder_blocks", "decoder_norm", "decoder_embed", "decoder_pred"):
+        setattr(method, name, nn.Identity())
+    ids_keep, ids_restore, mask = masking()
+    tokens = torch.randn(6, 16, 16)
+    encoded = torch.cat([torch.randn(6, 1, 16), tokens.gather(1, ids_keep[..., None].expand(-1, -1, 16))], 1)
+    out = method.decode(encoded, ids_restore) - sincos_2d(16, 4)
+    expected = torch.where(mask.bool()[..., None], method.mask_token, tokens)
+    assert torch.allclose(out, expected, atol=1e-6)
+    assert torch.equal(method.decoder_pos[0, 0], torch.zeros(16))
+
+
+def test_kept_tokens_carry_their_positions(method):
+    method.encoder.blocks, method.encoder.norm = nn.Sequential(), nn.Identity()
+    ids_keep, _, _ = masking()
+    black = torch.zeros(6, 3, 16, 16)
+    out = method.encode(black, ids_keep)[:, 1:] - method.encoder.patch_embed.proj.bias
+    assert torch.allclose(out, sincos_2d(16, 4)[ids_keep], atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "patch", "width", "depth", "heads", "encoder", "decoder"), [
+    (224, 16, 768, 12, 12, 85.80, 26.11), (224, 16, 1024, 24, 16, 303.3, 26.2),
+    (224, 14, 1280, 32, 16, 630.8, 26.3),
+])
+def test_published_parameter_counts(size, patch, width, depth, heads, encoder, decoder):
+    config = Config(decoder_dim=512, decoder_depth=8, decoder_heads=16)
+    with torch.device("meta"):
+        method = Method(config, spec(size, patch, width, depth, heads))
+    count = {True: 0, False: 0}
+    for name, parameter in method.named_parameters():
+        count[name.startswith("encoder.")] += parameter.numel()
+    assert count[True] / 1e6 == pytest.approx(encoder, abs=0.05)
+    assert count[False] / 1e6 == pytest.approx(decoder, abs=0.05)
+    frozen = {name for name, parameter in method.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"encoder.pos_embed", "decoder_pos"}
+    if width == 768:
+        assert count[True] == 85_798_656
+        trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+        assert trained == count[True] + count[False] - 197 * (768 + 512)
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    method = Method(Config(decoder_dim=64, decoder_depth=1, decoder_heads=2), spec(width=64))
+    for name, layer in method.named_modules():
+        if isinstance(layer, nn.Linear):
+            bound = math.sqrt(6 / sum(layer.weight.shape))  # xavier; a fused qkv is one 3D x D matrix
+            assert 0.95 * bound < layer.weight.abs().max() <= bound, name
+            assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
+            assert layer.bias.abs().max() == 0, name
+        elif isinstance(layer, nn.LayerNorm):
+            assert layer.eps == 1e-6
+            assert (layer.weight == 1).all()
+            assert (layer.bias == 0).all()
+    projection = method.encoder.patch_embed.proj
+    assert projection.weight.abs().max() <= math.sqrt(6 / (64 + 48))
+    assert projection.weight.abs().max() > 0.95 * math.sqrt(6 / (64 + 48))
+    assert 0 < projection.bias.abs().max() <= 1 / math.sqrt(48)  # torch's own default
+    for token in (method.encoder.cls_token, method.mask_token):
+        assert 0.01 < token.std() < 0.03
+    assert torch.equal(method.encoder.pos_embed[0, 1:], sincos_2d(64, 4))
+
+
+def test_tokens_are_decayed(method):
+    assert not hasattr(method, "no_weight_decay")
+    assert method.mask_token.ndim == method.encoder.cls_token.ndim == 3
+
+
+def test_masks_differ_between_steps_and_repeat_for_a_step(method):
+    with torch.no_grad():
+        first, again, other = (float(method(batch(), progress(step=step))["loss"]) for step in (0, 0, 1))
+    assert first == again != other
+
+
+def test_view_is_the_papers():
+    view = views(Config(crop_min=0.2), spec())["view"]
+    assert (view.size, tuple(view.scale), view.flip) == (16, (0.2, 1.0), 0.5)
+    assert tuple(view.ratio) == (3 / 4, 4 / 3)
+    assert not any(view.jitter)
+
+
+def test_picture_of_a_perfect_prediction_is_the_image(method, monkeypatch):
+    images = batch(10)["view"]
+    monkeypatch.setattr(method, "decode", lambda *args: method.target(spec().normalise(images[:8])))
+    sheet = method.pictures({"view": images})["reconstruction"]
+    assert sheet.dtype == np.uint8
+    column = 96 + 4
+    assert sheet.shape == (8 * column - 4, 3 * column - 4, 3)
+    original, masked, filled = (sheet[:, i * column:i * column + 96].astype(int) for i in range(3))
+    assert abs(original - filled).max() <= 1
+    grey = (masked[:96] == 128).all(-1).mean()
+    assert grey == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.parametrize(("values", "key"), [
+    ({"mask_ratio": 0.0}, "mask_ratio"), ({"mask_ratio": 1.0}, "mask_ratio"),
+    ({"decoder_heads": 3}, "decoder_heads"),
+    ({"decoder_dim": 18, "decoder_heads": 2}, "decoder_dim"), ({"decoder_depth": 0}, "decoder_depth"),
+    ({"crop_min": 0.0}, "crop_min"),
+])
+def test_bad_config(values, key):
+    with pytest.raises(ValueError, match=f"^{key}"):
+        Config(**values)
+
+
+def test_config_must_fit_the_model():
+    Config(mask_ratio=0.9).check(16, {"patch_size": 4, "embed_dim": 16})
+    with pytest.raises(ValueError, match="^mask_ratio"):
+        Config(mask_ratio=0.95).check(8, {"patch_size": 4, "embed_dim": 16})
+    with pytest.raises(ValueError, match="embed_dim"):
+        Config().check(16, {"patch_size": 4, "embed_dim": 18})

@@ -1,0 +1,331 @@
+"""What every method must do, swept over stages/methods: a new file there is tested as soon as it exists."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.kit import encoder as kit
+from stages.kit.loop import Progress
+from stages.kit.spec import Spec
+
+FOLDER = Path(__file__).parent.parent / "stages" / "methods"
+NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+MODULES = {name: importlib.import_module(f"stages.methods.{name}") for name in NAMES}
+TRAINED = [name for name in NAMES if MODULES[name].TRAINS]
+MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2,
+         "mlp_ratio": 2.0, "args": {}}
+SPEC = Spec(image_size=16, model=MODEL, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=4, images=64)
+ROWS = torch.arange(8)
+
+
+class Target(nn.Module):
+    """A stand-in for a frozen target on the student's grid: ids or features that depend on the colour."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.codes, self.dim = kind, 8, 6
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 18).view(6, 3))
+
+    def forward(self, images):
+        assert images.min() >= 0, "a target takes images in [0, 1], not normalised ones"
+        assert images.max() <= 1, "a target takes images in [0, 1], not normalised ones"
+        colours = F.adaptive_avg_pool2d(images, SPEC.grid).flatten(2).transpose(1, 2)
+        return (colours.sum(-1) * 20).long() % self.codes if self.kind == "ids" else colours @ self.weight.T
+
+
+def progress(rows=ROWS, step=3):
+    return Progress(step=step, steps=10, epoch=0.5, seed=0, rows=rows, device=rows.device)
+
+
+def build(name, seed=0):
+    module = MODULES[name]
+    torch.manual_seed(seed)
+    target = Target(module.TARGET).requires_grad_(True) if module.TARGET else None
+    return module.Method(module.Config(), SPEC, target), target
+
+
+def batch(name, rows=8):
+    """Smooth pictures, the same for every view of a size; labels only for methods that declare them."""
+    module, generator = MODULES[name], torch.Generator().manual_seed(5)
+    coarse = torch.rand(rows, 3, 4, 4, generator=generator)
+    out = {view: F.interpolate(coarse, size=recipe.size, mode="bilinear").clamp(0, 1)
+           for view, recipe in module.views(module.Config(), SPEC).items()}
+    out |= {"index": torch.arange(rows), "row": torch.arange(rows)}
+    if module.LABELS:
+        out["label"] = torch.arange(rows) % SPEC.num_classes
+    return out
+
+
+def rows(batch, chosen):
+    return {key: value[chosen] for key, value in batch.items()}
+
+
+def train(name, steps, lr=3e-3, seed=0):
+    """Steps on one batch, always with the same masks. -> (method, losses)"""
+    method, _ = build(name, seed)
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=lr)
+    data, now, losses = batch(name), progress(), []
+    for step in range(steps):
+        torch.manual_seed(step)  # dropout and drop path
+        optimiser.zero_grad()
+        loss = method(data, now)["loss"]
+        loss.backward()
+        optimiser.step()
+        if hasattr(method, "after_step"):
+            method.after_step(now)
+        losses.append(loss.item())
+    return method, losses
+
+
+def test_the_folder_is_found():
+    assert {"mae", "beitv2", "random", "supervised"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_declarations(name):
+    """What the plan reads without importing: literals, and a Config that stands alone."""
+    module = MODULES[name]
+    assert module.TARGET in (None, "ids", "features")
+    assert isinstance(module.LABELS, bool)
+    assert isinstance(module.TRAINS, bool)
+    assert "arXiv" in module.__doc__
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    literals = {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body
+                if isinstance(node, ast.Assign) and node.targets[0].id in ("TARGET", "LABELS", "TRAINS")}
+    assert literals == {"TARGET": module.TARGET, "LABELS": module.LABELS, "TRAINS": module.TRAINS}
+    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    space = {"dataclass": dataclasses.dataclass, "field": dataclasses.field, "Literal": Literal,
+             "__name__": "alone"}
+    exec(compile(ast.Module([config], []), name, "exec", dont_inherit=True), space)
+    alone = space["Config"]()
+    assert dataclasses.asdict(alone) == dataclasses.asdict(module.Config())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        alone.lr = 1.0
+    if hasattr(alone, "check"):
+        alone.check(SPEC.image_size, MODEL)
+    assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_recipe_fields(name):
+    """What the training loop reads by name is there and makes sense."""
+    config = MODULES[name].Config()
+    assert config.lr > 0
+    assert config.lr_per is None or config.lr_per > 0
+    assert 0 <= config.min_lr < config.lr
+    assert 0 <= config.warmup < 1
+    assert config.weight_decay >= 0
+    assert all(0 < beta < 1 for beta in config.betas)
+    assert config.clip is None or config.clip > 0
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_output_is_finite_scalars(name):
+    method, _ = build(name)
+    out = method(batch(name), progress())
+    assert out["loss"].requires_grad
+    for key, value in out.items():
+        assert value.ndim == 0, key
+        assert torch.isfinite(value), key
+        assert value.dtype == torch.float32, key
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_loss_stays_float32_under_autocast(name):
+    method, _ = build(name)
+    plain = method.eval()(batch(name), progress())["loss"].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method(batch(name), progress())["loss"]
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain, rel=0.05)
+    loss.backward()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_learns_one_batch(name):
+    _, losses = train(name, 60, lr=5e-3)
+    assert sum(losses[-5:]) / 5 < 0.75 * losses[0], losses
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_reach_what_should_learn_and_nothing_else(name):
+    method, target = build(name)
+    before = copy.deepcopy(target.state_dict()) if target else {}
+    buffers = {key: value.clone() for key, value in method.named_buffers()}
+    method(batch(name), progress())["loss"].backward()
+    for key, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, key
+            assert parameter.grad.abs().sum() > 0, key
+        else:
+            assert parameter.grad is None, key
+    if target:
+        assert all(parameter.grad is None for parameter in target.parameters())
+        assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+        ours = {id(tensor) for tensor in [*method.parameters(), *method.buffers()]}
+        assert not ours & {id(tensor) for tensor in target.parameters()}, "a target is not trained or saved"
+    assert all(torch.equal(value, buffers[key]) for key, value in method.named_buffers())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_same_seed_gives_the_same_bits(name):
+    first, losses = train(name, 3)
+    second, again = train(name, 3)
+    assert losses == again
+    first, second = first.state_dict(), second.state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+    assert train(name, 1, seed=1)[1] != losses[:1]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_sample_does_not_depend_on_who_is_beside_it(name):
+    """Masks are drawn per row, so a step's global batch can be cut anywhere: halves have the whole's loss."""
+    method, _ = build(name)
+    method.eval()
+    with torch.no_grad():
+        whole = method(batch(name), progress())["loss"].item()
+        halves = [method(rows(batch(name), half), progress(half))["loss"].item()
+                  for half in (torch.tensor([0, 3, 4, 6]), torch.tensor([5, 7, 1, 2]))]
+        swapped = method(rows(batch(name), torch.arange(8).flip(0)), progress())["loss"].item()
+    assert sum(halves) / 2 == pytest.approx(whole, rel=1e-5)
+    if not MODULES[name].LABELS:
+        assert swapped != pytest.approx(whole, rel=1e-5)  # other masks on the images do change the loss
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_labels_are_not_needed(name):
+    """A method that does not declare labels works, and works the same, when they are garbage or missing."""
+    if MODULES[name].LABELS:
+        pytest.skip("trains on labels")
+    method, _ = build(name)
+    method.eval()
+    with torch.no_grad():
+        without = method(batch(name), progress())["loss"]
+        garbage = method(batch(name) | {"label": torch.full((8,), 99)}, progress())["loss"]
+    assert torch.equal(without, garbage)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_export_is_bit_equal(name, tmp_path):
+    method = train(name, 2)[0] if MODULES[name].TRAINS else build(name)[0]
+    encoder = method.encoder.eval()
+    kit.save(encoder, tmp_path, SPEC)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    features = loaded.forward_features(images)
+    assert torch.isfinite(features).all()
+    assert torch.equal(features, encoder.forward_features(images))
+    assert tuple(loaded.pretrained_cfg["mean"]) == SPEC.mean
+    assert kit.classifier(tmp_path, 4)(images).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_state_survives_saving(name):
+    method, _ = train(name, 2)
+    other, _ = build(name, seed=7)
+    other.load_state_dict(copy.deepcopy(method.state_dict()))
+    with torch.no_grad():
+        losses = [m.eval()(batch(name), progress())["loss"] for m in (method, other)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_pictures_are_pictures(name):
+    method, _ = build(name)
+    if not hasattr(method, "pictures"):
+        pytest.skip("has none")
+    state = copy.deepcopy(method.state_dict())
+    for key, picture in method.eval().pictures(batch(name, 9)).items():
+        assert picture.dtype == np.uint8, key
+        assert picture.ndim == 3, key
+        assert picture.shape[2] == 3, key
+        assert picture.std() > 0, key
+    assert all(torch.equal(value, state[key]) for key, value in method.state_dict().items())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_names_without_weight_decay_exist(name):
+    method, _ = build(name)
+    if hasattr(method, "no_weight_decay"):
+        optional = {"encoder.reg_token", "encoder.dist_token"}  # timm names them whether there or not
+        assert set(method.no_weight_decay()) <= {key for key, _ in method.named_parameters()} | optional
+
+
+def test_the_untrained_encoder_is_maes():
+    torch.manual_seed(4)
+    untrained = MODULES["random"].Method(MODULES["random"].Config(), SPEC).encoder
+    torch.manual_seed(4)
+    mae = MODULES["mae"].Method(MODULES["mae"].Config(), SPEC).encoder
+    untrained, mae = untrained.state_dict(), mae.state_dict()
+    assert all(torch.equal(untrained[key], mae[key]) for key in untrained | mae)
+
+
+# --- supervised -------------------------------------------------------------------------------------------
+
+def supervised(**config):
+    torch.manual_seed(0)
+    module = MODULES["supervised"]
+    return module.Method(module.Config(**config), SPEC).eval()
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_supervised_loss_is_smoothed_cross_entropy(pool):
+    method, data = supervised(pool=pool, label_smoothing=0.1), batch("supervised")
+    out = method(data, progress())
+    features = kit.features(method.encoder, SPEC.normalise(data["view"]))
+    logits = method.head(features["cls"] if pool == "token" else features["patch"].mean(1))
+    assert torch.allclose(out["loss"], F.cross_entropy(logits, data["label"], label_smoothing=0.1))
+    assert torch.allclose(out["accuracy"], (logits.argmax(1) == data["label"]).float().mean())
+
+
+def test_supervised_leaves_unlabelled_images_out():
+    method, data = supervised(), batch("supervised")
+    part = rows(data, torch.tensor([0, 2, 5]))
+    data["label"][torch.tensor([1, 3, 4, 6, 7])] = -1
+    out, expected = method(data, progress()), method(part, progress(torch.arange(3)))
+    assert torch.allclose(out["loss"], expected["loss"])
+    assert torch.allclose(out["accuracy"], expected["accuracy"])
+
+
+@pytest.mark.parametrize("config", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_mixtures_keep_images_and_labels_in_step(config):
+    """Images constant at 1 for class 0 and at 0 for class 1: the mean pixel must be the share of class 0."""
+    method = supervised(**config)
+    images = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(4, 1, 1, 1).expand(4, 3, 16, 16)
+    soft = F.one_hot(torch.tensor([0, 0, 1, 1]), 4).float()
+    shares = []
+    for step in range(20):
+        mixed, labels = method.mix(images, soft, progress(torch.arange(4), step).generator("mix"))
+        assert torch.allclose(mixed.mean((1, 2, 3)), labels[:, 0], atol=1e-5)
+        assert torch.allclose(labels.sum(1), torch.ones(4))
+        again, _ = method.mix(images, soft, progress(torch.arange(4), step).generator("mix"))
+        assert torch.equal(mixed, again)
+        shares.append(labels[0, 0].item())
+    assert min(shares) < 0.5 < max(shares)
+    assert images.unique().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("values", "key"), [
+    ({"mixup": -1.0}, "mixup"), ({"label_smoothing": 1.0}, "label_smoothing"),
+    ({"drop_path": -0.1}, "drop_path"), ({"crop_min": 0.0}, "crop_min"),
+])
+def test_supervised_bad_config(values, key):
+    with pytest.raises(ValueError, match=f"^{key}"):
+        MODULES["supervised"].Config(**values)
+
+
+def test_supervised_needs_classes():
+    with pytest.raises(ValueError, match="classes"):
+        MODULES["supervised"].Method(MODULES["supervised"].Config(), dataclasses.replace(SPEC, num_classes=1))
