@@ -1,0 +1,194 @@
+"""The whole road with the real stages: from params to the report, a toy method dropped into the folder, and the commands."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import tiny_content, write_params
+from workflow.plan import load
+
+ROOT = Path(__file__).parents[1]
+
+
+def arguments(job) -> list[str]:
+    """What comes after `python -m stages.<stage>` for a job."""
+    if job.stage == "target":
+        return ["--name", job.name]
+    if job.stage == "pretrain":
+        return ["--run", job.name]
+    if job.stage == "transfer":
+        run, task = job.name.split("/")
+        return ["--run", run, "--task", task]
+    return []
+
+
+def run_all(params: Path, results: Path) -> dict[str, dict]:
+    """Every job of the plan in its order, in this process; the manifests by job id."""
+    plan = load(params, results)
+    for job in plan.jobs.values():
+        stage = importlib.import_module(f"stages.{job.stage}")
+        assert stage.main([*arguments(job), "--params", str(params), "--results", str(results)]) == 0
+        assert plan.fresh(job.id), plan.explain(job.id)
+    return {id: plan.manifest(id) for id in plan.jobs}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(params file, results folder, manifests) of a complete tiny run with both methods and both baselines."""
+    folder = tmp_path_factory.mktemp("whole")
+    params = write_params(folder, tiny_content())
+    return params, folder / "results", run_all(params, folder / "results")
+
+
+def test_every_job_leaves_a_complete_folder(finished):
+    _, results, manifests = finished
+    assert len(manifests) == 1 + 2 + 4 + 4 * 3 + 1
+    for id, manifest in manifests.items():
+        folder = results / id
+        listed = {*manifest["outputs"], "manifest.json"}
+        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        assert there == listed, id
+    assert not list((results.parent / "work").glob("*/checkpoint*"))
+
+
+def test_the_report_shows_the_numbers_that_the_tasks_wrote(finished):
+    _, results, _ = finished
+    page = (results / "report/index.html").read_text(encoding="utf-8")
+    rows = (results / "report/summary.csv").read_text(encoding="utf-8")
+    for run in ("mae", "beitv2", "random", "supervised"):
+        assert run in page and run in rows
+        top1 = json.loads((results / f"transfer/{run}-s0/linear/metrics.json").read_text())["top1"]
+        assert f"{100 * top1:.1f}" in page, run
+    assert "<img" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_predictions_reproduce_the_metric(finished):
+    _, results, manifests = finished
+    for id in manifests:
+        if id.startswith("transfer/"):
+            metrics = json.loads((results / id / "metrics.json").read_text())
+            stored = np.load(results / id / "predictions.npz")
+            assert np.isclose((stored["label"] == stored["prediction"]).mean(), metrics["top1"], atol=1e-6), id
+
+
+def test_an_exported_encoder_is_a_timm_model(finished):
+    import timm
+    import torch
+
+    from stages.kit import encoder
+
+    _, results, _ = finished
+    for run in ("mae", "beitv2"):
+        folder = results / f"pretrain/{run}-s0/encoder"
+        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        ours = encoder.load(folder).eval()
+        images = torch.rand(2, 3, 16, 16)
+        with torch.inference_mode():
+            assert torch.equal(plain.forward_features(images), ours.forward_features(images))
+
+
+def test_the_same_parameters_give_the_same_encoder(finished, tmp_path):
+    params, results, manifests = finished
+    plan = load(params, tmp_path / "results")
+    shutil.copytree(results / "data", tmp_path / "results/data")
+    importlib.import_module("stages.pretrain").main(
+        ["--run", "mae-s0", "--params", str(params), "--results", str(tmp_path / "results")]
+    )
+    again = plan.manifest("pretrain/mae-s0")["outputs"]
+    assert again == manifests["pretrain/mae-s0"]["outputs"]
+
+
+# ------------------------------------------------------------------------------------------------ adding a method
+
+TOY = '''"""Toy: reconstruct the mean colour of the image from its features."""
+from dataclasses import dataclass
+import torch
+from torch import nn
+from stages.kit import encoder
+from stages.kit.views import View
+
+TARGET, LABELS, TRAINS = None, False, True
+
+@dataclass(frozen=True)
+class Config:
+    lr: float = 1e-3
+
+def views(config, spec):
+    return {"view": View(spec.image_size, scale=(0.5, 1.0), flip=0.5)}
+
+class Method(nn.Module):
+    def __init__(self, config, spec, target=None):
+        super().__init__()
+        self.encoder, self.spec = encoder.create(spec), spec
+        self.head = nn.Linear(self.encoder.num_features, 3)
+
+    def forward(self, batch, progress):
+        colour = self.head(encoder.features(self.encoder, self.spec.normalise(batch["view"]))["patch"].mean(1))
+        return {"loss": (colour.float() - batch["view"].mean((2, 3))).square().mean()}
+'''
+
+DRIVER = """
+import sys
+sys.path.insert(0, "")
+from tests.test_end_to_end import run_all
+from pathlib import Path
+run_all(Path("params.yaml"), Path("results"))
+"""
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """The files that make up the project, without results, in `folder`."""
+    for name in ("stages", "workflow", "tests", "profiles"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Snakefile", "dvc.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def test_adding_a_method_is_adding_one_file(tmp_path):
+    """Ten lines in stages/methods, a name in params.yaml: plan, pretraining, transfer and report know it."""
+    project = copy_of_the_project(tmp_path / "project")
+    (project / "stages/methods/toy.py").write_text(TOY)
+    content = tiny_content()
+    content["methods"] = {"toy": {}}
+    content["tasks"] = {"knn": content["tasks"]["knn"]}
+    content["targets"] = {}
+    content["grid"]["runs"] = {"toy": {"method": "toy"}}
+    write_params(project, content)
+    done = subprocess.run([sys.executable, "-c", DRIVER], cwd=project, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = [json.loads(line) for line in (project / "results/pretrain/toy-s0/history.jsonl").read_text().splitlines()]
+    assert history and all(np.isfinite(row["loss"]) for row in history)
+    assert "toy" in (project / "results/report/index.html").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------- real engines
+
+
+def test_snakemake_runs_the_real_stages(tmp_path):
+    """One command from nothing to the report through every stage's command line; a second call has nothing to do."""
+    project = copy_of_the_project(tmp_path / "project")
+    content = tiny_content()
+    content["methods"] = {"beitv2": content["methods"]["beitv2"]}
+    content["tasks"] = {"knn": content["tasks"]["knn"]}
+    content["grid"]["runs"] = {"beitv2": content["grid"]["runs"]["beitv2"]}
+    write_params(project, content)
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "dvc=false"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    first = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600, env=environment)
+    assert first.returncode == 0, first.stderr[-3000:]
+    plan = load(project / "params.yaml", project / "results", project)
+    assert all(plan.fresh(id) for id in plan.jobs)
+    before = {id: plan.jobs[id].manifest.read_bytes() for id in plan.jobs}
+    second = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120, env=environment)
+    assert second.returncode == 0 and "othing to be done" in second.stdout + second.stderr
+    assert before == {id: plan.jobs[id].manifest.read_bytes() for id in plan.jobs}
