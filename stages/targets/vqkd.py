@@ -1,0 +1,235 @@
+"""VQ-KD: the visual tokenizer of BEiT v2 (arXiv 2208.06366, section 2.1).
+
+A ViT maps every patch of an image to a unit vector of few dimensions; the nearest of K codes replaces it; a shallow decoder
+must rebuild a frozen teacher's features from the codes, patch by patch, under a cosine loss. No pixels are rebuilt. Students
+then learn to predict the codes of patches that they do not see.
+
+Follows microsoft/unilm (beit2): architecture, initialisation, both losses; kit/quantize.py says how the codes move and where
+that departs. Further departures:
+- input must be in [0,1]; the official code guesses from the batch's maximum whether it is 0..1 or 0..255, and reads
+  normalised images as 0..255;
+- timm's ViT has a bias for keys, which the official one lacks; softmax cancels it;
+- the learning rate's warm-up is a share of the steps (official: 10 of 100 epochs, the same share);
+- defaults are for small images. As published, for ImageNet: codes 8192, code_dim 32, decoder_depth 3 (also released: 1),
+  crop_min 0.08, batch 512, 100 epochs, teacher CLIP ViT-B/16 at 224 pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.kit import encoder as kit
+from stages.kit import health as measure
+from stages.kit.patches import contact_sheet, patchify
+from stages.kit.quantize import Codebook, Learner
+from stages.kit.views import View
+
+UPSTREAM = "features"
+PRODUCES = "ids"
+LABELS = False
+
+
+@dataclass(frozen=True)
+class Config:
+    codes: int = 512
+    code_dim: int = 16
+    encoder_depth: int | None = None  # blocks; None: as many as the student
+    decoder_depth: int = 1  # deeper rebuilds better and uses fewer codes (ablation in the paper)
+    decay: float = 0.99  # of the codes' moving average
+    kmeans: bool = True  # start from k-means of the first vectors
+    vectors_per_code: int = 10  # that k-means waits for
+    reseed: int = 0  # steps without a hit after which a code restarts from the batch; 0: never, as published
+    crop_min: float = 0.2  # smallest share of the image's area in a crop
+    flip: float = 0.5
+    min_usage: float = 0.2  # of the codes, over the validation images; below, the stage fails
+    min_perplexity: float = 0.05  # as a share of the codes
+    lr: float = 2e-4  # at batch lr_per
+    lr_per: int | None = 512
+    min_lr: float = 1e-5
+    warmup: float = 0.1  # share of all steps
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float | None = None
+
+    def __post_init__(self):
+        for key, least in (("codes", 2), ("code_dim", 2), ("decoder_depth", 1), ("vectors_per_code", 1), ("reseed", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: found {getattr(self, key)}, expected {least} or more")
+        if self.encoder_depth is not None and self.encoder_depth < 1:
+            raise ValueError(f"encoder_depth: found {self.encoder_depth}, expected 1 or more (null: the student's depth)")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay: found {self.decay}, expected a number in [0, 1)")
+        for key in ("min_usage", "min_perplexity"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}: found {getattr(self, key)}, expected a share in [0, 1]")
+        if not 0 < self.crop_min <= 1:
+            raise ValueError(f"crop_min: found {self.crop_min}, expected a share in (0, 1]")
+
+
+def views(config: Config, spec) -> dict[str, View]:
+    return {"view": View(size=spec.image_size, scale=(config.crop_min, 1.0), flip=config.flip)}
+
+
+class Target(nn.Module):
+    """The tokenizer: images -> codes. `codes` is how many there are."""
+
+    def __init__(self, config: Config, spec):
+        super().__init__()
+        self.spec, self.codes = spec, config.codes
+        depth = spec.model["depth"] if config.encoder_depth is None else config.encoder_depth
+        self.encoder = _transformer(spec, depth=depth)
+        self.head = _head(self.encoder.embed_dim, config.code_dim)
+        self.codebook = Codebook(config.codes, config.code_dim)
+        self.register_buffer("reconstruction", torch.zeros(()))  # mean cosine, over the last few hundred training steps
+        self._check = measure.UnitRange("vqkd")
+        self.eval()
+
+    def train(self, mode: bool = True) -> Target:
+        return super().train(False)
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """(B,3,H,W) in [0,1] -> unit vectors (B,N,code_dim), float32."""
+        self._check(images)
+        tokens = kit.features(self.encoder, 2 * images - 1)["patch"]
+        with torch.autocast(images.device.type, enabled=False):
+            return F.normalize(self.head(tokens.float()), dim=-1)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B,3,H,W) in [0,1] -> ids (B,N), int64 in 0..codes-1. ValueError for pixels outside of [0,1]."""
+        return self.codebook.assign(self.encode(images))
+
+
+class Training(nn.Module):
+    """Trains `target` to keep what matters of the features of `upstream`, a frozen Target that PRODUCES features."""
+
+    def __init__(self, config: Config, spec, upstream):
+        super().__init__()
+        if not getattr(upstream, "dim", None):
+            raise ValueError(f"vqkd: `upstream` must be a target that gives features, found {type(upstream).__name__}")
+        self.config, self.grid = config, spec.grid
+        self.upstream = [upstream]  # in a list: frozen, neither trained nor saved here
+        self.target = Target(config, spec)
+        codes_as_image = replace(spec, image_size=spec.grid, model={**spec.model, "patch_size": 1})
+        self.decoder = _transformer(codes_as_image, depth=config.decoder_depth, in_chans=config.code_dim)
+        self.head = _head(self.decoder.embed_dim, upstream.dim)
+        self.learner = Learner(self.target.codebook, config.decay, config.kmeans, config.vectors_per_code, config.reseed)
+        self._cosines: list[torch.Tensor] = []
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"{part}.{name}" for part in ("target.encoder", "decoder") for name in ("cls_token", "pos_embed")}
+
+    def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss", its two terms, and usage and perplexity of the codes in this batch}."""
+        images = batch["view"]
+        with torch.no_grad():
+            wanted = self.upstream[0](images)  # (B,N,dim)
+        u = self.target.encode(images)
+        quantised, commitment, hits = u, u.new_zeros(()), u.new_zeros(self.config.codes)
+        if not self.training or self.learner.ready(u, progress.seed):
+            ids, quantised, commitment = self.target.codebook(u)
+            hits = torch.zeros_like(hits).scatter_add_(0, ids.flatten(), torch.ones_like(hits[:1]).expand(ids.numel()))
+            if self.training:
+                self.learner.count(u, ids)
+        reconstruction = 1 - F.cosine_similarity(self.decode(quantised).float(), wanted.float(), dim=-1).mean()
+        if self.training:
+            self._cosines.append(1 - reconstruction.detach())
+        return {"loss": reconstruction + commitment, "reconstruction": reconstruction, "commitment": commitment,
+                "usage": (hits > 0).float().mean(), "perplexity": measure.perplexity(hits).float()}
+
+    def decode(self, quantised: torch.Tensor) -> torch.Tensor:
+        """Codes on the grid (B,N,code_dim) -> the teacher's features (B,N,dim)."""
+        grid = quantised.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return self.head(kit.features(self.decoder, grid)["patch"])
+
+    @torch.no_grad()
+    def after_step(self, progress) -> None:
+        self.learner.step(progress.seed, progress.step)
+        if self._cosines:
+            weight = max(0.01, 1 / (progress.step + 1))  # a plain mean at first
+            self.target.reconstruction.lerp_(torch.stack(self._cosines).mean(), weight)
+            self._cosines.clear()
+
+
+def _transformer(spec, **kw) -> nn.Module:
+    """A ViT with learnt positions and nothing else, initialised as BEiT v2's tokenizer.
+
+    Weights normal with deviation 0.02; the patch embedding keeps torch's default; what block i (from 1) adds to the
+    residual stream is divided by sqrt(2 i).
+    """
+    vit = kit.create(spec, "vit", init_values=None, drop_path_rate=0.0, pos_embed="learn", **kw)
+    for layer in vit.modules():
+        if isinstance(layer, nn.Linear):
+            _normal(layer)
+    for token in (vit.cls_token, vit.reg_token, vit.pos_embed):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=0.02, a=-2.0, b=2.0)
+    with torch.no_grad():
+        for number, block in enumerate(vit.blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2 * number))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+    return vit
+
+
+def _head(width: int, dim: int) -> nn.Sequential:
+    head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, dim))
+    for layer in head[::2]:
+        _normal(layer)
+    return head
+
+
+def _normal(layer: nn.Linear) -> None:
+    nn.init.trunc_normal_(layer.weight, std=0.02, a=-2.0, b=2.0)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def health(target: Target, images, config: Config) -> dict:
+    """Over the validation images: usage (share of the codes that were hit), perplexity, and how often each code was hit."""
+    counts = torch.zeros(target.codes, dtype=torch.int64)
+    for batch in images:
+        counts += torch.bincount(target(batch).flatten().cpu(), minlength=target.codes)
+    used, spread = measure.usage(counts), float(measure.perplexity(counts))
+    possible = min(target.codes, int(counts.sum()))
+    advice = ("Fewer codes or a smaller code_dim, decoder_depth 1, more or more varied images and longer training all raise "
+              "it; so may `reseed` (steps; not published).")
+    problems = []
+    if used < config.min_usage:
+        problems.append(f"the codebook has collapsed: {used:.1%} of {possible} codes are used, expected at least "
+                        f"{config.min_usage:.0%} (min_usage). {advice}")
+    if spread < config.min_perplexity * possible:
+        problems.append(f"a few codes take almost all patches: perplexity {spread:.1f} of {possible}, expected at least "
+                        f"{config.min_perplexity * possible:.1f} (min_perplexity {config.min_perplexity:g}). {advice}")
+    cosine = float(target.reconstruction)
+    if not math.isfinite(cosine):
+        problems.append(f"the reconstruction is not finite ({cosine}); lower lr")
+    return {"usage": used, "perplexity": spread, "codes": target.codes, "tokens": int(counts.sum()),
+            "train_reconstruction_cosine": cosine, "counts": counts.tolist(), "problems": problems}
+
+
+@torch.no_grad()
+def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
+    """code_map: images | their codes, a colour each. codebook: a row for each of the codes used most here, with the patches
+    that are nearest to it."""
+    u = target.encode(images)
+    ids = target.codebook.assign(u)
+    grid, patch = target.spec.grid, target.spec.model["patch_size"]
+    phase = ids[:, None].float() * 0.618034 + torch.tensor([0, 1 / 3, 2 / 3], device=ids.device)[:, None]
+    colours = (0.5 + 0.5 * (2 * math.pi * phase).cos()).unflatten(2, (grid, grid))
+    maps = F.interpolate(colours, size=images.shape[-2:], mode="nearest")
+    cosine = (u * target.codebook.vectors[ids]).sum(dim=-1).flatten()
+    patches = patchify(images, patch).unflatten(2, (patch, patch, 3)).flatten(0, 1).permute(0, 3, 1, 2)
+    counts = torch.bincount(ids.flatten(), minlength=target.codes)
+    rows = []
+    for code in counts.argsort(descending=True, stable=True)[:12].tolist():
+        mine = (ids.flatten() == code).nonzero()[:, 0]
+        best = mine[cosine[mine].argsort(descending=True, stable=True)][:12]
+        blank = torch.ones(12 - len(best), *patches.shape[1:], device=patches.device)
+        rows.append(torch.cat([patches[best], blank]))
+    return {"code_map": contact_sheet([images, maps]), "codebook": contact_sheet(list(torch.stack(rows, 1)), side=32)}

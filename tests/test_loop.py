@@ -1,0 +1,434 @@
+"""The training loop on a toy module: arithmetic of a step, resume, signals, guards, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from stages.kit import checkpoint as checkpoints
+from stages.kit import ema, keyed
+from stages.kit.checkpoint import Checkpoint
+from stages.kit.loop import NonFiniteError, Progress, Recipe, fit
+
+ROOT = Path(__file__).parents[1]
+IMAGES, BATCH = 24, 8
+
+
+class ToyBatches:
+    """What loader.Batches promises, over vectors: a pure function of (seed, step)."""
+
+    def __init__(self, micro=BATCH, poison=None, seed=3):
+        self.batch_size, self.micro, self.poison, self.seed = BATCH, micro, poison, seed
+        self.accumulate, self.steps_per_epoch = BATCH // micro, IMAGES // BATCH
+
+    def batch(self, step, micro_step=0):
+        rows = torch.arange(micro_step * self.micro, (micro_step + 1) * self.micro)
+        view = keyed.normal(keyed.key(self.seed, step), rows, 6)
+        if step == self.poison:
+            view[0, 0] = float("nan")
+        return {"view": view, "index": rows, "row": rows}
+
+    def stream(self, start, stop):
+        for step in range(start, stop):
+            yield [self.batch(step, micro) for micro in range(self.accumulate)]
+
+
+class Toy(nn.Module):
+    """Two layers with dropout, keyed noise, a momentum copy and a buffer: everything that a resume could
+    lose.
+    """
+
+    def __init__(self, dropout=0.5, act=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), nn.GELU(), nn.Linear(8, 1))
+        self.teacher = ema.frozen(
+            nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), nn.GELU(), nn.Linear(8, 1))
+        )
+        self.register_buffer("centre", torch.zeros(1))
+        self.seen, self.act = [], act
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batch, progress):
+        self.seen.append((progress.step, progress.rows.tolist()))
+        if self.act:
+            self.act(progress.step)
+        x = batch["view"] + 0.1 * progress.uniform("noise", 6)
+        error = (self.body(x) - self.teacher(x) - self.centre - 1).square().mean()
+        return {"loss": error, "half": error.detach() / 2, "fixed": 2.0}
+
+    def after_step(self, progress):
+        ema.update(self.teacher, self.body, 0.9)
+        self.centre.mul_(0.9).add_(0.01)
+
+
+def make_run(folder: Path) -> SimpleNamespace:
+    for name in ("out", "work"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return SimpleNamespace(
+        out=folder / "out",
+        work=folder / "work",
+        device=torch.device("cpu"),
+        compute={},
+        summary={},
+        job=SimpleNamespace(id="toy"),
+    )
+
+
+def recipe(epochs=4, **changes) -> Recipe:
+    values = {
+        "lr": 0.01,
+        "warmup": 2,
+        "weight_decay": 0.1,
+        "weight_decay_end": 0.3,
+        "clip": 1.0,
+        "precision": "fp32",
+        "save_minutes": 1e9,
+    }
+    return Recipe(epochs=epochs, batch_size=BATCH, steps_per_epoch=IMAGES // BATCH, **{**values, **changes})
+
+
+def state_bytes(module: nn.Module) -> dict:
+    return {name: value.numpy().tobytes() for name, value in module.state_dict().items()}
+
+
+def rows_of(run) -> list[dict]:
+    return [json.loads(line) for line in (run.out / "history.jsonl").read_text().splitlines()]
+
+
+def test_fit_takes_the_steps_that_a_plain_loop_takes(tmp_path):
+    torch.set_num_threads(1)
+    ours, run, r = Toy(), make_run(tmp_path), recipe()
+    fit(ours, ToyBatches(), r, run, seed=5)
+    plain, batches = Toy().train(), ToyBatches()
+    decayed = [p for p in plain.body.parameters() if p.ndim > 1]
+    others = [p for p in plain.body.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others}], betas=r.betas, foreach=False)
+    losses = []
+    for step in range(r.steps):
+        for group, decay in zip(optimizer.param_groups, (r.weight_decay_at(step, 0.1), 0.0), strict=True):
+            group["lr"], group["weight_decay"] = r.lr_at(step), decay
+        torch.manual_seed(keyed.key(5, "dropout", step, 0))
+        batch = batches.batch(step)
+        progress = Progress(step, r.steps, step / 3, 5, batch["row"], torch.device("cpu"))
+        loss = plain(batch, progress)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.body.parameters(), 1.0)
+        optimizer.step()
+        plain.after_step(progress)
+        losses.append(loss.item())
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
+    rows = rows_of(run)
+    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["epoch"] == 4
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["lr"] for row in rows] == [r.lr_at(step) for step in range(12)] and rows[0]["lr"] == 0
+    assert all(row["fixed"] == 2 and row["half"] == pytest.approx(row["loss"] / 2) for row in rows)
+    assert set(rows[0]) == {"step", "epoch", "lr", "loss", "half", "fixed", "grad_norm"}
+    assert run.summary["images_seen"] == 12 * BATCH and run.summary["effective_epochs"] == 4
+    assert run.summary["final_loss"] == rows[-1]["loss"] and run.summary["precision"] == "fp32"
+
+
+def test_flops_per_image_counts_forward_and_backward(tmp_path):
+    run = make_run(tmp_path)
+    fit(Toy(), ToyBatches(), recipe(), run, seed=5)
+    student = 2 * (6 * 8 + 8 * 1)  # forward of the trained layers; the teacher's is the same
+    first_layer_input = 2 * 6 * 8  # the input needs no gradient
+    assert run.summary["flops_per_image"] == student * 4 - first_layer_input
+
+
+def test_accumulation_is_the_mean_over_the_whole_batch(tmp_path):
+    whole, parts = Toy(dropout=0.0), Toy(dropout=0.0)
+    fit(whole, ToyBatches(), recipe(), make_run(tmp_path / "a"), seed=5)
+    fit(parts, ToyBatches(micro=2), recipe(), make_run(tmp_path / "b"), seed=5)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, msg=name)
+    assert parts.seen[:4] == [(0, [0, 1]), (0, [2, 3]), (0, [4, 5]), (0, [6, 7])]
+    assert parts.centre == whole.centre  # after_step once per optimiser step
+
+
+def test_history_has_at_most_200_rows_of_means(tmp_path):
+    fine, coarse = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    fit(Toy(), ToyBatches(), recipe(epochs=60), fine, seed=5)
+    fit(Toy(), ToyBatches(), recipe(epochs=100), coarse, seed=5)
+    assert len(rows_of(fine)) == 180
+    rows = rows_of(coarse)
+    assert [row["step"] for row in rows] == list(range(2, 301, 2))
+    assert json.loads((coarse.out / "history.jsonl").read_text().splitlines()[0])["fixed"] == 2
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 5, 10])
+def test_a_signal_saves_and_the_next_start_ends_with_the_same_bytes(tmp_path, stop_at):
+    straight, run = Toy(), make_run(tmp_path / "straight")
+    # 300 steps: two per row, so that a stop falls between rows
+    fit(straight, ToyBatches(), recipe(epochs=100), run, seed=5)
+
+    def act(step):
+        if step == stop_at and not again.work.joinpath("told").exists():
+            again.work.joinpath("told").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    again = make_run(tmp_path / "again")
+    stopped = Toy(act=act)
+    with pytest.raises(SystemExit) as stop:
+        fit(stopped, ToyBatches(), recipe(epochs=100), again, seed=5)
+    assert stop.value.code == 143 and stopped.seen[-1][0] == stop_at
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not (again.out / "history.jsonl").exists()
+    with open(again.work / "history.jsonl", "a") as file:
+        file.write('{"step": 999, "a line": "after the checkpoint"')
+    resumed = Toy()
+    torch.manual_seed(987)
+    fit(resumed, ToyBatches(), recipe(epochs=100), again, seed=5)
+    assert resumed.seen[0][0] == stop_at + 1
+    assert state_bytes(resumed) == state_bytes(straight)
+    assert (again.out / "history.jsonl").read_bytes() == (run.out / "history.jsonl").read_bytes()
+    assert again.summary["flops_per_image"] == run.summary["flops_per_image"]
+
+
+def test_interrupt_exits_130(tmp_path):
+    module = Toy(act=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None)
+    with pytest.raises(SystemExit) as stop:
+        fit(module, ToyBatches(), recipe(), make_run(tmp_path), seed=5)
+    assert stop.value.code == 130
+
+
+def test_a_finished_training_is_not_repeated(tmp_path):
+    run = make_run(tmp_path)
+    first = Toy()
+    fit(first, ToyBatches(), recipe(), run, seed=5)
+    before = (run.out / "history.jsonl").read_bytes()
+    (run.out / "history.jsonl").unlink()
+    second = Toy()
+    fit(second, ToyBatches(), recipe(), run, seed=5)
+    assert second.seen == [] and state_bytes(second) == state_bytes(first)
+    assert (run.out / "history.jsonl").read_bytes() == before
+
+
+def test_several_trainings_of_one_stage_keep_apart(tmp_path):
+    run = make_run(tmp_path)
+    fit(Toy(), ToyBatches(), recipe(), run, seed=5, name="lr-1")
+    other = Toy()
+    fit(other, ToyBatches(), recipe(), run, seed=5, name="lr-2")
+    assert other.seen[0][0] == 0 and set(run.summary) == {"lr-1", "lr-2"}
+    assert (run.out / "lr-1-history.jsonl").read_bytes() == (run.out / "lr-2-history.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "text"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    folder = Checkpoint(tmp_path)
+    for step in (1, 2):
+        folder.save({"step": step, "model": {"w": torch.full((100,), float(step))}})
+    data = bytearray(folder.path.read_bytes())
+    place = bytes(data).index(torch.full((100,), 2.0).numpy().tobytes())
+    damaged = {
+        "truncated": data[:-200],
+        "empty": b"",
+        "text": b"hello",
+        "flipped": data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :],
+    }[damage]
+    folder.path.write_bytes(damaged)
+    with pytest.warns(UserWarning, match="unreadable checkpoint"):
+        assert folder.load()["step"] == 1
+    folder.previous.write_bytes(b"")
+    with pytest.warns(UserWarning):
+        assert folder.load() is None
+
+
+def test_checkpoint_never_runs_code_and_survives_a_kill_between_its_renames(tmp_path):
+    folder = Checkpoint(tmp_path)
+    folder.save({"step": 1})
+    folder.save({"step": 2})
+    os.replace(folder.path, tmp_path / "gone")  # killed after the old one moved away, before the new one came
+    (tmp_path / "checkpoint.77.tmp").write_bytes(b"half")
+    assert folder.load() == {"step": 1}
+    assert not list(tmp_path.glob("*.tmp"))
+    torch.save({"format": 1, "crc": 0, "state": Path("x")}, folder.path)
+    with pytest.warns(UserWarning, match="weights_only|Weights only|GLOBAL"):
+        assert folder.load() == {"step": 1}
+
+
+def test_crc_sees_every_part():
+    base = {"a": torch.arange(3), "b": [1, {"c": 2.5}], "d": None}
+    seen = {
+        checkpoints.crc(value)
+        for value in (
+            base,
+            {**base, "a": torch.arange(1, 4)},
+            {**base, "b": [1, {"c": 2.0}]},
+            {**base, "b": [1, {"x": 2.5}]},
+            {**base, "d": 0},
+        )
+    }
+    assert len(seen) == 5 and checkpoints.crc(base) == checkpoints.crc({**base, "a": torch.arange(3)})
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    run = make_run(tmp_path)
+    monkeypatch.setattr(checkpoints.os, "fsync", lambda handle: None)
+    monkeypatch.setattr(Checkpoint, "save", full)
+    fit(Toy(), ToyBatches(), recipe(), run, seed=5)
+    assert "checkpoint not written" in capsys.readouterr().err and len(rows_of(run)) == 12
+
+
+def test_nan_in_the_data_names_step_and_term_and_dumps_the_batch(tmp_path):
+    run = make_run(tmp_path)
+    with pytest.raises(NonFiniteError) as error:
+        fit(Toy(), ToyBatches(micro=2, poison=7), recipe(save_minutes=0), run, seed=5)
+    message = str(error.value)
+    assert "step 7 of 12" in message and "half, grad_norm, loss" not in message and "half" in message
+    assert "non-finite numbers in view" in message and "nan-batch.pt" in message
+    dump = torch.load(run.work / "nan-batch.pt", weights_only=True)
+    assert dump["step"] == 7 and dump["micro"] == 0 and dump["batch"]["view"].isnan().sum() == 1
+    assert not (run.out / "history.jsonl").exists()
+    state = Checkpoint(run.work).load()
+    assert state["step"] == 7 and all(value.isfinite().all() for value in state["model"].values())
+    assert "NaN" not in (run.work / "history.jsonl").read_text()
+
+
+def test_nan_gradient_of_a_finite_loss_is_found_too(tmp_path):
+    class Root(Toy):
+        def forward(self, batch, progress):
+            found = super().forward(batch, progress)
+            if progress.step == 4:
+                found["loss"] = (
+                    found["loss"] + (self.body[0].bias * 0).sum().sqrt()
+                )  # 0, with an infinite slope
+            return found
+
+    with pytest.raises(NonFiniteError, match="grad_norm became NaN or infinite at step 4.*\n.*\n.*lower lr"):
+        fit(Root(), ToyBatches(), recipe(), make_run(tmp_path), seed=5)
+
+
+def test_a_term_that_is_not_in_the_loss_is_guarded(tmp_path):
+    class Extra(Toy):
+        def forward(self, batch, progress):
+            return {
+                **super().forward(batch, progress),
+                "entropy": float("inf") if progress.step == 3 else 1.0,
+            }
+
+    with pytest.raises(NonFiniteError, match="entropy became NaN or infinite at step 3"):
+        fit(Extra(), ToyBatches(), recipe(), make_run(tmp_path), seed=5)
+
+
+def test_a_checkpoint_is_never_written_with_a_bad_weight(tmp_path):
+    class Broken(Toy):
+        def after_step(self, progress):
+            if progress.step == 5:
+                self.body[3].weight.data[0, 0] = float("inf")
+
+    run = make_run(tmp_path)
+    with pytest.raises(NonFiniteError, match=r"weight body\.3\.weight"):
+        fit(Broken(), ToyBatches(), recipe(save_minutes=0), run, seed=5)
+    assert Checkpoint(run.work).load()["step"] == 5
+
+
+def test_before_step_sees_gradients_and_param_groups_are_used(tmp_path):
+    class Hooked(Toy):
+        def param_groups(self, weight_decay):
+            return [
+                {"params": self.body[0].parameters(), "weight_decay": weight_decay, "lr_scale": 0.0},
+                {"params": self.body[3].parameters(), "weight_decay": 0.0, "lr_scale": 1.0},
+            ]
+
+        def before_step(self, progress):
+            assert self.body[3].weight.grad is not None
+            self.body[3].bias.grad = None
+
+    module, fresh = Hooked(), Hooked()
+    fit(module, ToyBatches(), recipe(), make_run(tmp_path), seed=5)
+    assert torch.equal(module.body[0].weight, fresh.body[0].weight)  # lr scale 0
+    assert torch.equal(module.body[3].bias, fresh.body[3].bias)  # gradient taken away
+    assert not torch.equal(module.body[3].weight, fresh.body[3].weight)
+
+
+def test_forward_without_loss_is_an_error(tmp_path):
+    class Silent(Toy):
+        def forward(self, batch, progress):
+            return {"los": torch.zeros(())}
+
+    with pytest.raises(KeyError, match="without 'loss'"):
+        fit(Silent(), ToyBatches(), recipe(), make_run(tmp_path), seed=5)
+
+
+def test_progress_is_keyed_by_row_and_step():
+    def progress(step, rows):
+        return Progress(step, 10, 0.5, 3, torch.tensor(rows), torch.device("cpu"))
+
+    whole = progress(4, [0, 1, 2, 3]).uniform("mask", 5)
+    assert torch.equal(whole[2:], progress(4, [2, 3]).uniform("mask", 5))
+    assert not torch.equal(whole, progress(5, [0, 1, 2, 3]).uniform("mask", 5))
+    assert not torch.equal(whole, progress(4, [0, 1, 2, 3]).uniform("other", 5))
+    draws = [torch.rand(3, generator=progress(4, rows).generator("mix")) for rows in ([0], [1])]
+    assert torch.equal(*draws) and progress(4, [0]).fraction == 0.4
+
+
+DISTRIBUTED = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {root!r})
+sys.path.insert(0, {tests!r})
+from test_loop import BATCH, Toy, ToyBatches, make_run, recipe
+from stages.kit import dist
+from stages.kit.loop import fit
+torch.set_num_threads(1)
+
+class Half(ToyBatches):
+    def batch(self, step, micro_step=0):
+        whole, half = super().batch(step), BATCH // 4
+        part = slice((2 * dist.rank() + micro_step) * half, (2 * dist.rank() + micro_step + 1) * half)
+        return {{name: value[part] for name, value in whole.items()}}
+
+batches = Half()
+batches.accumulate = 2
+module, run = Toy(dropout=0.0), make_run(Path({folder!r}))
+fit(module, batches, recipe(), run, seed=5)
+assert dist.agree(dist.rank()) == 1 and dist.gather(torch.tensor([dist.rank()])).tolist() == [0, 1]
+torch.save(module.state_dict(), Path({folder!r}) / f"rank{{dist.rank()}}.pt")
+dist.stop()
+"""
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    alone, run = Toy(dropout=0.0), make_run(tmp_path / "alone")
+    fit(alone, ToyBatches(), recipe(), run, seed=5)
+    script = tmp_path / "two.py"
+    two = tmp_path / "two"
+    script.write_text(DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(two)))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    states = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(states[0][name], value, msg=name)
+        assert torch.equal(states[0][name], states[1][name])
+    ours = [json.loads(line) for line in (two / "out" / "history.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in rows_of(run)], rel=1e-4)
