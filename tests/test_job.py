@@ -1,0 +1,371 @@
+"""A job's first and last acts: clean output, one process, a manifest only when all went well."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+from conftest import tiny_content, write_params
+
+from stages.kit import job as jobs
+from stages.kit.job import JobError, running, write_atomic, write_json
+from workflow.plan import load
+from workflow.plugins import ROOT
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return load(write_params(tmp_path, tiny_content()), tmp_path / "results")
+
+
+def finish(plan, id: str, **summary) -> None:
+    with running(plan.jobs[id], plan) as run:
+        write_atomic(run.out / "value", "x")
+        run.summary.update(summary)
+
+
+# ----------------------------------------------------------------------------------------------- whole or not
+
+
+def test_a_finished_job_leaves_a_complete_manifest(plan, capsys):
+    with running(plan.jobs["data"], plan) as run:
+        assert run.work == plan.results.parent / "work" / plan.jobs["data"].fingerprint and run.work.is_dir()
+        write_atomic(run.out / "train/images", b"123")
+        write_json(run.out / "data.json", {"a": (1, 2)})
+        (run.work / "checkpoint").write_text("x")
+        run.summary.update(images=48, share=0.123456)
+        assert not run.job.manifest.exists()
+    manifest = plan.manifest("data")
+    assert manifest["fingerprint"] == plan.jobs["data"].fingerprint and manifest["job"] == "data"
+    assert manifest["outputs"] == {
+        "data.json": hashlib.sha256((run.out / "data.json").read_bytes()).hexdigest(),
+        "train/images": hashlib.sha256(b"123").hexdigest(),
+    }
+    assert manifest["params"]["data"]["image_size"] == 16
+    assert (
+        manifest["code"]["stages/data.py"]
+        == hashlib.sha256((ROOT / "stages/data.py").read_bytes()).hexdigest()
+    )
+    assert manifest["environment"]["python"] == sys.version.split()[0] and manifest["environment"]["torch"]
+    assert manifest["wall_s"] >= 0 and manifest["peak_memory_mb"] > 10 and manifest["threads"] >= 1
+    assert manifest["summary"] == {"images": 48, "share": 0.123456}
+    assert set(manifest) >= {"stage", "name", "inputs", "git", "device", "created"}
+    assert not run.work.exists() and plan.fresh("data")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("data: images=48 share=0.1235 (")
+
+
+def test_starting_again_clears_the_manifest_first_and_then_the_rest(plan):
+    finish(plan, "data")
+    (plan.jobs["data"].output / "old/deep").mkdir(parents=True)
+    with running(plan.jobs["data"], plan) as run:
+        assert list(run.out.iterdir()) == []
+        write_atomic(run.out / "value", "x")
+    assert list(plan.manifest("data")["outputs"]) == ["value"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(143), KeyboardInterrupt()])
+def test_an_error_passes_through_and_leaves_no_manifest(plan, error):
+    finish(plan, "data")
+    with pytest.raises(type(error)), running(plan.jobs["data"], plan) as run:
+        (run.work / "checkpoint").write_text("step 3")
+        write_atomic(run.out / "half", "x")
+        raise error
+    assert not plan.jobs["data"].manifest.exists() and not plan.fresh("data")
+    assert (run.work / "checkpoint").read_text() == "step 3", "work in progress stays for the next attempt"
+    with running(plan.jobs["data"], plan) as run:
+        assert (run.work / "checkpoint").exists() and not (run.out / "half").exists()
+
+
+def test_inputs_come_from_finished_jobs_only(plan):
+    with (
+        pytest.raises(
+            JobError, match=r"needs data, but .*manifest.json does not exist.*python -m stages.data"
+        ),
+        running(plan.jobs["pretrain/mae-s0"], plan) as run,
+    ):
+        run.input("data")
+    finish(plan, "data")
+    with running(plan.jobs["pretrain/mae-s0"], plan) as run:
+        assert run.input("data") == plan.jobs["data"].output
+        with pytest.raises(KeyError):
+            run.input("target/vqkd")
+    assert plan.manifest("pretrain/mae-s0")["inputs"] == {"data": plan.jobs["data"].fingerprint}
+
+
+def test_commands_are_those_of_the_engines(plan):
+    assert jobs.command(plan.jobs["report"]) == "python -m stages.report"
+    assert jobs.command(plan.jobs["target/vqkd"]) == "python -m stages.target --name vqkd"
+    assert (
+        jobs.command(plan.jobs["transfer/mae-s0/knn"]) == "python -m stages.transfer --run mae-s0 --task knn"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- real kills
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {root!r})
+from workflow.plan import load
+from stages.kit.job import running, write_atomic
+plan = load({params!r}, {results!r})
+with running(plan.jobs["data"], plan) as run:
+    write_atomic(run.out / "value", "x")
+    (run.work / "checkpoint").write_text("x")
+    print("inside", flush=True)
+    time.sleep({seconds})
+"""
+
+
+@contextlib.contextmanager
+def process(plan, seconds: float = 60):
+    """Another process in the middle of the job "data"."""
+    code = SCRIPT.format(
+        root=str(ROOT), params=str(plan.params_file), results=str(plan.results), seconds=seconds
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout.readline() == "inside\n", child.stderr.read()
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.parametrize(
+    "sign, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)]
+)
+def test_a_killed_job_leaves_no_manifest_and_can_start_again(plan, sign, code):
+    finish(plan, "data")
+    with process(plan) as child:
+        child.send_signal(sign)
+        assert child.wait(30) == code
+    assert not plan.jobs["data"].manifest.exists()
+    assert (plan.results.parent / "work" / plan.jobs["data"].fingerprint / "checkpoint").exists()
+    finish(plan, "data")
+    assert plan.fresh("data")
+
+
+def test_the_same_job_twice_at_once_is_refused(plan):
+    with process(plan):
+        value = plan.jobs["data"].output / "value"
+        with pytest.raises(JobError, match="data is running already in another process"):
+            finish(plan, "data")
+        assert value.exists(), "the other one's output is not touched"
+        finish(plan, "target/teacher")
+
+
+# ------------------------------------------------------------------------------------------------ a full disk
+
+
+def full(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, monkeypatch, step):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    monkeypatch.setattr(jobs.os, step, full)
+    with pytest.raises(JobError, match="the disk is full .*Make room"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_inside_a_job_is_said_clearly(plan):
+    with pytest.raises(JobError, match="disk is full"), running(plan.jobs["data"], plan):
+        full()
+    assert not plan.jobs["data"].manifest.exists()
+
+
+def test_a_full_disk_at_the_manifest(plan, monkeypatch):
+    with pytest.raises(JobError, match="disk is full"), running(plan.jobs["data"], plan):
+        monkeypatch.setattr(jobs.os, "replace", full)
+    assert list(plan.jobs["data"].output.iterdir()) == []
+
+
+def test_other_errors_of_writing_leave_nothing_either(tmp_path):
+    with pytest.raises(TypeError):
+        write_atomic(tmp_path / "file", 3)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "file", {"a": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_always_valid(tmp_path):
+    import numpy as np
+
+    write_json(
+        tmp_path / "a.json",
+        {"nan": float("nan"), "inf": [float("inf")], "np": np.float32(0.5), "t": (1, 2), 3: Path("x")},
+    )
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "nan": None,
+        "inf": [None],
+        "np": 0.5,
+        "t": [1, 2],
+        "3": "x",
+    }
+
+
+def test_files_get_the_permissions_of_ordinary_ones(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "file", "x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+# --------------------------------------------------------------------------------------------- around the job
+
+
+def test_tracking_never_stops_a_job(tmp_path, monkeypatch, capsys):
+    plan = load(write_params(tmp_path, tiny_content(compute__tracking=True)), tmp_path / "results")
+    from stages.kit import track
+
+    monkeypatch.setattr(track, "start", lambda run: 1 / 0)
+    finish(plan, "data")
+    assert plan.fresh("data") and "not tracked: division by zero" in capsys.readouterr().err
+
+    closed = []
+
+    class Tracker:
+        def close(self, status):
+            closed.append((status, plan.jobs["data"].manifest.exists()))
+            raise RuntimeError("server gone")
+
+    monkeypatch.setattr(track, "start", lambda run: Tracker())
+    finish(plan, "data")
+    assert plan.fresh("data") and closed == [("FINISHED", True)], "told when the manifest is there"
+    with pytest.raises(ValueError), running(plan.jobs["data"], plan):
+        raise ValueError
+    with pytest.raises(SystemExit), running(plan.jobs["data"], plan):
+        sys.exit(130)
+    assert [s for s, _ in closed] == ["FINISHED", "FAILED", "KILLED"]
+
+
+def test_no_library_reports_home():
+    for name, value in jobs.QUIET.items():
+        assert os.environ[name] == value or name in os.environ
+
+
+def test_errors_for_the_user_have_no_traceback(tmp_path):
+    path = write_params(tmp_path, tiny_content(methods__mae__mask_ratoi=1))
+    code = f"from stages.kit import job; from workflow.plan import load; load({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "mask_ratoi" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", "from stages.kit import job; 1 / 0"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "Traceback" in done.stderr
+
+
+def test_only_rank_0_touches_the_output(plan, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(jobs, "_barrier", lambda: None)
+    with running(plan.jobs["data"], plan):
+        pass
+    assert not plan.jobs["data"].output.exists()
+
+
+# ---------------------------------------------------------------------------------------------------- devices
+
+
+class Cuda:
+    """torch.cuda with two devices, of which nothing is started."""
+
+    def __init__(self, count=2):
+        self.count, self.chosen = count, None
+
+    def device_count(self):
+        return self.count
+
+    def is_initialized(self):
+        return False
+
+    def set_device(self, device):
+        self.chosen = device
+
+
+@pytest.fixture
+def cuda(monkeypatch, tmp_path):
+    import torch
+
+    fake = Cuda()
+    monkeypatch.setattr(torch, "cuda", fake)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return fake
+
+
+def test_the_cpu_without_cuda(cuda):
+    cuda.count = 0
+    with contextlib.ExitStack() as held:
+        assert str(jobs.choose_device("cpu", held)) == "cpu"
+        with pytest.raises(
+            JobError, match="compute.device: cuda is wanted, but torch .* sees no CUDA device"
+        ):
+            jobs.choose_device("cuda", held)
+
+
+def test_each_job_gets_a_gpu_of_its_own_and_gives_it_back(cuda):
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        assert (
+            str(jobs.choose_device("auto", first)) == "cuda:0" and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+        )
+        os.environ.pop("CUDA_VISIBLE_DEVICES")  # as in another process
+        assert (
+            str(jobs.choose_device("auto", second)) == "cuda:0" and os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+        )
+        second.close()
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    with contextlib.ExitStack() as third:
+        jobs.choose_device("auto", third)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_a_job_waits_for_a_free_gpu(cuda, monkeypatch, capsys):
+    cuda.count = 1
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        jobs.choose_device("cuda", first)
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        monkeypatch.setattr(jobs.time, "sleep", lambda _: first.close())
+        assert str(jobs.choose_device("cuda", second)) == "cuda:0"
+    assert "waiting for a GPU" in capsys.readouterr().err
+
+
+def test_named_devices_and_launchers(cuda, monkeypatch):
+    with contextlib.ExitStack() as held:
+        assert str(jobs.choose_device("cuda:1", held)) == "cuda:1"
+        with pytest.raises(JobError, match="cuda:7 is wanted, but there are 2"):
+            jobs.choose_device("cuda:7", held)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+        jobs.choose_device("cuda", held)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert str(jobs.choose_device("auto", held)) == "cuda:1"
+
+
+def test_torch_is_imported_only_for_a_device(plan):
+    code = SCRIPT.format(root=str(ROOT), params=str(plan.params_file), results=str(plan.results), seconds=0)
+    code += textwrap.dedent("""
+        assert "torch" not in sys.modules
+        assert str(run.device) == "cpu"
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

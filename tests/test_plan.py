@@ -1,0 +1,432 @@
+"""The plan: which job depends on what, what a change touches, why a job would run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import tiny_content, write_params
+
+from workflow import plan as planning
+from workflow.plan import STALE, code_files, load, runs_text
+from workflow.plugins import ROOT, ParamsError
+
+MAE = {
+    "pretrain/mae-s0",
+    "transfer/mae-s0/knn",
+    "transfer/mae-s0/linear",
+    "transfer/mae-s0/finetune",
+    "report",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The project's stages in a folder where they can be edited."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "workflow").mkdir()
+    return folder
+
+
+def plan_of(folder: Path, root: Path = ROOT, **changes):
+    return load(write_params(folder, tiny_content(**changes)), folder / "results", root)
+
+
+def changed(before, after) -> set[str]:
+    ids = {*before.jobs, *after.jobs}
+    return {
+        i
+        for i in ids
+        if i not in before.jobs
+        or i not in after.jobs
+        or before.jobs[i].fingerprint != after.jobs[i].fingerprint
+    }
+
+
+def finish(plan, *ids: str) -> None:
+    """What running these jobs leaves behind, without the work."""
+    for id in ids or plan.jobs:
+        job = plan.jobs[id]
+        job.output.mkdir(parents=True, exist_ok=True)
+        for file in job.files[1:]:
+            file.write_text("x")
+        (job.output / "value").write_text("x")
+        inputs = {i: plan.jobs[i].fingerprint for i in job.inputs}
+        content = {
+            "fingerprint": job.fingerprint,
+            "params": job.params,
+            "code": job.hashes,
+            "inputs": inputs,
+            "outputs": {"value": ""},
+        }
+        job.manifest.write_text(json.dumps(content))
+
+
+# ------------------------------------------------------------------------------------------------------- jobs
+
+
+def test_jobs_inputs_and_folders(tmp_path):
+    plan = plan_of(tmp_path, grid__seeds=[0, 3])
+    assert [i for i in plan.jobs if i.startswith(("data", "target", "pretrain"))] == [
+        "data", "target/teacher", "target/vqkd",
+        *(f"pretrain/{r}-s{s}" for r in ("mae", "beitv2", "random", "supervised") for s in (0, 3)),
+    ]  # fmt: skip
+    jobs = plan.jobs
+    assert jobs["target/vqkd"].inputs == ("data", "target/teacher")
+    assert jobs["pretrain/beitv2-s3"].inputs == ("data", "target/vqkd")
+    assert jobs["transfer/mae-s3/knn"].inputs == ("data", "pretrain/mae-s3")
+    assert set(jobs["report"].inputs) == set(jobs) - {"report"}
+    assert jobs["transfer/mae-s3/knn"].output == tmp_path / "results/transfer/mae-s3/knn"
+    assert jobs["pretrain/mae-s3"].params["seed"] == 3
+    for number, job in enumerate(jobs.values()):
+        assert all(list(jobs).index(i) < number for i in job.inputs), "inputs come first"
+        assert len(job.fingerprint) == 64
+        json.dumps(job.params)
+    assert len({j.fingerprint for j in jobs.values()}) == len(jobs)
+
+
+def test_targets_that_no_run_needs_are_left_out(tmp_path):
+    plan = plan_of(tmp_path, grid={"runs": {"mae": {"method": "mae"}}})
+    assert not [i for i in plan.jobs if i.startswith("target")]
+
+
+def test_what_the_report_is_told_about_labels(tmp_path):
+    targets = {"teacher": {"kind": "pretrained"}, "vqkd": {"kind": "vqkd", "upstream": "teacher"}}
+    runs = plan_of(tmp_path, targets=targets).jobs["report"].params["runs"]
+    assert runs["supervised-s0"]["labels"] and not runs["beitv2-s0"]["labels"]
+    assert runs["beitv2-s0"]["target"] == "vqkd" and runs["beitv2-s0"]["label_targets"] == ["teacher"]
+    assert runs["mae-s0"] == {
+        "run": "mae",
+        "method": "mae",
+        "seed": 0,
+        "target": None,
+        "labels": False,
+        "trains": True,
+        "label_targets": [],
+    }
+    assert runs["random-s0"]["trains"] is False
+
+
+def test_the_same_params_give_the_same_fingerprints(tmp_path):
+    one, two = plan_of(tmp_path / "a"), plan_of(tmp_path / "b")
+    assert not changed(one, two)
+    explicit = plan_of(
+        tmp_path / "c", methods__mae={"mask_ratio": 0.75}, compute={"workers": 3, "tracking": True}
+    )
+    assert not changed(one, explicit), "writing a default, or how to run, changes nothing"
+
+
+# -------------------------------------------------------------------------------------- what a change touches
+
+
+RUNS = ("mae", "beitv2", "random", "supervised")
+TOUCHES = [
+    ({"methods__mae__mask_ratio": 0.5}, MAE),
+    ({"grid__runs__mae__set": {"epochs": 3}}, MAE),
+    ({"tasks__knn__k": [4]}, {*(f"transfer/{r}-s0/knn" for r in RUNS), "report"}),
+    ({"targets__vqkd__codes": 8}, {"target/vqkd", *(j.replace("mae", "beitv2") for j in MAE)}),
+    ({"experiment": "other"}, {"report"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, touched", TOUCHES, ids=[next(iter(c)) for c, _ in TOUCHES])
+def test_a_change_touches_what_depends_on_it_and_nothing_else(tmp_path, changes, touched):
+    assert changed(plan_of(tmp_path / "a"), plan_of(tmp_path / "b", **changes)) == touched
+
+
+@pytest.mark.parametrize("changes", [{"data__seed": 1}, {"data__options": {"train": 40}}])
+def test_data_touches_all(tmp_path, changes):
+    before = plan_of(tmp_path / "a")
+    assert changed(before, plan_of(tmp_path / "b", **changes)) == set(before.jobs)
+
+
+def test_one_more_seed_or_run_touches_no_other_run(tmp_path):
+    before = plan_of(tmp_path / "a")
+    more = changed(before, plan_of(tmp_path / "b", grid__runs__mae__seeds=[0, 1]))
+    assert more == {
+        "pretrain/mae-s1",
+        *(f"transfer/mae-s1/{t}" for t in ("knn", "linear", "finetune")),
+        "report",
+    }
+
+
+def edited(root: Path, path: str):
+    """Append a comment to a file (or make it) for the time of a test."""
+
+    class Edit:
+        def __enter__(self):
+            self.file = root / path
+            self.text = self.file.read_text() if self.file.exists() else None
+            self.file.write_text((self.text or "") + "\n# edited\n")
+
+        def __exit__(self, *_):
+            self.file.unlink() if self.text is None else self.file.write_text(self.text)
+
+    return Edit()
+
+
+def test_code_is_part_of_what_uses_it(tmp_path, root):
+    before = plan_of(tmp_path, root)
+    everything = set(before.jobs)
+    training = everything - {"data", "report"}
+    cases = {
+        "stages/methods/mae.py": MAE,
+        "stages/tasks/knn.py": {i for i in everything if i.endswith("/knn")} | {"report"},
+        "stages/transfer.py": {i for i in everything if i.startswith("transfer")} | {"report"},
+        "stages/kit/loop.py": training | {"report"},
+        "stages/kit/store.py": everything,
+        "stages/kit/new_file.py": training | {"report"},
+        "stages/sources/shapes.py": everything,
+        "stages/sources/folder.py": set(),
+        "stages/kit/track.py": set(),
+        "stages/report.py": {"report"},
+        "stages/templates/new.html": {"report"},
+        "stages/methods/new_method.py": set(),
+    }
+    for path, touched in cases.items():
+        with edited(root, path):
+            assert changed(before, plan_of(tmp_path, root)) == touched, path
+    assert not changed(before, plan_of(tmp_path, root))
+
+
+def test_a_new_method_is_one_new_file(tmp_path, root):
+    with edited(root, "stages/methods/fresh.py"):
+        (root / "stages/methods/fresh.py").write_text(
+            "@dataclass(frozen=True)\nclass Config:\n    depth: int = 3\n"
+        )
+        plan = plan_of(tmp_path, root, methods__fresh={}, grid__runs__fresh={"method": "fresh"})
+    assert plan.jobs["pretrain/fresh-s0"].params["method"] == {
+        "name": "fresh",
+        "config": {"depth": 3},
+        "labels": False,
+        "trains": True,
+    }
+    assert "stages/methods/fresh.py" in plan.jobs["pretrain/fresh-s0"].hashes
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of stages that a file imports, anywhere in it, as paths."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stages"):
+            base = node.module.replace(".", "/")
+            found |= {f"{base}/{a.name}.py" for a in node.names if (ROOT / f"{base}/{a.name}.py").exists()}
+            found |= {p for p in (f"{base}.py", f"{base}/__init__.py") if (ROOT / p).exists()}
+    return {p for p in found if p not in ("stages/__init__.py", "stages/kit/__init__.py")}
+
+
+@pytest.mark.parametrize("source", ["shapes", "folder:x", "parquet:x", "hub:x"])
+def test_a_jobs_code_holds_all_that_it_imports(tmp_path, source):
+    (tmp_path / "x").mkdir()
+    name, colon, _ = source.partition(":")
+    plan = plan_of(tmp_path, data={"source": f"{name}:{tmp_path / 'x'}" if colon else name, "options": {}})
+    if colon:
+        content = tiny_content()
+        content["data"] = {"source": f"{name}:{tmp_path / 'x'}", "image_size": 16}
+        plan = load(write_params(tmp_path, content), tmp_path / "results")
+    allowed = {"stages/kit/track.py"}
+    for job in plan.jobs.values():
+        # the report may read what others wrote with the kit; its own code is what makes its pages
+        reads = {"stages/kit/job.py", "stages/kit/store.py"} if job.stage == "report" else set()
+        others = (
+            {f"stages/{f}/__init__.py" for f in ("targets", "methods")}
+            if job.stage in ("pretrain", "target")
+            else set()
+        )
+        for path in job.hashes:
+            if path.endswith(".py"):
+                assert imports(ROOT / path) <= set(job.hashes) | allowed | reads | others, f"{job.id}: {path}"
+
+
+# ------------------------------------------------------------------------------------------ what lies on disk
+
+
+def test_fresh_means_complete_and_made_by_this_plan(tmp_path):
+    plan = plan_of(tmp_path)
+    assert not plan.fresh("data") and plan.manifest("data") is None
+    finish(plan)
+    assert all(plan.fresh(i) for i in plan.jobs)
+    (plan.jobs["data"].output / "value").unlink()
+    assert not plan.fresh("data")
+    plan.jobs["report"].manifest.write_text("{ half")
+    assert plan.manifest("report") is None and not plan.fresh("report")
+    other = plan_of(tmp_path, methods__mae__mask_ratio=0.5)
+    assert {i for i in other.jobs if not other.fresh(i)} == MAE | {"data", "report"}
+
+
+def stamps(plan) -> dict[str, int]:
+    return {i: j.manifest.stat().st_mtime_ns for i, j in plan.jobs.items() if j.manifest.exists()}
+
+
+def test_reconcile_orders_fresh_ones_and_ages_stale_ones(tmp_path):
+    plan = plan_of(tmp_path)
+    finish(plan)
+    now = (ROOT / "stages/data.py").stat().st_mtime_ns
+    for number, job in enumerate(
+        reversed(plan.jobs.values())
+    ):  # as a checkout may leave them: outputs before inputs
+        for file in job.files:
+            os.utime(file, ns=(now, now + number * 10**9 + 1))
+    plan.reconcile()
+    times = stamps(plan)
+    assert all(times[i] >= times[d] for i, j in plan.jobs.items() for d in j.inputs)
+    assert all(f.stat().st_mtime_ns >= times["data"] for f in plan.jobs["report"].files)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    plan.reconcile()
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}, "twice is once"
+
+    other = plan_of(tmp_path, methods__mae__mask_ratio=0.5)
+    other.reconcile()
+    assert {i for i, t in stamps(other).items() if t == STALE} == MAE
+    plan.reconcile()
+    times = stamps(plan)
+    assert STALE not in times.values() and all(
+        times[i] >= times[d] for i, j in plan.jobs.items() for d in j.inputs
+    )
+
+
+def test_reconcile_leaves_contents_and_unfinished_jobs_alone(tmp_path):
+    plan = plan_of(tmp_path)
+    finish(plan, "data", "target/teacher")
+    running = plan.jobs["pretrain/mae-s0"].output
+    running.mkdir(parents=True)
+    (running / "history.jsonl").write_text("{}")
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in running.rglob("*")}
+    plan.reconcile()
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in running.rglob("*")} == before
+
+
+def test_leftovers_are_listed_and_pruned_only_on_request(tmp_path):
+    plan = plan_of(tmp_path)
+    finish(plan)
+    smaller = plan_of(tmp_path, grid={"runs": {"random": {"method": "random"}}}, tasks={"knn": {}})
+    names = {str(p.relative_to(tmp_path / "results")) for p in smaller.leftovers}
+    assert {
+        "target/vqkd",
+        "pretrain/mae-s0",
+        "transfer/mae-s0/knn",
+    } <= names and "pretrain/random-s0" not in names
+    smaller.reconcile()
+    assert plan.jobs["pretrain/mae-s0"].manifest.exists()
+    planning.prune(smaller)
+    assert (
+        not plan.jobs["pretrain/mae-s0"].output.exists() and plan.jobs["pretrain/random-s0"].manifest.exists()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- explain
+
+
+def test_explain_says_which_key_file_or_input(tmp_path, root):
+    plan = plan_of(tmp_path, root)
+    assert "pretrain/mae-s0 would run because it has not been run" in plan.explain("pretrain/mae-s0")
+    finish(plan)
+    assert all(plan.explain(i) == f"{i} is up to date." for i in plan.jobs)
+
+    def say(id, **changes):
+        return plan_of(tmp_path, root, **changes).explain(id)
+
+    assert (
+        say("pretrain/mae-s0", methods__mae__mask_ratio=0.5)
+        == "pretrain/mae-s0 would run because methods.mae.mask_ratio changed from 0.75 to 0.5."
+    )
+    assert "grid.runs.mae.set.mask_ratio changed from 0.75 to 0.6" in say(
+        "pretrain/mae-s0", grid__runs__mae__set={"mask_ratio": 0.6}
+    )
+    assert "methods.mae.epochs changed from 1 to 2" in say("pretrain/mae-s0", methods__mae__epochs=2)
+    assert "train.epochs changed from 1 to 3" in say("pretrain/mae-s0", train__epochs=3)
+    assert "tasks.knn.k changed from [3] to [5]" in say("transfer/mae-s0/knn", tasks__knn__k=[5])
+    assert "targets.vqkd.codes changed" in say("target/vqkd", targets__vqkd__codes=8)
+    assert "data.options.train changed from 48 to 32" in say("data", data__options={"train": 32})
+    assert "its input data would run (data.options.train changed" in say(
+        "pretrain/mae-s0", data__options={"train": 32}
+    )
+    assert say("pretrain/beitv2-s0", methods__mae__mask_ratio=0.5) == "pretrain/beitv2-s0 is up to date."
+    with edited(root, "stages/methods/mae.py"):
+        assert say("pretrain/mae-s0") == "pretrain/mae-s0 would run because stages/methods/mae.py was edited."
+    with edited(root, "stages/kit/extra.py"):
+        assert "stages/kit/extra.py was added" in say("pretrain/mae-s0")
+    (plan.jobs["pretrain/mae-s0"].output / "value").unlink()
+    assert "value is missing" in say("pretrain/mae-s0")
+    with pytest.raises(ParamsError, match="did you mean 'pretrain/mae-s0'"):
+        say("pretrain/mae-s00")
+
+
+def test_explain_knows_an_input_made_anew(tmp_path):
+    plan = plan_of(tmp_path)
+    finish(plan)
+    other = plan_of(tmp_path, methods__mae__mask_ratio=0.5)
+    finish(other, "pretrain/mae-s0")
+    assert (
+        other.explain("transfer/mae-s0/knn")
+        == "transfer/mae-s0/knn would run because its input pretrain/mae-s0 is a newer one."
+    )
+
+
+# ------------------------------------------------------------------------------------------ files of the user
+
+
+def source_plan(tmp_path: Path):
+    content = tiny_content()
+    content["data"] = {"source": f"folder:{tmp_path / 'images'}", "image_size": 16}
+    return load(write_params(tmp_path, content), tmp_path / "results")
+
+
+def test_the_files_of_a_source_are_part_of_the_fingerprint(tmp_path):
+    with pytest.raises(ParamsError, match="data.source: .*images does not exist"):
+        source_plan(tmp_path)
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/1.png").write_bytes(b"1")
+    first = source_plan(tmp_path)
+    assert not changed(first, source_plan(tmp_path))
+    (tmp_path / "images/a/2.png").write_bytes(b"2")
+    second = source_plan(tmp_path)
+    assert changed(first, second) == set(first.jobs)
+    finish(second)
+    (tmp_path / "images/a/2.png").write_bytes(b"22")
+    assert f"what folder:{tmp_path / 'images'} holds changed" in source_plan(tmp_path).explain("data")
+    shutil.rmtree(tmp_path / "images")
+    with pytest.warns(UserWarning, match="is not there"):
+        assert not changed(second, source_plan(tmp_path)), "pulled results stay usable without their source"
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    path = str(write_params(tmp_path, tiny_content()))
+    files = ["--params", path, "--results", str(tmp_path / "results")]
+    before = (ROOT / "workflow/runs.yaml").read_bytes()
+    assert planning.main(files) == 0
+    assert "pretrain/mae-s0" in capsys.readouterr().out
+    finish(load(path, tmp_path / "results"), "data")
+    planning.main(files)
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["data"][0] == "fresh" and lines["report"][:2] == ["to", "run"]
+    assert planning.main([*files, "--explain", "data"]) == 0
+    assert capsys.readouterr().out == "data is up to date.\n"
+    assert planning.main([*files, "--explain", "dat"]) == 1
+    assert "did you mean 'data'" in capsys.readouterr().err
+    assert (ROOT / "workflow/runs.yaml").read_bytes() == before, "other params files leave runs.yaml alone"
+
+
+def test_committed_runs_follow_from_params():
+    expected = runs_text(load(ROOT / "params.yaml", ROOT / "results"))
+    assert (ROOT / "workflow/runs.yaml").read_text() == expected, "python -m workflow.plan"
+
+
+def test_code_files_skip_bytecode_and_other_things(tmp_path):
+    kit = tmp_path / "stages/kit"
+    (kit / "__pycache__").mkdir(parents=True)
+    for name in ("a.py", "track.py", "note.txt", "__pycache__/a.pyc"):
+        (kit / name).write_text("x")
+    assert code_files("stages/kit/", tmp_path) == ["stages/kit/a.py"]
+    with pytest.raises(ParamsError, match="stages/methods/mae.py: part of the code is missing"):
+        plan = object.__new__(planning.Plan)
+        plan.root, plan._files = tmp_path, {}
+        plan._hashes(("stages/methods/mae.py",))

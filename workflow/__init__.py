@@ -1,0 +1,1 @@
+"""The plan of an experiment: what params.yaml means, as jobs that both Snakemake and DVC run."""

@@ -1,0 +1,48 @@
+"""What the Snakefile needs beyond the plan: the machine's GPUs, and DVC's record of what Snakemake made."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from workflow.plan import Job, Plan
+
+
+def gpus(device: str) -> int:
+    """1 if jobs of this `compute.device` take a GPU of this machine, else 0. Does not import torch."""
+    if device in ("cpu", "mps") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return 0
+    return int(device.startswith("cuda") or any(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def stage_name(job: Job, plan: Plan) -> str:
+    """The name of a job's stage in dvc.yaml."""
+    if job.stage == "data":
+        return "data@data"
+    if job.stage == "target":
+        kind = "target_upstream" if plan.params.targets[job.name].get("upstream") else "target"
+        return f"{kind}@{job.name}"
+    if job.stage == "pretrain":
+        kind = "pretrain_target" if plan.params.grid.runs[job.params["run"]].target else "pretrain"
+        return f"{kind}@{job.name}"
+    return f"transfer@{job.name.replace('/', '-')}" if job.stage == "transfer" else job.stage
+
+
+def record(plan: Plan) -> bool:
+    """`dvc commit` the jobs that are finished, so that dvc.lock and DVC's cache follow. True if it did.
+
+    Does nothing without DVC or outside of a DVC repository; a failure is a warning: results are good without
+    it."""
+    if not (plan.root / ".dvc").is_dir() or importlib.util.find_spec("dvc") is None:
+        return False
+    fresh = [job for job in plan.jobs.values() if plan.fresh(job.id)]
+    names = [] if len(fresh) == len(plan.jobs) else ["plan", *(stage_name(job, plan) for job in fresh)]
+    command = [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *names]
+    environment = os.environ | {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1"}
+    done = subprocess.run(command, cwd=plan.root, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        print(f"warning: dvc.lock was not updated: {done.stderr.strip()[-500:]}", file=sys.stderr)
+    return done.returncode == 0

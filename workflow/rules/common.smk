@@ -1,0 +1,79 @@
+# The plan and what the rules share. No science here: params.yaml says what, workflow/plan.py how it hangs together.
+import os
+import subprocess
+import warnings
+from pathlib import Path
+
+from workflow.ledger import gpus, record
+from workflow.plan import load, write_runs
+from workflow.plugins import ParamsError
+
+PARAMS, RESULTS, PYTHON = config["params"], config["results"], sys.executable
+LOGS = (Path(RESULTS).parent / "logs").as_posix()
+DEFAULT = (PARAMS, RESULTS) == ("params.yaml", "results")
+# The command of a job is the same under both engines; other files than the default ones are named.
+FILES = "" if DEFAULT else f"--params {PARAMS!r} --results {RESULTS!r}"
+
+warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+try:
+    plan = load(PARAMS, RESULTS)
+except ParamsError as error:
+    raise WorkflowError(str(error)) from None
+
+if workflow.is_main_process:
+    plan.reconcile()
+    if DEFAULT:
+        write_runs(plan)
+
+TRAINING = {
+    "threads": plan.compute["threads"] or max(1, (workflow.cores or 4) // 4),
+    "gpu": gpus(plan.compute["device"]),
+}
+
+
+wildcard_constraints:
+    target=r"[a-z0-9][a-z0-9_-]*",
+    run=r"[a-z0-9][a-z0-9_-]*-s\d+",
+    task=r"[a-z0-9][a-z0-9_-]*",
+
+
+def manifests(id):
+    """The manifests that a job of the plan reads."""
+    if id not in plan.jobs:
+        raise WorkflowError(f"{PARAMS} has no job {id!r}; `python -m workflow.plan` lists the jobs")
+    return [plan.jobs[name].manifest for name in plan.jobs[id].inputs]
+
+
+def target_inputs(wildcards):
+    return manifests(f"target/{wildcards.target}")
+
+
+def pretrain_inputs(wildcards):
+    return manifests(f"pretrain/{wildcards.run}")
+
+
+def transfer_inputs(wildcards):
+    return manifests(f"transfer/{wildcards.run}/{wildcards.task}")
+
+
+def start_tracking():
+    """Create the MLflow store before jobs compete for it. Tracking never stops a run."""
+    if plan.compute["tracking"] and os.environ.get("MIMLAB_TRACKING") != "off":
+        try:
+            command = [PYTHON, "-m", "stages.kit.track", "--init", "--experiment", plan.experiment]
+            if plan.compute["tracking_uri"]:
+                command += ["--uri", plan.compute["tracking_uri"]]
+            beside = plan.results.resolve().parent  # where the store lies by default
+            beside.mkdir(parents=True, exist_ok=True)
+            path = os.pathsep.join(filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")]))
+            subprocess.run(
+                command, cwd=beside, env=os.environ | {"PYTHONPATH": path}, timeout=300, check=True
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"warning: the MLflow store could not be prepared: {error}", file=sys.stderr)
+
+
+def record_in_dvc():
+    """dvc.lock follows what Snakemake made, so that `dvc status` is clean."""
+    if str(config["dvc"]).lower() == "true" and DEFAULT:
+        record(plan)

@@ -1,0 +1,22 @@
+rule pretrain:
+    input:
+        pretrain_inputs,
+    output:
+        f"{RESULTS}/pretrain/{{run}}/manifest.json",
+    log:
+        f"{LOGS}/pretrain/{{run}}.log",
+    benchmark:
+        f"{LOGS}/benchmarks/pretrain/{{run}}.tsv"
+    priority: 10
+    conda:
+        "../envs/mimlab.yaml"
+    threads: TRAINING["threads"]
+    resources:
+        gpu=TRAINING["gpu"],
+        mem_mb=8000,
+        runtime=4320,
+    params:
+        python=PYTHON,
+        files=FILES,
+    shell:
+        "{params.python} -m stages.pretrain --run {wildcards.run} {params.files} 2> {log}"

@@ -1,0 +1,22 @@
+rule target:
+    input:
+        target_inputs,
+    output:
+        f"{RESULTS}/target/{{target}}/manifest.json",
+    log:
+        f"{LOGS}/target/{{target}}.log",
+    benchmark:
+        f"{LOGS}/benchmarks/target/{{target}}.tsv"
+    priority: 20
+    conda:
+        "../envs/mimlab.yaml"
+    threads: TRAINING["threads"]
+    resources:
+        gpu=TRAINING["gpu"],
+        mem_mb=8000,
+        runtime=1440,
+    params:
+        python=PYTHON,
+        files=FILES,
+    shell:
+        "{params.python} -m stages.target --name {wildcards.target} {params.files} 2> {log}"

@@ -1,0 +1,21 @@
+rule transfer:
+    input:
+        transfer_inputs,
+    output:
+        f"{RESULTS}/transfer/{{run}}/{{task}}/manifest.json",
+    log:
+        f"{LOGS}/transfer/{{run}}/{{task}}.log",
+    benchmark:
+        f"{LOGS}/benchmarks/transfer/{{run}}/{{task}}.tsv"
+    conda:
+        "../envs/mimlab.yaml"
+    threads: TRAINING["threads"]
+    resources:
+        gpu=TRAINING["gpu"],
+        mem_mb=8000,
+        runtime=1440,
+    params:
+        python=PYTHON,
+        files=FILES,
+    shell:
+        "{params.python} -m stages.transfer --run {wildcards.run} --task {wildcards.task} {params.files} 2> {log}"
