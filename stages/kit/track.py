@@ -36,7 +36,7 @@ from contextlib import suppress
 from pathlib import Path
 
 IDLE = 10.0  # seconds without a running job after which the courier leaves
-WAIT = 5.0  # seconds that a finished job waits for its delivery at most
+WAIT = 2.0  # seconds that a finished job waits for its delivery at most; the courier goes on without it
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
          "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_ENABLE_ASYNC_LOGGING": "false"}
 

@@ -43,6 +43,7 @@ class Config:
     decoder_depth: int = 1  # deeper rebuilds better and uses fewer codes (ablation in the paper)
     decay: float = 0.99  # of the codes' moving average
     kmeans: bool = True  # start from k-means of the first vectors
+    kmeans_after: float = 0.0  # share of the training before k-means, without quantisation
     vectors_per_code: int = 10  # that k-means waits for
     reseed: int = 0  # steps without a hit after which a code restarts from the batch; 0: never, as published
     crop_min: float = 0.2  # smallest share of the image's area in a crop
@@ -132,7 +133,8 @@ class Training(nn.Module):
             wanted = self.upstream[0](images)  # (B,N,dim)
         u = self.target.encode(images)
         quantised, commitment, hits = u, u.new_zeros(()), u.new_zeros(self.config.codes)
-        if not self.training or self.learner.ready(u, progress.seed):
+        late = progress.fraction >= self.config.kmeans_after
+        if not self.training or late and self.learner.ready(u, progress.seed):
             ids, quantised, commitment = self.target.codebook(u)
             hits = torch.zeros_like(hits).scatter_add_(0, ids.flatten(), torch.ones_like(hits[:1]).expand(ids.numel()))
             if self.training:
