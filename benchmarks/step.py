@@ -2,10 +2,10 @@
 
     python benchmarks/step.py [--size small|large] [--steps 12] [--threads N]
 
-Plain: eager fp32, unfused AdamW, one image after the other through PIL (torchvision's RandomResizedCrop and flip).
-mimlab: batched views in a loader thread, precision `auto`, fused AdamW. Both run alternately in this one process on the same
-random images, so that a noisy machine disturbs both; the table gives medians and their ratio. "small" is ViT-Tiny at 32 px,
-"large" ViT-Small/16 at 224 px.
+Plain: eager fp32, unfused AdamW, one image after the other through PIL (torchvision's RandomResizedCrop and
+flip). mimlab: batched views in a loader thread, precision `auto`, fused AdamW, plain attention on a CPU.
+Both run alternately in this one process on the same images, so that a noisy machine disturbs both; the
+table gives medians and their ratio. "small" is ViT-Tiny at 32 px, "large" ViT-Small/16 at 224 px.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from PIL import Image
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stages import methods  # noqa: E402
-from stages.kit import precision  # noqa: E402
-from stages.kit.loader import Batches  # noqa: E402
-from stages.kit.loop import Progress  # noqa: E402
-from stages.kit.spec import Spec  # noqa: E402
+from stages import methods
+from stages.kit import precision
+from stages.kit.loader import Batches
+from stages.kit.loop import Progress
+from stages.kit.spec import Spec
 
 SIZES = {
-    "small": dict(image=32, patch=4, dim=192, depth=12, heads=3, batch=256),
-    "large": dict(image=224, patch=16, dim=384, depth=12, heads=6, batch=32),
+    "small": {"image": 32, "patch": 4, "dim": 192, "depth": 12, "heads": 3, "batch": 256},
+    "large": {"image": 224, "patch": 16, "dim": 384, "depth": 12, "heads": 6, "batch": 32},
 }
 
 
@@ -68,7 +68,7 @@ def ours(method, views, images: np.ndarray, batch: int, steps: int):
     for step, micros in enumerate(batches.stream(0, steps)):
         start = time.perf_counter()
         progress = Progress(step, steps, 0.0, 0, micros[0]["row"], torch.device("cpu"))
-        with arithmetic.autocast():
+        with arithmetic.autocast(), precision.plain_attention(method, "cpu"):
             loss = method(micros[0], progress)["loss"]
         loss.backward()
         optimizer.step()
@@ -97,7 +97,8 @@ def plain(method, images: np.ndarray, size: int, batch: int, steps: int):
         chosen = np.random.default_rng(step).choice(len(images), batch, replace=False)
         view = torch.stack([augment(Image.fromarray(images[i])) for i in chosen])
         rows = torch.arange(batch)
-        loss = method({"view": view, "index": rows, "row": rows}, Progress(step, steps, 0.0, 0, rows, view.device))["loss"]
+        progress = Progress(step, steps, 0.0, 0, rows, view.device)
+        loss = method({"view": view, "index": rows, "row": rows}, progress)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -112,12 +113,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, {args.steps} steps\n")
-    print("| method | size | plain, ms | mimlab, ms | plain / mimlab | loader alone, images/s | step / loader |")
+    print("| method | size | plain, ms | mimlab, ms | plain / mimlab | loader, images/s | step / loader |")
     print("|---|---|---|---|---|---|---|")
     for name in args.size:
         size = SIZES[name]
         stored = round(size["image"] * 1.15) if name == "large" else size["image"]
-        images = np.random.default_rng(0).integers(0, 256, (1024 if name == "small" else 256, stored, stored, 3), np.uint8)
+        shape = (1024 if name == "small" else 256, stored, stored, 3)
+        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         for method_name in ("mae", "beitv2"):
             method, views, _ = subject(method_name, size)
             timed = {"plain": [], "ours": []}
