@@ -15,8 +15,15 @@ from stages.kit.prototypes import Centre, Head, cross_entropy, multi_view_loss, 
 from stages.kit.spec import Spec
 from stages.targets import dino
 
-TINY = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,
-        "mlp_ratio": 2.0, "args": {}}
+TINY = {
+    "name": "vit_tiny_patch16_224",
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "args": {},
+}
 SMALL = dict(prototypes=32, hidden=16, bottleneck=8, n_local=2)
 
 
@@ -35,14 +42,18 @@ def training(seed: int = 0, **changes) -> dino.Training:
 
 def batch(model: dino.Training, size: int = 4, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(size, 3, view.size, view.size, generator=generator)
-            for name, view in dino.views(model.config, model.spec).items()}
+    return {
+        name: torch.rand(size, 3, view.size, view.size, generator=generator)
+        for name, view in dino.views(model.config, model.spec).items()
+    }
 
 
 # --- head, centre, loss -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dim, prototypes, millions", [(384, 65536, 22.35), (768, 65536, 23.14), (384, 8192, 7.61),
-                                                       (768, 8192, 8.40)])
+
+@pytest.mark.parametrize(
+    "dim, prototypes, millions", [(384, 65536, 22.35), (768, 65536, 23.14), (384, 8192, 7.61), (768, 8192, 8.40)]
+)
 def test_head_sizes(dim, prototypes, millions):
     with torch.device("meta"):
         head = Head(dim, prototypes)
@@ -128,6 +139,7 @@ def test_equal_logits_and_zero_centre_give_ln_k():
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
+
 def test_gradients_reach_the_student_only():
     model = training()
     out = model(batch(model), progress())
@@ -147,8 +159,10 @@ def test_loss_by_hand():
     out = model(x, progress())["loss"]
     target = model.target
     with torch.no_grad():
-        teacher = [((target.head(kit.features(target.encoder, model.spec.normalise(x[v]))["cls"])) / 0.04).softmax(-1)
-                   for v in ("global1", "global2")]
+        teacher = [
+            ((target.head(kit.features(target.encoder, model.spec.normalise(x[v]))["cls"])) / 0.04).softmax(-1)
+            for v in ("global1", "global2")
+        ]
         student = [model.logits(x[v]) for v in ("global1", "global2", "local1", "local2")]
     expected = [cross_entropy(student[v], teacher[q]).mean() for q in range(2) for v in range(4) if q != v]
     assert len(expected) == 6
@@ -225,6 +239,7 @@ def test_student_learns_what_a_still_teacher_says():
 
 # --- views and sizes --------------------------------------------------------------------------------------------------
 
+
 def test_views_of_the_paper_and_of_tiny_images():
     base = Spec(224, {**TINY, "patch_size": 16}, (0.5,) * 3, (0.5,) * 3, 10, 1)
     found = dino.views(dino.Config(n_local=8, local_size=0.43), base)
@@ -232,8 +247,14 @@ def test_views_of_the_paper_and_of_tiny_images():
     assert [found[n].size for n in ("global1", "global2", "local1")] == [224, 224, 96]
     assert [found[n].blur for n in ("global1", "global2", "local1")] == [1.0, 0.1, 0.5]
     assert [found[n].solarise for n in ("global1", "global2", "local1")] == [0.0, 0.2, 0.0]
-    assert all(v.flip == 0.5 and v.grey == 0.2 and v.jitter == (0.4, 0.4, 0.2, 0.1) and v.jitter_p == 0.8
-               and v.blur_sigma == (0.1, 2.0) for v in found.values())
+    assert all(
+        v.flip == 0.5
+        and v.grey == 0.2
+        and v.jitter == (0.4, 0.4, 0.2, 0.1)
+        and v.jitter_p == 0.8
+        and v.blur_sigma == (0.1, 2.0)
+        for v in found.values()
+    )
     small = dino.views(dino.Config(), Spec(32, TINY, (0.5,) * 3, (0.5,) * 3, 10, 1))
     assert [v.size for v in small.values()] == [32, 32, 16, 16, 16, 16] and not any(v.blur for v in small.values())
     middle = dino.views(dino.Config(), Spec(64, {**TINY, "patch_size": 8}, (0.5,) * 3, (0.5,) * 3, 10, 1))
@@ -250,11 +271,20 @@ def test_local_crops_use_resized_positions_and_the_full_size_uses_them_as_they_a
     assert torch.equal(fixed.eval().forward_features(x), model.encoder.forward_features(x))
 
 
-@pytest.mark.parametrize("name, dim, depth, heads, millions", [
-    ("small", 384, 12, 6, 21.67), ("base", 768, 12, 12, 85.80), ("tiny", 192, 12, 3, 5.52)])
+@pytest.mark.parametrize(
+    "name, dim, depth, heads, millions",
+    [("small", 384, 12, 6, 21.67), ("base", 768, 12, 12, 85.80), ("tiny", 192, 12, 3, 5.52)],
+)
 def test_backbone_sizes(name, dim, depth, heads, millions):
-    model = {"name": f"vit_{name}_patch16_224", "patch_size": 16, "embed_dim": dim, "depth": depth, "num_heads": heads,
-             "mlp_ratio": 4.0, "args": {}}
+    model = {
+        "name": f"vit_{name}_patch16_224",
+        "patch_size": 16,
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": 4.0,
+        "args": {},
+    }
     with torch.device("meta"):
         vit = kit.create(Spec(224, model, (0.5,) * 3, (0.5,) * 3, 10, 1), "vit", dynamic_img_size=True)
         tokens = vit.forward_features(torch.empty(1, 3, 96, 96)).shape[1]
@@ -262,9 +292,17 @@ def test_backbone_sizes(name, dim, depth, heads, millions):
     assert tokens == 36 + 1
 
 
-@pytest.mark.parametrize("change, key", [
-    (dict(prototypes=1), "prototypes"), (dict(teacher_temp=0.0), "teacher_temp"), (dict(momentum=1.5), "momentum"),
-    (dict(local_size=0.0), "local_size"), (dict(n_local=-1), "n_local"), (dict(local_scale=(0.5, 0.1)), "local_scale")])
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        (dict(prototypes=1), "prototypes"),
+        (dict(teacher_temp=0.0), "teacher_temp"),
+        (dict(momentum=1.5), "momentum"),
+        (dict(local_size=0.0), "local_size"),
+        (dict(n_local=-1), "n_local"),
+        (dict(local_scale=(0.5, 0.1)), "local_scale"),
+    ],
+)
 def test_bad_config_names_the_key(change, key):
     with pytest.raises(ValueError, match=f"^{key}: found"):
         dino.Config(**change)
@@ -272,12 +310,14 @@ def test_bad_config_names_the_key(change, key):
 
 # --- the target and its health ----------------------------------------------------------------------------------------
 
+
 def test_target_gives_patch_tokens_after_the_norm_of_normalised_images():
     model = training()
     x = torch.rand(3, 3, 16, 16)
     found = model.target(x)
-    tokens = model.target.encoder.forward_features((x - torch.tensor(model.spec.mean).view(3, 1, 1))
-                                                   / torch.tensor(model.spec.std).view(3, 1, 1))
+    tokens = model.target.encoder.forward_features(
+        (x - torch.tensor(model.spec.mean).view(3, 1, 1)) / torch.tensor(model.spec.std).view(3, 1, 1)
+    )
     torch.testing.assert_close(found, tokens[:, 1:])
     assert found.shape == (3, 16, 16) == (3, 16, model.target.dim) and not found.requires_grad
     model.train()

@@ -401,7 +401,7 @@ def test_the_files_of_a_source_are_part_of_the_fingerprint(tmp_path):
 def test_command_line(tmp_path, capsys, monkeypatch):
     path = str(write_params(tmp_path, tiny_content()))
     files = ["--params", path, "--results", str(tmp_path / "results")]
-    before = (ROOT / "workflow/runs.yaml").read_bytes()
+    before = (ROOT / "workflow/runs.json").read_bytes()
     assert planning.main(files) == 0
     assert "pretrain/mae-s0" in capsys.readouterr().out
     finish(load(path, tmp_path / "results"), "data")
@@ -412,12 +412,12 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "data is up to date.\n"
     assert planning.main([*files, "--explain", "dat"]) == 1
     assert "did you mean 'data'" in capsys.readouterr().err
-    assert (ROOT / "workflow/runs.yaml").read_bytes() == before, "other params files leave runs.yaml alone"
+    assert (ROOT / "workflow/runs.json").read_bytes() == before, "other params files leave runs.json alone"
 
 
 def test_committed_runs_follow_from_params():
     expected = runs_text(load(ROOT / "params.yaml", ROOT / "results"))
-    assert (ROOT / "workflow/runs.yaml").read_text() == expected, "python -m workflow.plan"
+    assert (ROOT / "workflow/runs.json").read_text() == expected, "python -m workflow.plan"
 
 
 def test_code_files_skip_bytecode_and_other_things(tmp_path):

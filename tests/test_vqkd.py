@@ -14,15 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import keyed, quantize
 from stages.kit import health as measure
+from stages.kit import keyed, quantize
 from stages.kit.loop import Progress
 from stages.kit.quantize import Codebook, Learner
 from stages.kit.spec import Spec
 from stages.targets import vqkd
 
-TINY = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,
-        "mlp_ratio": 2.0, "args": {}}
+TINY = {
+    "name": "vit_tiny_patch16_224",
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "args": {},
+}
 SMALL = dict(codes=8, code_dim=4, vectors_per_code=4)
 
 
@@ -61,6 +68,7 @@ def training(seed: int = 0, **changes) -> vqkd.Training:
 
 
 # --- the quantiser ----------------------------------------------------------------------------------------------------
+
 
 def test_nearest_by_cosine_is_nearest_by_distance():
     u, codes = units(500, 8), units(40, 8, seed=1)
@@ -185,10 +193,16 @@ def test_two_ranks_with_half_the_batch_end_with_the_codes_of_one(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     root = Path(__file__).parents[1]
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    ranks = [subprocess.Popen([sys.executable, "-c", LEARN, str(tmp_path)], env=common | {"RANK": str(rank)})
-             for rank in range(2)]
+    common = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(root),
+    }
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", LEARN, str(tmp_path)], env=common | {"RANK": str(rank)}) for rank in range(2)
+    ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(first, second)
@@ -198,6 +212,7 @@ def test_two_ranks_with_half_the_batch_end_with_the_codes_of_one(tmp_path):
 
 
 # --- k-means ----------------------------------------------------------------------------------------------------------
+
 
 def test_kmeans_finds_clusters_and_leaves_empty_ones():
     centres = torch.eye(4)
@@ -276,11 +291,12 @@ def test_quantiser_is_float32_under_autocast():
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
+
 def test_losses_at_the_start_and_their_sum():
     model = training(vectors_per_code=1)
     out = model(dict(view=images(8)), progress(batch=8))
     assert out["reconstruction"].item() == pytest.approx(1, abs=0.35)  # random directions in 6 dimensions
-    assert float(out["loss"]) == pytest.approx(float(out["reconstruction"] + out["commitment"]), abs=1e-6)
+    assert out["loss"].item() == pytest.approx((out["reconstruction"] + out["commitment"]).item(), abs=1e-6)
     assert 0 < float(out["usage"]) <= 1 and 1 <= float(out["perplexity"]) <= 8
     wide = Teacher()
     wide.dim, wide.conv = 256, nn.Conv2d(3, 256, 4, 4)
@@ -298,7 +314,8 @@ def test_reconstruction_is_the_mean_of_one_minus_cosine():
     assert out["reconstruction"].item() == pytest.approx(float((1 - cosine).mean()), abs=1e-5)
     u = u.flatten(0, 1)
     assert float(out["commitment"]) == pytest.approx(
-        float((2 - 2 * (u @ model.target.codebook.vectors.T).amax(1)).mean() / 4), abs=1e-6)
+        float((2 - 2 * (u @ model.target.codebook.vectors.T).amax(1)).mean() / 4), abs=1e-6
+    )
 
 
 def test_the_loss_uses_the_codes_from_before_the_update():
@@ -332,8 +349,9 @@ def test_learns_and_leaves_its_teacher_alone():
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
     for name, value in model.upstream[0].state_dict().items():
         assert torch.equal(value, teacher[name])
-    assert all(p.grad is not None and p.grad.abs().sum() > 0
-               for name, p in model.named_parameters() if not name.endswith("qkv.bias"))
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if not name.endswith("qkv.bias")
+    )
     assert float(model.target.reconstruction) == pytest.approx(1 - sum(losses) / 40, abs=1e-4)
 
 
@@ -387,8 +405,22 @@ def test_tokenizer_ignores_train_mode():
 
 def test_published_sizes():
     """108,829,216 trainable with decoder 3, 94,655,008 with 1; encoder 85,789,440; timm adds width key biases per block."""
-    base = Spec(224, {"name": "vit_base_patch16_224", "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12,
-                      "mlp_ratio": 4.0, "args": {}}, (0.5,) * 3, (0.5,) * 3, 1000, 1)
+    base = Spec(
+        224,
+        {
+            "name": "vit_base_patch16_224",
+            "patch_size": 16,
+            "embed_dim": 768,
+            "depth": 12,
+            "num_heads": 12,
+            "mlp_ratio": 4.0,
+            "args": {},
+        },
+        (0.5,) * 3,
+        (0.5,) * 3,
+        1000,
+        1,
+    )
     teacher = nn.Module()
     teacher.dim = 512
     with torch.device("meta"):
@@ -417,9 +449,17 @@ def test_no_decay_names_exist():
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("change, key", [
-    (dict(codes=1), "codes"), (dict(decoder_depth=0), "decoder_depth"), (dict(encoder_depth=0), "encoder_depth"),
-    (dict(decay=1.0), "decay"), (dict(crop_min=0.0), "crop_min"), (dict(min_usage=2.0), "min_usage")])
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        (dict(codes=1), "codes"),
+        (dict(decoder_depth=0), "decoder_depth"),
+        (dict(encoder_depth=0), "encoder_depth"),
+        (dict(decay=1.0), "decay"),
+        (dict(crop_min=0.0), "crop_min"),
+        (dict(min_usage=2.0), "min_usage"),
+    ],
+)
 def test_bad_config_names_the_key(change, key):
     with pytest.raises(ValueError, match=f"^{key}: found"):
         vqkd.Config(**change)
@@ -431,6 +471,7 @@ def test_upstream_must_give_features():
 
 
 # --- health -----------------------------------------------------------------------------------------------------------
+
 
 def test_health_counts_codes_and_cries_on_collapse():
     config = vqkd.Config(**SMALL)
@@ -460,18 +501,19 @@ def test_pictures_show_patches_of_the_most_used_code():
     cosine = (target.encode(x) @ target.codebook.vectors[code]).masked_fill(ids != code, -2).flatten()
     image, place = divmod(int(cosine.argmax()), 16)
     row, column = divmod(place, 4)
-    patch = x[image, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4]
+    patch = x[image, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
     found = torch.from_numpy(shown["codebook"][0:32:8, 0:32:8]).permute(2, 0, 1) / 255
     torch.testing.assert_close(found.float(), patch, atol=0.01, rtol=0)
 
 
 # --- kit/health.py against closed forms -------------------------------------------------------------------------------
 
+
 def test_perplexity_and_usage():
     assert float(measure.perplexity(torch.ones(7))) == pytest.approx(7)
     assert float(measure.perplexity(torch.tensor([5, 0, 0]))) == 1
     assert float(measure.perplexity(torch.zeros(3))) == 1
-    assert float(measure.perplexity(torch.tensor([1, 1, 2]))) == pytest.approx(2 ** 1.5)
+    assert float(measure.perplexity(torch.tensor([1, 1, 2]))) == pytest.approx(2**1.5)
     assert measure.usage(torch.tensor([3, 0, 1, 0])) == 0.5
     assert measure.usage(torch.tensor([1, 1, 0, 0, 0])) == 1  # two tokens cannot hit more than two codes
     assert measure.usage(torch.zeros(4)) == 0
@@ -484,7 +526,8 @@ def test_effective_rank():
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert measure.effective_rank(scaled, centre=False) == pytest.approx(math.exp(entropy), rel=1e-4)
     assert measure.effective_rank(torch.ones(10, 4)) == 1
-    assert measure.effective_rank(torch.ones(10, 4) + torch.outer(torch.arange(10.0), torch.rand(4))) == pytest.approx(1, abs=1e-3)
+    line = torch.ones(10, 4) + torch.outer(torch.arange(10.0), torch.rand(4))
+    assert measure.effective_rank(line) == pytest.approx(1, abs=1e-3)
 
 
 def test_spread():

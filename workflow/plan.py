@@ -5,7 +5,7 @@ A job's fingerprint is a hash of its stage, its slice of the parameters, the byt
 fingerprints. A stage writes the fingerprint into `manifest.json`, its last act, so a manifest that shows the
 plan's fingerprint is a finished, up-to-date job, and nothing else is. Imports no torch.
 
-    python -m workflow.plan                      check params.yaml, write workflow/runs.yaml (for dvc.yaml),
+    python -m workflow.plan                      check params.yaml, write workflow/runs.json (for dvc.yaml),
     list the jobs python -m workflow.plan --explain JOB        why this job would run
     python -m workflow.plan --prune              delete outputs of jobs that are no longer in the plan
 """
@@ -25,12 +25,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import yaml
-
 from workflow.params import Experiment, Params, Settings, read
 from workflow.plugins import ROOT, ParamsError, nearest
 
-RUNS = "workflow/runs.yaml"
+RUNS = "workflow/runs.json"
 # What the data stage imports of the kit: editing anything else in it does not decode the images again.
 DATA_KIT = ("job", "files", "device", "provenance", "store", "decode", "keyed", "dist")
 REPORT_CODE = ("stages/report.py", "stages/templates", "stages/kit/stats.py", "stages/kit/figures.py")
@@ -408,7 +406,7 @@ def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
                 yield prefix + entry.name, entry.stat().st_size
 
 
-# -------------------------------------------------------------------------------------------------- runs.yaml
+# -------------------------------------------------------------------------------------------------- runs.json
 
 
 def runs(plan: Plan) -> dict:
@@ -443,12 +441,12 @@ def runs(plan: Plan) -> dict:
 
 
 def runs_text(plan: Plan) -> str:
-    head = "# Written by `python -m workflow.plan` from params.yaml, for dvc.yaml. Not to be edited.\n"
-    return head + yaml.safe_dump(_plain(runs(plan)), sort_keys=False, width=110)
+    """JSON, as DVC reads it hundreds of times in a `dvc status`, with a reader for YAML that is slow."""
+    return json.dumps(runs(plan), indent=1) + "\n"
 
 
 def write_runs(plan: Plan) -> bool:
-    """Write workflow/runs.yaml if it differs; True if it did. Whole or not at all."""
+    """Write workflow/runs.json if it differs; True if it did. Whole or not at all."""
     path, text = plan.root / RUNS, runs_text(plan)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False

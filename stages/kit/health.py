@@ -80,8 +80,10 @@ def feature_problems(rank: float, spread: float, min_rank: float, advice: str) -
     if not (math.isfinite(rank) and math.isfinite(spread)):
         return [f"features are not finite (effective rank {rank}, spread {spread}). {advice}"]
     if rank < min_rank:
-        return [f"features have collapsed: effective rank {rank:.2f}, expected at least {min_rank:g} "
-                f"(spread of their directions {spread:.3f}, 0 is none). {advice}"]
+        return [
+            f"features have collapsed: effective rank {rank:.2f}, expected at least {min_rank:g} "
+            f"(spread of their directions {spread:.3f}, 0 is none). {advice}"
+        ]
     return []
 
 
@@ -89,8 +91,10 @@ def check_unit_range(images: Tensor, who: str) -> None:
     """ValueError unless all pixels lie in [0,1], as those of normalised images do not. Waits for a GPU."""
     low, high = (float(x) for x in torch.aminmax(images.detach()))
     if not (low >= -1e-4 and high <= 1 + 1e-4):
-        raise ValueError(f"{who}: expected images with pixels in [0, 1], found {low:.3g} to {high:.3g}; it normalises them "
-                         "itself, so give it images from before any mean and std were applied")
+        raise ValueError(
+            f"{who}: expected images with pixels in [0, 1], found {low:.3g} to {high:.3g}; it normalises them "
+            "itself, so give it images from before any mean and std were applied"
+        )
 
 
 class UnitRange:

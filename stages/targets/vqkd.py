@@ -142,8 +142,13 @@ class Training(nn.Module):
         reconstruction = 1 - F.cosine_similarity(self.decode(quantised).float(), wanted.float(), dim=-1).mean()
         if self.training:
             self._cosines.append(1 - reconstruction.detach())
-        return {"loss": reconstruction + commitment, "reconstruction": reconstruction, "commitment": commitment,
-                "usage": (hits > 0).float().mean(), "perplexity": measure.perplexity(hits).float()}
+        return {
+            "loss": reconstruction + commitment,
+            "reconstruction": reconstruction,
+            "commitment": commitment,
+            "usage": (hits > 0).float().mean(),
+            "perplexity": measure.perplexity(hits).float(),
+        }
 
     def decode(self, quantised: torch.Tensor) -> torch.Tensor:
         """Codes on the grid (B,N,code_dim) -> the teacher's features (B,N,dim)."""
@@ -199,20 +204,33 @@ def health(target: Target, images, config: Config) -> dict:
         counts += torch.bincount(target(batch).flatten().cpu(), minlength=target.codes)
     used, spread = measure.usage(counts), float(measure.perplexity(counts))
     possible = min(target.codes, int(counts.sum()))
-    advice = ("Fewer codes or a smaller code_dim, decoder_depth 1, more or more varied images and longer training all raise "
-              "it; so may `reseed` (steps; not published).")
+    advice = (
+        "Fewer codes or a smaller code_dim, decoder_depth 1, more or more varied images and longer training all raise "
+        "it; so may `reseed` (steps; not published)."
+    )
     problems = []
     if used < config.min_usage:
-        problems.append(f"the codebook has collapsed: {used:.1%} of {possible} codes are used, expected at least "
-                        f"{config.min_usage:.0%} (min_usage). {advice}")
+        problems.append(
+            f"the codebook has collapsed: {used:.1%} of {possible} codes are used, expected at least "
+            f"{config.min_usage:.0%} (min_usage). {advice}"
+        )
     if spread < config.min_perplexity * possible:
-        problems.append(f"a few codes take almost all patches: perplexity {spread:.1f} of {possible}, expected at least "
-                        f"{config.min_perplexity * possible:.1f} (min_perplexity {config.min_perplexity:g}). {advice}")
+        problems.append(
+            f"a few codes take almost all patches: perplexity {spread:.1f} of {possible}, expected at least "
+            f"{config.min_perplexity * possible:.1f} (min_perplexity {config.min_perplexity:g}). {advice}"
+        )
     cosine = float(target.reconstruction)
     if not math.isfinite(cosine):
         problems.append(f"the reconstruction is not finite ({cosine}); lower lr")
-    return {"usage": used, "perplexity": spread, "codes": target.codes, "tokens": int(counts.sum()),
-            "train_reconstruction_cosine": cosine, "counts": counts.tolist(), "problems": problems}
+    return {
+        "usage": used,
+        "perplexity": spread,
+        "codes": target.codes,
+        "tokens": int(counts.sum()),
+        "train_reconstruction_cosine": cosine,
+        "counts": counts.tolist(),
+        "problems": problems,
+    }
 
 
 @torch.no_grad()
