@@ -30,7 +30,7 @@ TINY = {
     "mlp_ratio": 2.0,
     "args": {},
 }
-SMALL = dict(codes=8, code_dim=4, vectors_per_code=4)
+SMALL = dict(codes=8, code_dim=4, vectors_per_code=4, kmeans_after=0.0)
 
 
 def spec(**model) -> Spec:
@@ -251,6 +251,25 @@ def test_kmeans_waits_for_enough_vectors_and_runs_once():
     assert resumed.ready(units(50, 4, seed=2), seed=0) and torch.equal(book.vectors, after)
     learner.load_state_dict(resumed.state_dict())  # a finished state into one that waits
     assert learner.ready(units(50, 4, seed=2), seed=0) and torch.equal(book.vectors, after)
+
+
+def test_kmeans_starts_after_its_share_and_in_the_second_half_at_the_latest():
+    for changes, first in ((dict(kmeans_after=0.3), 3), (dict(kmeans_after=0.0), 0), (dict(vectors_per_code=10**6), 5)):
+        model = training(**changes)
+        for step in range(10):
+            out = model(dict(view=images(seed=step)), progress(step))
+            assert bool(model.learner.started) == (step >= first) == (float(out["usage"]) > 0), (changes, step)
+            assert (float(out["commitment"].detach()) > 0) == (step >= first)
+    model = training(kmeans_after=0.9)
+    model(dict(view=images()), progress(0, steps=1))  # even a single step
+    assert bool(model.learner.started)
+
+
+def test_without_kmeans_random_codes_are_used_from_the_start():
+    model = training(kmeans=False, kmeans_after=0.9)
+    before = model.target.codebook.vectors.clone()
+    assert float(model(dict(view=images()), progress())["usage"]) > 0
+    assert torch.equal(before, model.target.codebook.vectors)
 
 
 def test_evaluation_never_starts_kmeans():

@@ -76,15 +76,15 @@ class Learner(nn.Module):
         return self._codebook[0]
 
     @torch.no_grad()
-    def ready(self, u: Tensor, seed: int) -> bool:
+    def ready(self, u: Tensor, seed: int, wait: bool = True) -> bool:
         """Whether the codes can be used. Until then u (..., D) is kept, and as soon as there is enough k-means runs.
 
-        Call it in training, on every rank, with equally many vectors.
+        Call it in training, on every rank, with equally many vectors. wait False: k-means takes what there is.
         """
         if not self._started and not bool(self.started):
             self.waiting = torch.cat([self.waiting, dist.gather(u.detach().float().flatten(0, -2))])
             codes = self.codebook.vectors
-            if len(self.waiting) < self.per_code * len(codes):
+            if wait and len(self.waiting) < self.per_code * len(codes):
                 return False
             means = kmeans(self.waiting, len(codes), seed=seed)
             codes.copy_(dist.total(means if dist.is_main() else torch.zeros_like(means)))  # rank 0's, on all

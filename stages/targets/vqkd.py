@@ -8,10 +8,14 @@ Follows microsoft/unilm (beit2): architecture, initialisation, both losses; kit/
 that departs. Further departures:
 - input must be in [0,1]; the official code guesses from the batch's maximum whether it is 0..1 or 0..255, and reads
   normalised images as 0..255;
+- k-means runs after a fifth of the training (`kmeans_after`), and until then nothing is quantised. The official code clusters
+  what the untrained encoder gives; in short trainings the encoder then leaves most codes behind. In 150 steps of batch 64
+  (512 codes, rendered scenes of 32 pixels) usage over the validation images rose from 36 to 100 % with a DINO teacher and
+  from 12 to 64 % with EfficientNet-Lite0, and the reconstruction improved too;
 - timm's ViT has a bias for keys, which the official one lacks; softmax cancels it;
 - the learning rate's warm-up is a share of the steps (official: 10 of 100 epochs, the same share);
 - defaults are for small images. As published, for ImageNet: codes 8192, code_dim 32, decoder_depth 3 (also released: 1),
-  crop_min 0.08, batch 512, 100 epochs, teacher CLIP ViT-B/16 at 224 pixels.
+  crop_min 0.08, kmeans_after 0, lr 2e-4 at batch 512, 100 epochs, teacher CLIP ViT-B/16 at 224 pixels.
 """
 
 from __future__ import annotations
@@ -43,15 +47,15 @@ class Config:
     decoder_depth: int = 1  # deeper rebuilds better and uses fewer codes (ablation in the paper)
     decay: float = 0.99  # of the codes' moving average
     kmeans: bool = True  # start from k-means of the first vectors
-    kmeans_after: float = 0.0  # share of the training before k-means, without quantisation
+    kmeans_after: float = 0.2  # share of the training before k-means, without quantisation; 0 as published
     vectors_per_code: int = 10  # that k-means waits for
     reseed: int = 0  # steps without a hit after which a code restarts from the batch; 0: never, as published
     crop_min: float = 0.2  # smallest share of the image's area in a crop
     flip: float = 0.5
     min_usage: float = 0.2  # of the codes, over the validation images; below, the stage fails
     min_perplexity: float = 0.05  # as a share of the codes
-    lr: float = 2e-4  # at batch lr_per
-    lr_per: int | None = 512
+    lr: float = 1e-3
+    lr_per: int | None = None  # not scaled by the batch
     min_lr: float = 1e-5
     warmup: float = 0.1  # share of all steps
     weight_decay: float = 1e-4
@@ -66,7 +70,7 @@ class Config:
             raise ValueError(f"encoder_depth: found {self.encoder_depth}, expected 1 or more (null: the student's depth)")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: found {self.decay}, expected a number in [0, 1)")
-        for key in ("min_usage", "min_perplexity"):
+        for key in ("min_usage", "min_perplexity", "kmeans_after"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}: found {getattr(self, key)}, expected a share in [0, 1]")
         if not 0 < self.crop_min <= 1:
@@ -133,8 +137,7 @@ class Training(nn.Module):
             wanted = self.upstream[0](images)  # (B,N,dim)
         u = self.target.encode(images)
         quantised, commitment, hits = u, u.new_zeros(()), u.new_zeros(self.config.codes)
-        late = progress.fraction >= self.config.kmeans_after
-        if not self.training or late and self.learner.ready(u, progress.seed):
+        if not self.training or self.quantises(u, progress):
             ids, quantised, commitment = self.target.codebook(u)
             hits = torch.zeros_like(hits).scatter_add_(0, ids.flatten(), torch.ones_like(hits[:1]).expand(ids.numel()))
             if self.training:
@@ -149,6 +152,14 @@ class Training(nn.Module):
             "usage": (hits > 0).float().mean(),
             "perplexity": measure.perplexity(hits).float(),
         }
+
+    def quantises(self, u: torch.Tensor, progress) -> bool:
+        """Whether to use the codes: once k-means has run, which it does after `kmeans_after`, as soon as it has enough
+        vectors, and in the second half of the training whatever it has."""
+        if not self.config.kmeans:
+            return True
+        done = (progress.step + 1) / progress.steps
+        return done > self.config.kmeans_after and self.learner.ready(u, progress.seed, wait=done <= 0.5)
 
     def decode(self, quantised: torch.Tensor) -> torch.Tensor:
         """Codes on the grid (B,N,code_dim) -> the teacher's features (B,N,dim)."""
