@@ -5,7 +5,7 @@
 Writes results/report/: index.html (self-contained: no script, no network), summary.md, summary.csv,
 figures/*.svg. Equal inputs give equal bytes. Trained without labels, runs compete; the untrained encoder,
 those trained on labels and those whose teacher was are shown for reference and never ranked. What may be
-called best is decided in kit/stats.py.
+called best is decided in reporting/stats.py.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from stages.kit import figures, stats
 from stages.kit.job import running, write_atomic
+from stages.reporting import figures, stats
 from workflow.plan import load
 
 PRIMARY = ("top1", "miou", "ap", "auc")  # a task's headline: the first of these in its metrics.json
-TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 
 
 def main(argv: list[str] | None = None) -> int:

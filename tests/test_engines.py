@@ -116,11 +116,11 @@ class Lab:
         kit.mkdir(parents=True)
         for name in ("job", "files", "device", "provenance"):
             shutil.copy(ROOT / f"stages/kit/{name}.py", kit)
-        for name in ("store", "decode", "keyed", "dist", "stats", "figures", "track"):
+        for name in ("store", "decode", "keyed", "dist", "track"):
             (kit / f"{name}.py").write_text(f"# {name}\n")
         for stage in ("data", "target", "pretrain", "transfer", "report"):
             (folder / f"stages/{stage}.py").write_text(STAGE)
-        for inner in ("sources", "targets", "methods", "tasks", "templates"):
+        for inner in ("sources", "targets", "methods", "tasks", "reporting"):
             (folder / "stages" / inner).mkdir()
             (folder / "stages" / inner / "__init__.py").write_text("")
         head = "from dataclasses import dataclass\n\n"

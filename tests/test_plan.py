@@ -185,7 +185,7 @@ def test_code_is_part_of_what_uses_it(tmp_path, root):
         "stages/sources/folder.py": set(),
         "stages/kit/track.py": set(),
         "stages/report.py": {"report"},
-        "stages/templates/new.html": {"report"},
+        "stages/reporting/templates/new.html": {"report"},
         "stages/methods/new_method.py": set(),
     }
     for path, touched in cases.items():

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from stages import report
-from stages.kit import figures, stats
+from stages.reporting import figures, stats
 
 CLASSES = ["circle", "square", "triangle", "star", "cross"]
 RUNS = {  # run: (facts, accuracy)

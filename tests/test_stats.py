@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as sp
 
-from stages.kit import stats
+from stages.reporting import stats
 
 
 def test_t_interval_is_scipys():

@@ -31,8 +31,8 @@ from workflow.plugins import ROOT, ParamsError, nearest
 RUNS = "workflow/runs.json"
 # What the data stage imports of the kit: editing anything else in it does not decode the images again.
 DATA_KIT = ("job", "files", "device", "provenance", "store", "decode", "keyed", "dist")
-REPORT_CODE = ("stages/report.py", "stages/templates", "stages/kit/stats.py", "stages/kit/figures.py")
-UNTRACKED = ("stages/kit/track.py",)  # only watches what runs (also in .dvcignore)
+REPORT_CODE = ("stages/report.py", "stages/reporting")
+UNTRACKED = ("stages/kit/track.py", "stages/kit/courier.py")  # they only watch what runs (also in .dvcignore)
 STALE = (
     315_619_200 * 10**9
 )  # ns: 1980-01-02: older than any input; Snakemake overlooks 1970 itself, zip files need 1980
