@@ -249,12 +249,14 @@ def health(target: Target, images, config: Config) -> dict:
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """features: images | principal components of the patch tokens | attention of the class token, mean over heads."""
+    """features: images | principal components of the patch tokens | attention of the class token, mean over heads,
+    from black (its least) to white."""
     colours = measure.principal_colours(target(images))
     columns = [images, F.interpolate(colours, size=images.shape[-2:], mode="nearest")]
     if target.encoder.cls_token is not None:
         grid, prefix = target.spec.grid, target.encoder.num_prefix_tokens
         weights = kit.attention(target.encoder, target.spec.normalise(images))[:, :, 0, prefix:].mean(dim=1)
-        weights = (weights / weights.amax(dim=1, keepdim=True)).view(-1, 1, grid, grid).expand(-1, 3, -1, -1)
+        low, high = weights.amin(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)
+        weights = ((weights - low) / (high - low).clamp(min=1e-9)).view(-1, 1, grid, grid).expand(-1, 3, -1, -1)
         columns.append(F.interpolate(weights, size=images.shape[-2:], mode="nearest"))
     return {"features": contact_sheet(columns)}
