@@ -68,7 +68,7 @@ def agree(value: int) -> int:
 def mean(tensor: torch.Tensor) -> torch.Tensor:
     """Mean over ranks of an equally shaped tensor, in place; differentiation is not supported."""
     if world() > 1:
-        td.all_reduce(tensor)
+        _reduce(tensor, td.ReduceOp.SUM)
         tensor /= world()
     return tensor
 
@@ -76,15 +76,23 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, in place (codebook counts, centres)."""
     if world() > 1:
-        td.all_reduce(tensor)
+        _reduce(tensor, td.ReduceOp.SUM)
     return tensor
 
 
 def minimum(tensor: torch.Tensor) -> torch.Tensor:
     """Minimum over ranks, in place."""
     if world() > 1:
-        td.all_reduce(tensor, td.ReduceOp.MIN)
+        _reduce(tensor, td.ReduceOp.MIN)
     return tensor
+
+
+def _reduce(tensor: torch.Tensor, operation) -> None:
+    """All-reduce in place; a view that is not contiguous goes through a copy, as gloo would mix up its elements."""
+    dense = tensor.contiguous()
+    td.all_reduce(dense, operation)
+    if dense is not tensor:
+        tensor.copy_(dense)
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
