@@ -181,3 +181,114 @@ def test_hidden_ids_and_take():
     assert [row.nonzero().flatten().tolist() for row in mask] == ids.tolist()
     tokens = torch.randn(5, 16, 3)
     assert torch.equal(masks.take(tokens, ids).flatten(0, 1), tokens[mask])
+
+
+# --- disjoint masks (DMJD, arXiv 2301.00230) ----------------------------------------------------------------
+
+def sets(noise, ratio, predict=1.0, cell=1):
+    """disjoint_masking's result as one bool mask (B,V,N), after checking that both lists are a partition."""
+    visible, hidden = masks.disjoint_masking(noise, ratio, predict, cell)
+    both = torch.cat([visible, hidden], dim=-1).sort(dim=-1).values
+    assert torch.equal(both, torch.arange(both.shape[-1]).expand_as(both))
+    return torch.zeros(both.shape, dtype=torch.bool).scatter(-1, hidden, True)
+
+
+def noises(rows, views, cells, seed=0):
+    return keyed.uniform(keyed.key(seed, "mask"), torch.arange(rows), views, cells)
+
+
+@pytest.mark.parametrize(("cell", "ratio", "visible", "masked", "union", "both", "never"), [
+    (2, 0.6, 76, 120, 196, 44, 0), (2, 0.75, 48, 148, 196, 100, 0), (2, 0.5, 96, 100, 196, 4, 0),
+    (2, 0.4, 116, 80, 156, 4, 40), (1, 0.75, 49, 147, 196, 98, 0), (1, 0.6, 78, 118, 196, 40, 0),
+    (1, 0.5, 98, 98, 196, 0, 0),
+])
+def test_two_disjoint_views_have_the_official_counts(cell, ratio, visible, masked, union, both, never):
+    """What the official code gives for 196 patches, for every sample."""
+    found = sets(noises(50, 2, 196 // cell**2), ratio, cell=cell)
+    one, two = found.unbind(1)
+    for count, expected in (((~one), visible), (~two, visible), (one, masked), (two, masked), (one | two, union),
+                            (one & two, both), (~(one | two), never)):
+        assert count.sum(1).tolist() == [expected] * 50
+    if ratio >= 0.5:
+        assert not (~one & ~two).any()  # the visible sets are disjoint
+
+
+@pytest.mark.parametrize("cells", [16, 49, 196])
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.6, 0.75])
+def test_union_is_what_predict_asks_for(ratio, cells):
+    for predict in np.linspace(ratio, min(1, 2 * ratio), 5).round(3).tolist():
+        hidden = cells - int(round(cells * (1 - ratio), 9))
+        expected = hidden + int(round((predict - ratio) * cells, 9))
+        found = sets(noises(8, 2, cells), ratio, predict)
+        assert found.any(1).sum(1).tolist() == [expected] * 8, predict
+        assert found.sum(2).unique().tolist() == [hidden]
+
+
+@pytest.mark.parametrize(("ratio", "views"), [(0.25, 4), (0.3, 4), (0.3, 3), (0.6, 4), (0.2, 5)])
+def test_any_number_of_views_covers_what_it_can(ratio, views):
+    """After v views int(min(1, v * ratio) * 100) cells of 100 have been hidden, and each view hides the same."""
+    found = sets(noises(20, views, 100), ratio)
+    assert found.sum(2).unique().tolist() == [round(100 * ratio)]
+    for v in range(1, views + 1):
+        assert found[:, :v].any(1).sum(1).unique().tolist() == [min(100, round(100 * v * ratio))]
+
+
+@pytest.mark.parametrize(("ratio", "predict"), [(0.6, 1.0), (0.4, 0.6), (0.6, None), (0.3, 1.0)])
+def test_each_cell_is_hidden_equally_often_in_each_view(ratio, predict):
+    """Chi-square of 36 cells in each of three views; the statistic has mean n - 1 after the correction for
+    drawing without replacement."""
+    rows, cells = 6000, 36
+    found = sets(noises(rows, 3, cells), ratio, predict)
+    share = found[0, 0].float().mean().item()
+    for view in range(3):
+        observed = found[:, view].double().sum(0)
+        statistic = ((observed - rows * share)**2).sum() / (rows * share * (1 - share)) * (cells - 1) / cells
+        assert abs(statistic - (cells - 1)) < 4.5 * math.sqrt(2 * (cells - 1))
+
+
+def test_independent_views_cover_by_chance():
+    found = sets(noises(3000, 2, 100), 0.6, None)
+    assert found.any(1).float().mean().item() == pytest.approx(1 - 0.4**2, abs=0.002)
+    assert found.any(1).sum(1).float().std() > 1
+
+
+def test_cells_are_whole_and_in_the_official_order():
+    visible, hidden = masks.disjoint_masking(noises(5, 2, 16), 0.6, 1.0, cell=2)
+    found = sets(noises(5, 2, 16), 0.6, 1.0, cell=2).view(5, 2, 4, 2, 4, 2)
+    assert torch.equal(found.any(5).any(3), found.all(5).all(3))
+    quarters = visible.view(5, 2, 4, 6)  # top left, top right, bottom left, bottom right
+    assert torch.equal(quarters - quarters[:, :, :1], torch.tensor([0, 1, 8, 9]).view(4, 1).expand(5, 2, 4, 6))
+    assert (quarters[:, :, 0] % 2 == 0).all()
+    assert (quarters[:, :, 0] // 8 % 2 == 0).all()
+    assert hidden.shape == (5, 2, 40)
+
+
+def test_one_view_of_patches_is_maes_masking():
+    noise = noises(7, 1, 64)
+    visible, hidden = masks.disjoint_masking(noise, 0.75)
+    ids_keep, _, mask = masks.random_masking(noise[:, 0], 16)
+    assert torch.equal(visible[:, 0], ids_keep)
+    assert torch.equal(sets(noise, 0.75)[:, 0], mask.bool())
+    assert torch.equal(masks.disjoint_masking(noises(7, 3, 64), 0.75)[0][:, 0], ids_keep)  # later views change nothing
+
+
+def test_disjoint_rows_do_not_depend_on_their_batch():
+    noise, part = noises(30, 3, 36), torch.tensor([17, 4])
+    whole = masks.disjoint_masking(noise, 0.6, 1.0, 2)
+    assert all(torch.equal(a[part], b) for a, b in
+               zip(whole, masks.disjoint_masking(noise[part], 0.6, 1.0, 2), strict=True))
+    assert len({tuple(row.tolist()) for row in whole[0][:, 1]}) == 30
+
+
+@pytest.mark.parametrize(("cells", "ratio", "predict", "views", "key"), [
+    (16, 0.6, 0.5, 2, "predict_ratio"), (16, 0.6, 1.1, 2, "predict_ratio"), (16, 0.6, 1.0, 0, "views"),
+    (16, 0.0, 1.0, 2, "mask_ratio"), (4, 0.9, 1.0, 2, "mask_ratio"),
+])
+def test_disjoint_counts_refuse(cells, ratio, predict, views, key):
+    with pytest.raises(ValueError, match=f"^{key}"):
+        masks.disjoint_counts(cells, ratio, predict, views)
+
+
+def test_disjoint_masking_wants_a_square_grid():
+    with pytest.raises(ValueError, match="square"):
+        masks.disjoint_masking(torch.rand(2, 2, 12), 0.5)

@@ -108,3 +108,61 @@ def hidden_ids(mask: torch.Tensor, count: int) -> torch.Tensor:
 def take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Tokens (B,N,D) at positions ids (B,n) -> (B,n,D)."""
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def disjoint_counts(cells: int, ratio: float, predict: float, views: int) -> tuple[int, list[int]]:
+    """DMJD's counts (arXiv 2301.00230, official code): cells kept visible in each view, and for each view how
+    many of the cells that it hides no earlier view has hidden.
+
+    A view hides `hidden` = cells - int(cells * (1 - ratio)); the first v views together hide hidden +
+    int(min(predict - ratio, (v - 1) * ratio) * cells) different cells, in exact arithmetic. `predict` beyond
+    what so many views can reach is not reached. Raises ValueError for what cannot be.
+    """
+    if views < 1:
+        raise ValueError(f"views: found {views}, expected 1 or more")
+    keep = keep_count(cells, ratio)
+    m, goal = Fraction(str(ratio)), Fraction(str(predict))
+    if not m <= goal <= 1:
+        raise ValueError(f"predict_ratio: found {predict}, expected a share from mask_ratio ({ratio}) to 1")
+    seen = [cells - keep + int(min(goal - m, v * m) * cells) for v in range(views)]
+    return keep, [seen[0], *(after - before for before, after in zip(seen, seen[1:], strict=False))]
+
+
+def disjoint_masking(noise: torch.Tensor, ratio: float, predict: float | None = 1.0, cell: int = 1
+                     ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Several masks of each image, each hiding first what the others showed: DMJD (arXiv 2301.00230).
+
+    noise (B,V,n) in [0,1), for V views of a square grid of n cells of cell x cell patches each -> the visible
+    patches (B,V,keep*cell^2) and the hidden ones (B,V,(n-keep)*cell^2). A view hides as many fresh cells, which
+    no earlier view has hidden, as `disjoint_counts` says, and others for the rest, all at random: each cell is
+    hidden in each view with the same probability. predict None: every view is drawn by itself, without regard
+    to the others. One view of one-patch cells is `random_masking`.
+
+    The official code knows two views and draws the second with one permutation for the whole batch; here the
+    rows are independent. As there, a list holds the top-left patches of all its cells, then the top-right ones
+    and so on; it is not sorted.
+    """
+    views, cells = noise.shape[1:]
+    side = math.isqrt(cells)
+    if side * side != cells:
+        raise ValueError(f"disjoint masking: {cells} cells do not make a square grid")
+    if predict is None:
+        keep, fresh = keep_count(cells, ratio), [cells - keep_count(cells, ratio)] * views
+    else:
+        keep, fresh = disjoint_counts(cells, ratio, predict, views)
+    orders, left = [], cells
+    never = torch.ones_like(noise[:, 0])  # cells that are visible in all views so far; `left` of them
+    for view, new in enumerate(fresh):
+        # noise - 1 is exact in float32, noise + 1 is not: ties would favour the first cells
+        order = (noise[:, view] - never).argsort(dim=1, stable=True)
+        first, second = order[:, :left], order[:, left:]
+        stay = keep - (left - new)  # of the second
+        orders.append(torch.cat([first[:, :left - new], second[:, :stay], first[:, left - new:],
+                                 second[:, stay:]], dim=1))
+        if predict is not None:
+            never, left = never.scatter(1, first[:, left - new:], 0.0), left - new
+    order = torch.stack(orders, dim=1)
+    corner = order // side * (side * cell * cell) + order % side * cell  # a cell's top-left patch
+    inside = torch.arange(cell, device=order.device)
+    inside = (inside[:, None] * (side * cell) + inside).flatten()
+    return tuple((ids[..., None, :] + inside[:, None]).flatten(-2) for ids in corner.split([keep, cells - keep], -1))
