@@ -26,8 +26,7 @@ def stage_name(job: Job, plan: Plan) -> str:
         kind = "target_upstream" if plan.params.targets[job.name].get("upstream") else "target"
         return f"{kind}@{job.name}"
     if job.stage == "pretrain":
-        kind = "pretrain_target" if plan.params.grid.runs[job.params["run"]].target else "pretrain"
-        return f"{kind}@{job.name}"
+        return f"{'pretrain_taught' if job.inputs[1:] else 'pretrain'}@{job.name}"
     return f"transfer@{job.name.replace('/', '-')}" if job.stage == "transfer" else job.stage
 
 

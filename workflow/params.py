@@ -83,7 +83,12 @@ class Train(Section):
 
 class Run(Section):
     method: str
-    target: str | None = None
+    target: str | None = Field(
+        None, description="a name under targets, or run:NAME: the encoder of that run with the same seed"
+    )
+    stages: int | None = Field(
+        None, ge=1, le=99, description="a chain: runs NAME-1, NAME-2, ..., each the teacher of the next"
+    )
     seeds: list[int] | None = Field(None, min_length=1, description="instead of grid.seeds")
     set: dict[str, Any] = Field(
         default_factory=dict, description="settings of the method (or of train) for this run only"
@@ -198,13 +203,30 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Student:
+    """A run of the grid, or one stage of a chain. It learns from the target `target`, from the encoder of the run
+    `teacher` with the same seed, or from neither. `stage` counts the runs of its method in a row of which each
+    taught the next, itself included."""
+
+    name: str
+    key: str  # where it is declared, as a dotted key of params.yaml
+    method: str
+    target: str | None
+    teacher: str | None
+    stage: int
+    seeds: list[int]
+    set: dict[str, Any]
+    settings: Settings
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """Everything that params.yaml says, checked and complete."""
+    """Everything that params.yaml says, checked and complete. Teachers come before their students in `runs`."""
 
     params: Params
     source: tuple[str, str | None, Settings]  # name, argument, settings
     targets: dict[str, Target]
-    runs: dict[str, Settings]
+    runs: dict[str, Student]
     tasks: dict[str, Settings]
 
 
@@ -414,23 +436,18 @@ def _check_targets(params: Params, section, root: Path, problems: list[str]) -> 
                 problems.append(
                     f"{key}: {target.upstream!r} produces {made}, kind {target.kind} needs {needs}"
                 )
-    for name in targets:
-        path, at = [name], targets[name].upstream
-        while isinstance(at, str) and at in targets and at not in path:
-            path, at = [*path, at], targets[at].upstream
-        if at == name:
-            problems.append(
-                f"targets.{min(path)}.upstream: goes round in a circle: {' -> '.join(_turned(path))}"
-            )
+    for circle in _circles({name: target.upstream for name, target in targets.items()}):
+        problems.append(f"targets.{circle[0]}.upstream: goes round in a circle: {' -> '.join(circle)}")
     return targets
 
 
 def _check_runs(
     params: Params, targets: dict[str, Target], section, root: Path, problems: list[str]
-) -> dict[str, Settings]:
-    runs: dict[str, Any] = {}
-    for name, run in params.grid.runs.items():
-        key = f"grid.runs.{name}"
+) -> dict[str, Student]:
+    runs = _unrolled(params.grid.runs, problems)
+    teachers = {name: _teacher(run.target) for name, (_, run) in runs.items()}
+    settings: dict[str, Settings | None] = {}
+    for name, (key, run) in runs.items():
         if run.method not in params.methods:
             known = [*params.methods, *plugin_names("method", root)]
             exists = run.method in plugin_names("method", root)
@@ -441,44 +458,119 @@ def _check_runs(
             )
             problems.append(f"{key}.method: {run.method!r} has no section under methods{hint}")
             continue
-        settings = section(
+        settings[name] = section(
             "method", run.method, f"methods.{run.method}", params.methods[run.method], {f"{key}.set": run.set}
         )
         try:
             needs = plugin("method", run.method, root).literals["TARGET"]
         except ParamsError:
             continue
-        runs[name] = settings
-        if needs is None and run.target is not None:
-            problems.append(f"{key}.target: method {run.method} takes no target (found {run.target!r})")
-        elif needs is not None and run.target is None:
-            fit = _producing(targets, needs)
+        if run.stages and needs != "features":
+            what = f"needs a target that produces {needs}" if needs else "takes no target"
             problems.append(
-                f"{key}.target: method {run.method} needs a target that produces {needs}{_choice(fit)}"
+                f"{key}.stages: method {run.method} {what}, expected one that learns from features, "
+                "as those of the stage before"
             )
-        elif needs is not None and run.target not in params.targets:
-            problems.append(
-                f"{key}.target: no target is called {run.target!r}{nearest(run.target, params.targets)}"
+        elif teachers[name] and needs:
+            problems += _teacher_problems(params, name, runs, needs)
+        else:
+            problems += _target_problems(key, run, needs, targets, params.targets)
+    for circle in _circles(teachers):
+        key = runs[circle[0]][0]
+        problems.append(f"{key}.target: goes round in a circle: {' -> '.join(circle)}")
+    if problems:
+        return {}
+    students: dict[str, Student] = {}
+
+    def add(name: str) -> Student:
+        if name not in students:
+            (key, run), teacher = runs[name], teachers[name]
+            above = add(teacher) if teacher else None
+            stage = above.stage + 1 if above and above.method == run.method else 1
+            target, seeds = None if teacher else run.target, run.seeds or params.grid.seeds
+            students[name] = Student(
+                name, key, run.method, target, teacher, stage, seeds, run.set, settings[name]
             )
-        elif needs is not None and run.target in targets:
-            made = targets[run.target].settings.plugin.literals["PRODUCES"]
-            if made != needs:
-                problems.append(
-                    f"{key}.target: {run.target!r} produces {made}, method {run.method} needs {needs}"
-                    f"{_choice(_producing(targets, needs))}"
-                )
+        return students[name]
+
+    for name in runs:
+        add(name)
+    return students
+
+
+def _unrolled(declared: dict[str, Run], problems: list[str]) -> dict[str, tuple[str, Run]]:
+    """Runs by name, each with its dotted key; one with `stages` becomes as many, each the teacher of the next."""
+    runs: dict[str, tuple[str, Run]] = {}
+    for name, run in declared.items():
+        key, stages = f"grid.runs.{name}", run.stages or 1
+        names = [f"{name}-{n}" for n in range(1, stages + 1)] if run.stages else [name]
+        targets = [run.target, *(f"run:{n}" for n in names)]
+        for each, target in zip(names, targets):
+            if each in runs or (each != name and each in declared):
+                problems.append(f"{key}.stages: makes a run {each!r}, but there is another of that name")
+            runs[each] = (key, run.model_copy(update={"target": target}))
     return runs
+
+
+def _teacher(target: str | None) -> str | None:
+    """The run that `run:NAME` names, None for a name under targets."""
+    return target[4:] if target is not None and target.startswith("run:") else None
+
+
+def _teacher_problems(params: Params, name: str, runs: dict[str, tuple[str, Run]], needs: str) -> list[str]:
+    """What is wrong with the run whose encoder is to teach the run `name`."""
+    (key, run), seeds = runs[name], params.grid.seeds
+    teacher = _teacher(run.target)
+    if needs != "features":
+        return [f"{key}.target: {run.target!r} gives features, method {run.method} needs {needs}"]
+    if teacher not in runs:
+        stages = params.grid.runs[teacher].stages if teacher in params.grid.runs else None
+        hint = f"; it is a chain: name a stage, as in 'run:{teacher}-{stages}'" if stages else nearest(teacher, runs)
+        return [f"{key}.target: no run is called {teacher!r}{hint}"]
+    given = runs[teacher][1].seeds or seeds
+    missing = [seed for seed in run.seeds or seeds if seed not in given]
+    if missing:
+        return [
+            f"{key}.target: run {teacher!r} has seeds {given}, but {name!r} needs its encoder of seed "
+            f"{', '.join(map(str, missing))} too"
+        ]
+    return []
+
+
+def _target_problems(
+    key: str, run: Run, needs: str | None, targets: dict[str, Target], declared: dict
+) -> list[str]:
+    """What is wrong with the target of a run whose method needs ids, features or nothing."""
+    if needs is None:
+        said = f"{key}.target: method {run.method} takes no target (found {run.target!r})"
+        return [said] if run.target is not None else []
+    fit = _choice(_producing(targets, needs))
+    also = ", or run:NAME, the encoder of another run" if needs == "features" else ""
+    if run.target is None:
+        return [f"{key}.target: method {run.method} needs a target that produces {needs}{fit}{also}"]
+    if run.target not in declared:
+        return [f"{key}.target: no target is called {run.target!r}{nearest(run.target, declared)}{also}"]
+    made = targets[run.target].settings.plugin.literals["PRODUCES"] if run.target in targets else needs
+    if made != needs:
+        return [f"{key}.target: {run.target!r} produces {made}, method {run.method} needs {needs}{fit}{also}"]
+    return []
 
 
 def _producing(targets: dict[str, Target], what: str, but: str | None = None) -> list[str]:
     return [n for n, t in targets.items() if t.settings.plugin.literals["PRODUCES"] == what and n != but]
 
 
-def _turned(path: list[str]) -> list[str]:
-    """A circle written from its alphabetically first member, so that it is reported once."""
-    at = path.index(min(path))
-    turned = path[at:] + path[:at]
-    return [*turned, turned[0]]
+def _circles(above: dict[str, Any]) -> list[list[str]]:
+    """The circles among names of which each points to at most one other, from their alphabetically first member
+    back to it."""
+    found = []
+    for name in above:
+        path, at = [name], above[name]
+        while isinstance(at, str) and at in above and at not in path:
+            path, at = [*path, at], above[at]
+        if at == name == min(path):
+            found.append([*path, name])
+    return found
 
 
 def _unknown_model(name: str) -> str | None:

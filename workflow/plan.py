@@ -6,7 +6,8 @@ fingerprints. A stage writes the fingerprint into `manifest.json`, its last act,
 plan's fingerprint is a finished, up-to-date job, and nothing else is. Imports no torch.
 
     python -m workflow.plan                      check params.yaml, write workflow/runs.json (for dvc.yaml),
-    list the jobs python -m workflow.plan --explain JOB        why this job would run
+                                                 list the jobs
+    python -m workflow.plan --explain JOB        why this job would run
     python -m workflow.plan --prune              delete outputs of jobs that are no longer in the plan
 """
 
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from workflow.params import Experiment, Params, Settings, read
+from workflow.params import Experiment, Params, Settings, Target, read
 from workflow.plugins import ROOT, ParamsError, nearest
 
 RUNS = "workflow/runs.json"
@@ -80,9 +81,10 @@ class Plan:
         self.params: Params = experiment.params
         self.experiment: str = experiment.params.experiment
         self.compute: dict = experiment.params.compute.model_dump()
+        self.runs = experiment.runs
         self.jobs: dict[str, Job] = {}
         self._files: dict[str, str] = {}
-        for job in _jobs(experiment, results, source_state):
+        for job in _jobs(experiment, results, source_state, params_file):
             hashes = self._hashes(job.code)
             inputs = [self.jobs[i].fingerprint for i in job.inputs]
             print_ = _sha(_json([job.stage, job.params, hashes, inputs]).encode())
@@ -204,6 +206,8 @@ class Plan:
         for name in sorted({*manifest.get("inputs", {}), *job.inputs}):
             if name not in job.inputs:
                 found.append(f"{name} is no longer its input")
+            elif name not in manifest.get("inputs", {}):
+                found.append(f"{name} is its input now")
             elif inner := self.causes(name):
                 found.append(f"its input {name} would run ({inner[0]})")
             elif manifest.get("inputs", {}).get(name) != self.jobs[name].fingerprint:
@@ -229,7 +233,9 @@ def load(params_file: str | Path = "params.yaml", results: str | Path = "results
 # --------------------------------------------------------------------------------------------- params to jobs
 
 
-def _jobs(experiment: Experiment, results: Path, source_state: str | None) -> Iterator[Job]:
+def _jobs(
+    experiment: Experiment, results: Path, source_state: str | None, params_file: Path
+) -> Iterator[Job]:
     """Every job without its fingerprint, inputs first. Targets that no run needs are left out."""
     p = experiment.params
     base = {"image_size": p.data.image_size, "model": p.model.model_dump()}
@@ -260,6 +266,8 @@ def _jobs(experiment: Experiment, results: Path, source_state: str | None) -> It
     for target in (experiment.targets[t] for t in _needed(experiment)):
         key, settings = f"targets.{target.name}", target.settings
         about = {"name": target.name, "kind": target.kind, "config": settings.config}
+        if (files := _weights_state(target, results, params_file)) is not None:
+            about["files"] = files
         yield job(
             "target",
             target.name,
@@ -268,25 +276,28 @@ def _jobs(experiment: Experiment, results: Path, source_state: str | None) -> It
             keys=(*shared, key),
             # how batches are made is shared with stages/pretrain.py
             code=code("target", "targets", target.kind, "stages/pretrain.py", "stages/kit/"),
-            origins=_origins(settings, "target", key) | {"seed": f"{key}.seed"},
+            origins=_origins(settings, "target", key)
+            | {"seed": f"{key}.seed", "target.files": f"what {key}.weights names"},
         )
-    pairs = [(name, seed) for name, run in p.grid.runs.items() for seed in run.seeds or p.grid.seeds]
-    for name, seed in pairs:
-        run, settings = p.grid.runs[name], experiment.runs[name]
-        key, literals = f"methods.{run.method}", settings.plugin.literals
+    pairs = [(run, seed) for run in experiment.runs.values() for seed in run.seeds]
+    for run, seed in pairs:
+        key, literals, settings = f"methods.{run.method}", run.settings.plugin.literals, run.settings
         about = {"name": run.method, "config": settings.config}
         about |= {"labels": literals["LABELS"], "trains": literals["TRAINS"]}
+        taught = {"stage": run.stage} if run.teacher else {}
+        above = f"pretrain/{run.teacher}-s{seed}" if run.teacher else run.target and f"target/{run.target}"
         yield job(
             "pretrain",
-            f"{name}-s{seed}",
-            inputs=("data", f"target/{run.target}") if run.target else ("data",),
-            params={**base, "train": settings.train, "method": about, "seed": seed, "run": name},
-            keys=(*shared, key, f"grid.runs.{name}"),
+            f"{run.name}-s{seed}",
+            inputs=("data", above) if above else ("data",),
+            params={**base, "train": settings.train, "method": about, "seed": seed, "run": run.name, **taught},
+            keys=(*shared, key, run.key),
             code=code("pretrain", "methods", run.method, "stages/kit/"),
-            origins=_origins(settings, "method", key) | {"method.name": f"grid.runs.{name}.method"},
+            origins=_origins(settings, "method", key)
+            | {"method.name": f"{run.key}.method", "stage": f"{run.key}.target"},
         )
-    for name, seed in pairs:
-        known = {"seed": seed, "run": name, "method": p.grid.runs[name].method}
+    for run, seed in pairs:
+        name, known = run.name, {"seed": seed, "run": run.name, "method": run.method}
         for task, settings in experiment.tasks.items():
             about = {"name": task, "config": settings.config}
             yield job(
@@ -299,13 +310,16 @@ def _jobs(experiment: Experiment, results: Path, source_state: str | None) -> It
                 origins=_origins(settings, "task", f"tasks.{task}"),
             )
     table = {
-        f"{name}-s{seed}": {
-            "run": name,
-            "method": p.grid.runs[name].method,
+        f"{run.name}-s{seed}": {
+            "run": run.name,
+            "method": run.method,
             "seed": seed,
-            **_labels(experiment, name),
+            "target": run.target,
+            "teacher": run.teacher,
+            "stage": run.stage,
+            **_labels(experiment, run.name),
         }
-        for name, seed in pairs
+        for run, seed in pairs
     }
     everything = ["data", *(f"target/{t}" for t in _needed(experiment)), *(f"pretrain/{r}" for r in table)]
     everything += [f"transfer/{r}/{t}" for r in table for t in p.tasks]
@@ -328,26 +342,24 @@ def _needed(experiment: Experiment) -> list[str]:
             add(experiment.targets[name].upstream)
             order.append(name)
 
-    for run in experiment.params.grid.runs.values():
+    for run in experiment.runs.values():
         add(run.target)
     return order
 
 
-def _labels(experiment: Experiment, run: str) -> dict:
-    """Where labels had a part in a run: in its own training, or in that of a target above it."""
-    chain, at = [], experiment.params.grid.runs[run].target
+def _labels(experiment: Experiment, name: str) -> dict:
+    """Where labels had a part in a run: in its own training, or in that of a run or target above it."""
+    run = experiment.runs[name]
+    own, found = run.settings.plugin.literals, []
+    while run.teacher is not None:
+        run = experiment.runs[run.teacher]
+        found += [run.name] if run.settings.plugin.literals["LABELS"] else []
+    at = run.target
     while at is not None:
-        chain.append(experiment.targets[at])
-        at = chain[-1].upstream
-    labelled = [t.name for t in chain if t.settings.plugin.literals["LABELS"]]
-    literals = experiment.runs[run].plugin.literals
-    target = chain[0].name if chain else None
-    return {
-        "target": target,
-        "labels": literals["LABELS"],
-        "trains": literals["TRAINS"],
-        "label_targets": labelled,
-    }
+        target = experiment.targets[at]
+        found += [at] if target.settings.plugin.literals["LABELS"] else []
+        at = target.upstream
+    return {"labels": own["LABELS"], "trains": own["TRAINS"], "label_targets": found}
 
 
 def _origins(settings: Settings, part: str, key: str) -> dict[str, str]:
@@ -397,6 +409,35 @@ def _source_state(experiment: Experiment, results: Path, params_file: Path) -> s
     )
 
 
+def _weights_state(target: Target, results: Path, params_file: Path) -> str | None:
+    """Digest of the bytes behind a setting `local:PATH` of a target; None if it has none.
+
+    When they are gone but the target was made from them, the recorded digest, as for a source."""
+    key, path = next(
+        ((k, v[6:]) for k, v in target.settings.config.items() if isinstance(v, str) and v.startswith("local:")),
+        (None, None),
+    )
+    if key is None:
+        return None
+    path = Path(path).expanduser()
+    if path.exists():
+        files = [(path.name, path)] if path.is_file() else [(n, path / n) for n, _ in sorted(_walk(str(path), ""))]
+        return _sha(_json([[name, _digest(file)] for name, file in files]).encode())
+    made = (_manifest(results / "target" / target.name / "manifest.json") or {}).get("params", {}).get("target", {})
+    if made.get("config", {}).get(key) == target.settings.config[key] and made.get("files"):
+        warnings.warn(
+            f"targets.{target.name}.{key}: {path} is not there; the target made from it before stays in use",
+            stacklevel=2,
+        )
+        return made["files"]
+    raise ParamsError(f"{params_file}:\n  targets.{target.name}.{key}: {path} does not exist")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -412,28 +453,29 @@ def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
 def runs(plan: Plan) -> dict:
     """What dvc.yaml loops over, under one key of its own (DVC merges this file with params.yaml)."""
     p, data = plan.params, plan.jobs["data"].params
+    watch = {"source": {"path": data["source"]["argument"]}} if data["source_state"] else {}
     alone, above, without, using = {}, {}, {}, {}
     for job in plan.jobs.values():
         if job.stage == "target":
-            upstream, kind = p.targets[job.name].get("upstream"), job.params["target"]["kind"]
-            (above if upstream else alone)[job.name] = {"kind": kind} | (
-                {"upstream": upstream} if upstream else {}
-            )
+            about, upstream = job.params["target"], p.targets[job.name].get("upstream")
+            item = {"kind": about["kind"], "files": about.get("files")}
+            (above if upstream else alone)[job.name] = item | ({"upstream": upstream} if upstream else {})
+            watch |= {f"target-{job.name}": {"path": job.name}} if item["files"] else {}
         elif job.stage == "pretrain":
-            run, target = job.params["run"], p.grid.runs[job.params["run"]].target
-            item = {"run": run, "method": job.params["method"]["name"]} | (
-                {"target": target} if target else {}
-            )
-            (using if target else without)[job.name] = item
+            item = {"run": job.params["run"], "method": job.params["method"]["name"]}
+            (using if job.inputs[1:] else without)[job.name] = item | dict(zip(["teacher"], job.inputs[1:]))
     content = {
         "data": {"data": {"source": data["source"]["name"]}},
         "source_state": data["source_state"],
-        "watch": {"source": {"path": data["source"]["argument"]}} if data["source_state"] else {},
+        "watch": watch,
         "targets": alone,
         "targets_upstream": above,
-        "runs": {n: {"method": r.method, "target": r.target, "set": r.set} for n, r in p.grid.runs.items()},
+        "runs": {
+            n: {"method": r.method, "target": r.target, "teacher": r.teacher, "set": r.set}
+            for n, r in plan.runs.items()
+        },
         "pretrain": without,
-        "pretrain_target": using,
+        "pretrain_taught": using,
         "jobs": [*without, *using],
         "tasks": list(p.tasks),
     }
