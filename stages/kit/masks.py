@@ -166,3 +166,25 @@ def disjoint_masking(noise: torch.Tensor, ratio: float, predict: float | None = 
     inside = torch.arange(cell, device=order.device)
     inside = (inside[:, None] * (side * cell) + inside).flatten()
     return tuple((ids[..., None, :] + inside[:, None]).flatten(-2) for ids in corner.split([keep, cells - keep], -1))
+
+
+def unit_count(units: int, ratio: float) -> int:
+    """Units to hide: units * ratio rounded up, exact for the decimal `ratio` (SimMIM, arXiv 2111.09886).
+
+    Raises ValueError as `keep_count` does.
+    """
+    count = math.ceil(units * Fraction(str(ratio)))
+    if not (0 < ratio < 1 and 0 < count < units):
+        raise ValueError(f"mask_ratio: {ratio} of {units} units hides {count}, expected at least 1 visible and "
+                         "1 hidden")
+    return count
+
+
+def unit_masks(noise: torch.Tensor, count: int, cell: int) -> torch.Tensor:
+    """Random square units of cell x cell patches: noise (B,n) in [0,1) of a square grid of n units -> bool
+    (B, n*cell^2) of patches with exactly `count` units hidden (SimMIM, arXiv 2111.09886).
+    """
+    side = math.isqrt(noise.shape[1])
+    hidden = noise.argsort(dim=1, stable=True).argsort(dim=1) < count
+    grid = hidden.unflatten(1, (side, side))
+    return grid.repeat_interleave(cell, dim=1).repeat_interleave(cell, dim=2).flatten(1)

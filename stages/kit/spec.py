@@ -49,9 +49,20 @@ class Spec:
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @property
+    def hierarchical(self) -> bool:
+        """Whether the student has stages of falling resolution (a list of depths), as Swin has."""
+        return isinstance(self.model["depth"], list | tuple)
+
+    @property
+    def stride(self) -> int:
+        """Side in pixels of a token that the student gives: patch_size, doubled by each stage after the first."""
+        stages = len(self.model["depth"]) if self.hierarchical else 1
+        return self.model["patch_size"] * 2 ** (stages - 1)
+
+    @property
     def grid(self) -> int:
-        """Patches per side of the student."""
-        return self.image_size // self.model["patch_size"]
+        """Tokens per side that the student gives, which is where targets lie."""
+        return self.image_size // self.stride
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """(B,3,H,W) in [0,1] -> zero mean and unit variance per channel, by this data set's statistics."""

@@ -121,19 +121,13 @@ class Method(nn.Module):
 
     def _initialise(self) -> None:
         """Normal weights of deviation 0.02, cut there; zero biases; block n's outputs over sqrt(2 n)."""
-        parts = [part for part in (self.encoder, self.head, self.aggregation_head) if part is not None]
-        for layer in (layer for part in parts for layer in part.modules()):
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.02, b=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        for part in (self.encoder, self.head, self.aggregation_head):
+            if part is not None:
+                kit.trunc_init(part)
         for token in (self.encoder.cls_token, self.mask_token):
             nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
-        with torch.no_grad():
-            for number, block in (*enumerate(self.encoder.blocks, start=1),
-                                  *enumerate(self.aggregation, start=self.early + 1)):
-                block.attn.proj.weight.div_(math.sqrt(2 * number))
-                block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+        kit.scale_by_depth(self.encoder.blocks)
+        kit.scale_by_depth(self.aggregation, first=self.early + 1)
 
     def no_weight_decay(self) -> set[str]:
         """Besides one-dimensional parameters; the mask token and the relative-position table are decayed."""
@@ -163,7 +157,7 @@ class Method(nn.Module):
 
         "mim" from the last block; "aggregation", if there is any, from the aggregation blocks.
         """
-        tokens = torch.where(mask[..., None], self.mask_token, kit.patch_tokens(self.encoder, images))
+        tokens = kit.patch_tokens(self.encoder, images, mask, self.mask_token)
         bias = kit.shared_bias(self.encoder)
         taps = (self.early,) if len(self.aggregation) else ()
         x, tapped = kit.run_blocks(self.encoder, kit.with_prefix(self.encoder, tokens), taps=taps, bias=bias)

@@ -1,7 +1,8 @@
 """Supervised training from scratch on the labels, by DeiT's recipe (arXiv 2012.12877).
 
-A ViT with learnt positions and a linear head on its class token (or on the mean of its patches) minimises
-cross-entropy: the baseline for fine-tuning. This method sees labels; compare it as such.
+A ViT with learnt positions, or a Swin, and a linear head on its class token (or on the mean of its patches; a
+Swin has only that) minimises cross-entropy: the baseline for fine-tuning. This method sees labels; compare it
+as such.
 
 Departures from facebookresearch/deit, for small images and short runs:
 - mixup, CutMix, RandAugment and random erasing are there but off by default, colour jitter is on instead. As
@@ -27,6 +28,7 @@ from stages.kit import encoder as kit
 from stages.kit.views import View
 
 TARGET = None
+ENCODERS = ("vit", "swin")
 LABELS = True
 TRAINS = True
 
@@ -75,8 +77,8 @@ class Method(nn.Module):
             raise ValueError(f"supervised needs 2 or more classes, the data set has {spec.num_classes}")
         self.config, self.spec = config, spec
         self.encoder = kit.create(spec, "vit", drop_path_rate=config.drop_path)
-        self.head = nn.Linear(self.encoder.embed_dim, spec.num_classes)
-        if self.encoder.cls_token is not None:
+        self.head = nn.Linear(self.encoder.num_features, spec.num_classes)
+        if getattr(self.encoder, "cls_token", None) is not None:
             nn.init.trunc_normal_(self.encoder.cls_token, std=0.02)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)

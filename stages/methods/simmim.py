@@ -1,0 +1,198 @@
+"""SimMIM: a simple framework for masked image modeling (arXiv 2111.09886).
+
+Squares of pixels, larger than patches, are hidden: one learnt token takes the place of their patch embeddings. All
+tokens go through the encoder, a ViT or a Swin, and a single linear layer on each token that comes out predicts the
+pixels of its place; the loss is the mean absolute error over hidden pixels.
+
+Follows microsoft/SimMIM, the target normalised by a sliding window microsoft/Swin-Transformer. Its ViT is BEiT's: one
+relative-position table shared by all blocks, layer scale 0.1, no absolute positions; its class token is carried along
+without a loss of its own. Departures:
+- masks are pure functions of seed, step and sample; the official ones come from the loader's numpy generators;
+- ceil(mask_ratio * units) is taken in exact arithmetic instead of floats;
+- crops are resized bicubically, not bilinearly;
+- the rate warms up from 0 and ends at min_lr; officially from base/200 (base/100 for 100 epochs), and the cosine is not
+  shifted by the warm-up, so that the base rate is never quite reached;
+- without the final norm (`final_norm: false`) the exported encoder still normalises its tokens, with weights 1 and 0;
+- defaults are for small images: mask_unit a quarter of the image (8 at 32 px, 16 at 64 px), lr 1e-3 per 512 images.
+  As published, for ImageNet: mask_unit 32; Swin-B at 192 px, window 6, 100 epochs: lr 2e-4 per 512, min_lr 4e-5 at
+  batch 2048, 10 epochs warm up; 800 epochs: lr 1e-4 per 512, a tenth of it from epoch 700; ViT-B/16 at 224 px, 800
+  epochs: the same and drop_path 0.1. SwinV2: local_norm 47.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.kit import encoder as kit
+from stages.kit.masks import unit_count, unit_masks
+from stages.kit.patches import contact_sheet, paint
+from stages.kit.views import View
+
+TARGET = None
+ENCODERS = ("vit", "swin")
+LABELS = False
+TRAINS = True
+
+
+@dataclass(frozen=True)
+class Config:
+    mask_ratio: float = 0.6  # share of the units that is hidden, rounded up
+    mask_unit: int | None = None  # side of a unit in pixels; None: a quarter of the image's
+    masked_only: bool = True  # loss over hidden pixels; False: over all
+    local_norm: int | None = None  # side in pixels of the window that normalises the target; None: raw pixels
+    final_norm: bool = True  # the encoder's last norm stands before the head
+    layer_scale: float = 0.1  # of a ViT
+    drop_path: float = 0.0
+    crop_min: float = 0.67  # smallest share of the image's area in a crop
+    flip: float = 0.5
+    lr: float = 1e-3  # at batch lr_per
+    lr_per: int | None = 512
+    min_lr: float = 1e-5
+    warmup: float = 0.05  # share of all steps
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 5.0
+
+    def __post_init__(self):
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio: found {self.mask_ratio}, expected a share in (0, 1)")
+        if self.mask_unit is not None and self.mask_unit < 1:
+            raise ValueError(f"mask_unit: found {self.mask_unit}, expected 1 or more pixels")
+        if self.local_norm is not None and (self.local_norm < 3 or self.local_norm % 2 == 0):
+            raise ValueError(f"local_norm: found {self.local_norm}, expected an odd number of pixels from 3")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: found {self.drop_path}, expected a probability in [0, 1)")
+        if not 0 < self.crop_min <= 1:
+            raise ValueError(f"crop_min: found {self.crop_min}, expected a share in (0, 1]")
+
+    def unit(self, image_size: int) -> int:
+        """Side of a mask unit in pixels."""
+        return image_size // 4 if self.mask_unit is None else self.mask_unit
+
+    def check(self, image_size: int, model: dict) -> None:
+        unit, patch = self.unit(image_size), model["patch_size"]
+        if unit < 1 or image_size % unit or unit % patch:
+            raise ValueError(f"mask_unit: found {unit} pixels, expected a multiple of model.patch_size {patch} that "
+                             f"divides data.image_size {image_size}")
+        units = (image_size // unit) ** 2
+        if not self.mask_ratio * units <= units - 1:
+            raise ValueError(f"mask_ratio: {self.mask_ratio} of {units} units, rounded up, hides all of them")
+
+
+def views(config: Config, spec) -> dict[str, View]:
+    return {"view": View(size=spec.image_size, scale=(config.crop_min, 1.0), flip=config.flip)}
+
+
+class Method(nn.Module):
+    def __init__(self, config: Config, spec, target=None):
+        super().__init__()
+        self.config, self.spec = config, spec
+        unit, self.patch = config.unit(spec.image_size), spec.model["patch_size"]
+        self.units = spec.image_size // unit  # per side
+        self.cell = unit // self.patch  # patches per side of a unit
+        self.count = unit_count(self.units**2, config.mask_ratio)
+        scale = {} if spec.hierarchical else {"init_values": config.layer_scale}
+        self.encoder = kit.create(spec, "beit", drop_path_rate=config.drop_path, **scale)
+        self.encoder.norm.requires_grad_(config.final_norm)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.embed_dim))
+        self.head = nn.Conv2d(self.encoder.num_features, 3 * spec.stride**2, kernel_size=1)  # torch's initial weights
+        if spec.hierarchical:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+        else:
+            kit.trunc_init(self.encoder)
+            kit.scale_by_depth(self.encoder.blocks)
+            for token in (self.encoder.cls_token, self.mask_token):
+                nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Besides one-dimensional parameters. As run officially, a ViT's mask token and all relative-position tables
+        are decayed, a Swin's mask token is not.
+        """
+        return {"mask_token"} if self.spec.hierarchical else {"encoder.cls_token"}
+
+    def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean absolute error of (hidden) normalised pixels."""
+        images = self.spec.normalise(batch["view"])
+        mask = self.mask(progress.uniform("mask", self.units**2))
+        predicted = self.decode(self.encode(images, mask))
+        return {"loss": self.loss(predicted.float(), images, mask)}
+
+    def mask(self, noise: torch.Tensor) -> torch.Tensor:
+        """Uniform noise (B, units^2) -> bool (B,N) on the grid of the patch embedding, True = hidden."""
+        return unit_masks(noise, self.count, self.cell)
+
+    def encode(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B,3,H,W), mask (B,N) -> features (B,D,h,w) of all places, h = w = spec.grid."""
+        tokens = kit.patch_tokens(self.encoder, images, mask, self.mask_token)
+        x, _ = kit.run_blocks(self.encoder, kit.with_prefix(self.encoder, tokens))
+        x = self.encoder.norm(x) if self.config.final_norm else x
+        return kit.split(self.encoder, x)["patch"].transpose(1, 2).unflatten(2, (self.spec.grid, self.spec.grid))
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B,D,h,w) -> predicted pixels (B,3,H,W); channel c s^2 + i s + j is pixel (i,j) of colour c."""
+        return F.pixel_shuffle(self.head(features), self.spec.stride)
+
+    def loss(self, predicted: torch.Tensor, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean of |predicted - target| over the hidden pixels and the colours; images (B,3,H,W) normalised."""
+        error = (predicted - self.target(images.float())[0]).abs()
+        if not self.config.masked_only:
+            return error.mean()
+        hidden = self.pixels(mask)
+        return (error * hidden).sum() / (hidden.sum() + 1e-5) / error.shape[1]
+
+    def target(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float]:
+        """Normalised images (B,3,H,W) -> what is predicted, and the mean and deviation taken out of them."""
+        if self.config.local_norm is None:
+            return images, 0.0, 1.0
+        mean, deviation = local_statistics(images, self.config.local_norm)
+        return (images - mean) / deviation, mean, deviation
+
+    def pixels(self, mask: torch.Tensor) -> torch.Tensor:
+        """Mask (B,N) of patches -> float (B,1,H,W) of pixels."""
+        side = self.spec.image_size // self.patch
+        grid = mask.float().unflatten(1, (1, side, side))
+        return grid.repeat_interleave(self.patch, dim=2).repeat_interleave(self.patch, dim=3)
+
+    @torch.no_grad()
+    def pictures(self, batch: dict) -> dict[str, np.ndarray]:
+        """A contact sheet of at most 8 images: original | what the encoder sees | its reconstruction.
+
+        Visible pixels are copied from the image. With local_norm the predictions get the mean and deviation of the TRUE
+        image's windows, which the model does not know: only their structure is its own.
+        """
+        pixels = batch["view"][:8]
+        images = self.spec.normalise(pixels)
+        noise = torch.rand(len(images), self.units**2, generator=torch.Generator().manual_seed(0))
+        mask = self.mask(noise.to(images.device))
+        _, mean, deviation = self.target(images)
+        predicted = self.decode(self.encode(images, mask)).float() * deviation + mean
+        filled = paint(pixels, mask, self.spec.denormalise(predicted))
+        return {"reconstruction": contact_sheet([pixels, paint(pixels, mask), filled])}
+
+
+def local_statistics(images: torch.Tensor, window: int, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and sqrt(unbiased variance + eps) of each pixel's surroundings, per channel: two of images' shape (B,C,H,W).
+
+    The surroundings are the window x window square (odd) around the pixel, as far as it lies in the image.
+    """
+
+    def mean(x: torch.Tensor) -> torch.Tensor:  # a rectangle's mean is the mean of its rows' means
+        for kernel in ((1, window), (window, 1)):
+            padding = tuple(side // 2 for side in kernel)
+            x = F.avg_pool2d(x, kernel, stride=1, padding=padding, count_include_pad=False)
+        return x
+
+    def inside(size: int) -> torch.Tensor:
+        place = torch.arange(size, device=images.device)
+        reach = window // 2
+        return (place + reach).clamp(max=size - 1) - (place - reach).clamp(min=0) + 1
+
+    centre = mean(images)
+    count = (inside(images.shape[2])[:, None] * inside(images.shape[3])).to(images.dtype)
+    variance = ((mean(images.square()) - centre.square()) * count / (count - 1)).clamp(min=0)
+    return centre, (variance + eps).sqrt()
