@@ -176,7 +176,9 @@ def learn(rank, world):  # two steps of k-means and moving average on this rank'
     for step in range(2):
         drawn = torch.randn(64, 4, generator=torch.Generator().manual_seed(step))
         mine = F.normalize(drawn, dim=1).chunk(world)[rank]
-        assert learner.ready(mine, seed=3)
+        if not learner.ready():
+            learner.collect(mine)
+            learner.start(seed=3)
         learner.count(mine, book.assign(mine))
         learner.step(step)
     return book.vectors
@@ -238,19 +240,40 @@ def test_kmeans_by_an_independent_lloyd():
 def test_kmeans_waits_for_enough_vectors_and_runs_once():
     book = Codebook(8, 4)
     learner, before = Learner(book, per_code=10), book.vectors.clone()
-    assert not learner.ready(units(50, 4), seed=0)
+
+    def offered(learner, u):
+        learner.collect(u)
+        learner.start(seed=0)
+        return learner.ready()
+
+    assert not offered(learner, units(50, 4))
     assert torch.equal(book.vectors, before) and len(learner.waiting) == 50
     state = learner.state_dict()
     resumed = Learner(book, per_code=10)
     resumed.load_state_dict(state)
-    assert resumed.ready(units(50, 4, seed=1), seed=0)
+    assert offered(resumed, units(50, 4, seed=1))
     both = torch.cat([units(50, 4), units(50, 4, seed=1)])
     torch.testing.assert_close(book.vectors, quantize.kmeans(both, 8, seed=0))
     assert len(resumed.waiting) == 0
     after = book.vectors.clone()
-    assert resumed.ready(units(50, 4, seed=2), seed=0) and torch.equal(book.vectors, after)
+    resumed.start(seed=0)
+    assert torch.equal(book.vectors, after)
     learner.load_state_dict(resumed.state_dict())  # a finished state into one that waits
-    assert learner.ready(units(50, 4, seed=2), seed=0) and torch.equal(book.vectors, after)
+    assert learner.ready() and torch.equal(book.vectors, after)
+
+
+def test_kmeans_takes_the_vectors_in_the_order_of_the_batch_however_it_is_cut():
+    books, u = [], units(96, 4)
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        learner = Learner(Codebook(8, 4), per_code=10)
+        for part in u.chunk(parts):
+            assert not learner.ready()  # the codes are used from the next step on
+            learner.collect(part)
+        learner.start(seed=0)
+        assert learner.ready()
+        books.append(learner.codebook.vectors)
+    assert torch.equal(*books)
 
 
 def test_kmeans_starts_after_its_share_and_in_the_second_half_at_the_latest():
@@ -258,10 +281,12 @@ def test_kmeans_starts_after_its_share_and_in_the_second_half_at_the_latest():
         model = training(**changes)
         for step in range(10):
             out = model(dict(view=images(seed=step)), progress(step))
-            assert bool(model.learner.started) == (step >= first) == (float(out["usage"]) > 0), (changes, step)
-            assert (float(out["commitment"].detach()) > 0) == (step >= first)
+            model.after_step(progress(step))
+            assert bool(model.learner.started) == (step >= first), (changes, step)
+            assert (float(out["usage"]) > 0) == (float(out["commitment"].detach()) > 0) == (step > first)
     model = training(kmeans_after=0.9)
-    model(dict(view=images()), progress(0, steps=1))  # even a single step
+    model(dict(view=images()), progress(0, steps=1))
+    model.after_step(progress(0, steps=1))  # even a single step
     assert bool(model.learner.started)
 
 
@@ -276,6 +301,7 @@ def test_evaluation_never_starts_kmeans():
     model = training()
     before = model.target.codebook.vectors.clone()
     model.eval()(dict(view=images(32)), progress())
+    assert not model.learner._vectors
     model.after_step(progress())
     assert torch.equal(model.target.codebook.vectors, before) and not bool(model.learner.started)
 
@@ -295,6 +321,18 @@ def test_dead_codes_restart_only_when_asked():
             assert ((book.vectors[1:] @ u.T).amax(1) > 1 - 1e-5).all()  # at vectors of the batch
 
 
+def test_restarted_codes_are_the_same_however_the_batch_is_cut():
+    books, u = [], units(12, 4)
+    for parts in (1, 3):
+        torch.manual_seed(0)
+        learner = Learner(Codebook(16, 4), kmeans=False, reseed=1)
+        for part in u.chunk(parts):
+            learner.count(part, torch.zeros(len(part), dtype=torch.long))
+        learner.step(0)
+        books.append(learner.codebook.vectors[1:])
+    assert torch.equal(*books)
+
+
 def test_quantiser_is_float32_under_autocast():
     book, u = Codebook(64, 16), units(100, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -311,8 +349,17 @@ def test_quantiser_is_float32_under_autocast():
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 
-def test_losses_at_the_start_and_their_sum():
+def clustered():
+    """A tokenizer whose codes come from k-means of one batch."""
     model = training(vectors_per_code=1)
+    model(dict(view=images()), progress())
+    model.after_step(progress())
+    assert model.learner.ready()
+    return model
+
+
+def test_losses_at_the_start_and_their_sum():
+    model = clustered()
     out = model(dict(view=images(8)), progress(batch=8))
     assert out["reconstruction"].item() == pytest.approx(1, abs=0.35)  # random directions in 6 dimensions
     assert out["loss"].item() == pytest.approx((out["reconstruction"] + out["commitment"]).item(), abs=1e-6)
@@ -324,7 +371,7 @@ def test_losses_at_the_start_and_their_sum():
 
 
 def test_reconstruction_is_the_mean_of_one_minus_cosine():
-    model = training(vectors_per_code=1)
+    model = clustered()
     x = images(4)
     out = model(dict(view=x), progress())
     u = model.target.encode(x)
@@ -338,10 +385,11 @@ def test_reconstruction_is_the_mean_of_one_minus_cosine():
 
 
 def test_the_loss_uses_the_codes_from_before_the_update():
-    model = training(vectors_per_code=1)
-    model(dict(view=images()), progress())
+    model = clustered()
     codes = model.target.codebook.vectors.clone()  # k-means has run, the moving average has not
     torch.testing.assert_close(codes, quantize.kmeans(model.target.encode(images()).detach().flatten(0, 1), 8, seed=0))
+    model(dict(view=images()), progress())
+    assert torch.equal(codes, model.target.codebook.vectors)
     model.after_step(progress())
     assert not torch.equal(codes, model.target.codebook.vectors)
     model.after_step(progress(1))  # nothing new was counted

@@ -11,9 +11,9 @@ Departures from the official code:
   does it in every forward pass; without gradient accumulation the two are the same, since there too the loss uses the codes
   from before the update;
 - a code that nothing hit stays as it is, to the bit; the official code mixes it with itself and normalises again;
-- k-means runs once for all ranks, on the gathered vectors, and never in evaluation mode; it waits until there are ten vectors
-  per code (`per_code`), and until then the tokenizer trains without quantisation. The official code clusters each rank's first
-  batch, on each rank by itself, in whatever mode;
+- k-means runs once, between two steps, on the vectors of whole batches from all ranks, and never in evaluation mode; it waits
+  until there are ten vectors per code (`per_code`), and until then the tokenizer trains without quantisation. The official
+  code clusters each rank's first batch in its first forward pass, on each rank by itself, in whatever mode;
 - sums over a code's vectors are matrix products, so that a GPU repeats them to the bit;
 - `reseed` is ours, and off by default: codes that nothing hit for that many steps restart at a vector of the batch.
 """
@@ -57,6 +57,9 @@ class Learner(nn.Module):
 
     decay: of the moving average; kmeans: start from the data, not from random directions; per_code: vectors per code that
     k-means waits for; reseed: steps without a hit after which a code restarts, 0 = never.
+
+    `collect` (while not `ready`) or `count` take each micro batch, `start` or `step` end the optimiser step. What they do
+    depends on the step's vectors in the order of their rows, so that a batch may be cut into any micro batches and ranks.
     """
 
     def __init__(self, codebook: Codebook, decay: float = 0.99, kmeans: bool = True, per_code: int = 10, reseed: int = 0):
@@ -67,31 +70,39 @@ class Learner(nn.Module):
         self.register_buffer("waiting", torch.empty(0, dim))  # of all ranks, for k-means
         self.register_buffer("started", torch.tensor(not kmeans))
         self.register_buffer("idle", torch.zeros(codes, dtype=torch.int64))  # steps since the last hit
-        self._started = False  # what `started` says, once it is true: asking a GPU means waiting for it
+        self._started: bool | None = None  # what `started` says, once known: asking a GPU means waiting for it
         self._statistics: Tensor | None = None  # (K,D+1): sums and hits of this step, on this rank
-        self._latest: Tensor | None = None
+        self._vectors: list[Tensor] = []  # of this step, on this rank: for k-means, or for reseeding
 
     @property
     def codebook(self) -> Codebook:
         return self._codebook[0]
 
-    @torch.no_grad()
-    def ready(self, u: Tensor, seed: int, wait: bool = True) -> bool:
-        """Whether the codes can be used. Until then u (..., D) is kept, and as soon as there is enough k-means runs.
+    def ready(self) -> bool:
+        """Whether the codes can be used: from the start, or once k-means has run."""
+        if self._started is None:
+            self._started = bool(self.started)
+        return self._started
 
-        Call it in training, on every rank, with equally many vectors. wait False: k-means takes what there is.
-        """
-        if not self._started and not bool(self.started):
-            self.waiting = torch.cat([self.waiting, dist.gather(u.detach().float().flatten(0, -2))])
-            codes = self.codebook.vectors
-            if wait and len(self.waiting) < self.per_code * len(codes):
-                return False
-            means = kmeans(self.waiting, len(codes), seed=seed)
-            codes.copy_(dist.total(means if dist.is_main() else torch.zeros_like(means)))  # rank 0's, on all
-            self.waiting = self.waiting[:0].clone()
-            self.started.fill_(True)
+    def collect(self, u: Tensor) -> None:
+        """Notes vectors u (..., D) for k-means, once per micro batch; equally many on every rank."""
+        self._vectors.append(u.detach().float().flatten(0, -2))
+
+    @torch.no_grad()
+    def start(self, seed: int, wait: bool = True) -> None:
+        """Runs k-means if enough has been collected, in this step and before. wait False: if there is anything."""
+        if not self._vectors:
+            return
+        self.waiting = torch.cat([self.waiting, dist.gather(torch.cat(self._vectors))])
+        self._vectors.clear()
+        codes = self.codebook.vectors
+        if wait and len(self.waiting) < self.per_code * len(codes):
+            return
+        means = kmeans(self.waiting, len(codes), seed=seed)
+        codes.copy_(dist.total(means if dist.is_main() else torch.zeros_like(means)))  # rank 0's, on all
+        self.waiting = self.waiting[:0].clone()
+        self.started.fill_(True)
         self._started = True
-        return True
 
     @torch.no_grad()
     def count(self, u: Tensor, ids: Tensor) -> None:
@@ -100,7 +111,8 @@ class Learner(nn.Module):
         hits, sums = tally(u, ids.flatten(), len(self.codebook.vectors))
         found = torch.column_stack([sums, hits])
         self._statistics = found if self._statistics is None else self._statistics + found
-        self._latest = u
+        if self.reseed:
+            self._vectors.append(u)
 
     @torch.no_grad()
     def step(self, *key: int | str) -> None:
@@ -114,19 +126,29 @@ class Learner(nn.Module):
         self.idle.copy_(torch.where(hit, 0, self.idle + 1))
         if self.reseed:
             dead = self.idle >= self.reseed
-            draws = keyed.uniform(keyed.key("reseed", *key), torch.arange(len(codes)))
-            fresh = self._latest[(draws * len(self._latest)).long().to(codes.device)]
-            fresh = dist.total(fresh if dist.is_main() else torch.zeros_like(fresh))
-            codes.copy_(torch.where(dead[:, None], fresh, codes))
+            codes.copy_(torch.where(dead[:, None], self._drawn(keyed.key("reseed", *key)), codes))
             self.idle.masked_fill_(dead, 0)
-        self._statistics = self._latest = None
+        self._forget()
+
+    def _drawn(self, key: int) -> Tensor:
+        """One of the step's vectors for each code (K,D), the same on every rank however the batch was cut."""
+        mine, codes = torch.cat(self._vectors), len(self.codebook.vectors)
+        places = (keyed.uniform(key, torch.arange(codes)) * (len(mine) * dist.world())).long().to(mine.device)
+        places = places - len(mine) * dist.rank()
+        here = (places >= 0) & (places < len(mine))
+        return dist.total(torch.where(here[:, None], mine[places.clamp(0, len(mine) - 1)], 0))
+
+    def _forget(self) -> None:
+        self._statistics = None
+        self._vectors.clear()
 
     def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
         """What waits for k-means has any length, and a checkpoint may say that it is over, or not yet."""
         saved = state.get(f"{prefix}waiting")
         if saved is not None:
             self.waiting = self.waiting.new_empty(saved.shape)
-        self._started, self._statistics, self._latest = False, None, None
+        self._started = None
+        self._forget()
         super()._load_from_state_dict(state, prefix, *args)
 
 

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages.kit import dist
 from stages.kit import encoder as kit
 from stages.kit import health as measure
 from stages.kit.patches import contact_sheet, patchify
@@ -137,11 +138,13 @@ class Training(nn.Module):
             wanted = self.upstream[0](images)  # (B,N,dim)
         u = self.target.encode(images)
         quantised, commitment, hits = u, u.new_zeros(()), u.new_zeros(self.config.codes)
-        if not self.training or self.quantises(u, progress):
+        if not self.training or self.learner.ready():
             ids, quantised, commitment = self.target.codebook(u)
             hits = torch.zeros_like(hits).scatter_add_(0, ids.flatten(), torch.ones_like(hits[:1]).expand(ids.numel()))
             if self.training:
                 self.learner.count(u, ids)
+        elif self.clusters(progress):
+            self.learner.collect(u)
         reconstruction = 1 - F.cosine_similarity(self.decode(quantised).float(), wanted.float(), dim=-1).mean()
         if self.training:
             self._cosines.append(1 - reconstruction.detach())
@@ -153,13 +156,10 @@ class Training(nn.Module):
             "perplexity": measure.perplexity(hits).float(),
         }
 
-    def quantises(self, u: torch.Tensor, progress) -> bool:
-        """Whether to use the codes: once k-means has run, which it does after `kmeans_after`, as soon as it has enough
-        vectors, and in the second half of the training whatever it has."""
-        if not self.config.kmeans:
-            return True
-        done = (progress.step + 1) / progress.steps
-        return done > self.config.kmeans_after and self.learner.ready(u, progress.seed, wait=done <= 0.5)
+    def clusters(self, progress) -> bool:
+        """Whether this step's vectors are for k-means. It runs as soon as it has enough of them, and from the middle of the
+        training on with whatever it has; the codes are used from the next step on."""
+        return (progress.step + 1) / progress.steps > self.config.kmeans_after
 
     def decode(self, quantised: torch.Tensor) -> torch.Tensor:
         """Codes on the grid (B,N,code_dim) -> the teacher's features (B,N,dim)."""
@@ -168,10 +168,13 @@ class Training(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress) -> None:
-        self.learner.step(progress.seed, progress.step)
+        if self.learner.ready():
+            self.learner.step(progress.seed, progress.step)
+        else:
+            self.learner.start(progress.seed, wait=2 * (progress.step + 1) <= progress.steps)
         if self._cosines:
             weight = max(0.01, 1 / (progress.step + 1))  # a plain mean at first
-            self.target.reconstruction.lerp_(torch.stack(self._cosines).mean(), weight)
+            self.target.reconstruction.lerp_(dist.mean(torch.stack(self._cosines).mean()), weight)
             self._cosines.clear()
 
 
