@@ -81,15 +81,15 @@ class ConvBlock(nn.Module):
 
     def across(self, cells: torch.Tensor, grid: tuple[int, int], ids: torch.Tensor | None) -> torch.Tensor:
         """The depthwise convolution on the map of all patches; patches that are not in `ids` are 0 there."""
-        batch, side, dim = len(cells), cells.shape[2], cells.shape[4]
+        (batch, _, side, _, dim), (rows, columns) = cells.shape, grid
         patches = cells.flatten(2)
         if ids is not None:
             places = ids[..., None].expand_as(patches)
-            patches = patches.new_zeros(batch, grid[0] * grid[1], patches.shape[2]).scatter(1, places, patches)
-        image = patches.view(batch, *grid, side, side, dim).permute(0, 5, 1, 3, 2, 4)
-        image = self.depthwise(image.reshape(batch, dim, grid[0] * side, grid[1] * side))
-        image = image.view(batch, dim, grid[0], side, grid[1], side).permute(0, 2, 4, 3, 5, 1)
-        patches = image.reshape(batch, grid[0] * grid[1], -1)
+            patches = patches.new_zeros(batch, rows * columns, patches.shape[2]).scatter(1, places, patches)
+        image = patches.view(batch, rows, columns, side, side, dim).transpose(2, 3)
+        image = image.reshape(batch, rows * side, columns * side, dim)
+        image = self.depthwise(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        patches = image.reshape(batch, rows, side, columns, side, dim).transpose(2, 3).flatten(1, 2).flatten(2)
         if ids is not None:
             patches = patches.gather(1, places)
         return patches.view(cells.shape)
@@ -221,8 +221,9 @@ def checkpoint_filter_fn(state: dict, model: ConvViT) -> dict:
 
 
 def _build(variant: str, pretrained: bool, sizes: dict, changes: dict) -> ConvViT:
-    # the norm before the mean: an encoder's tokens are normalised; fine-tuning asks for fc_norm=True
-    args = {"global_pool": "avg", "fc_norm": False, **sizes, **changes}
+    # an encoder's tokens are normalised; a classifier has a norm of its own after the mean, as in fine-tuning
+    head = changes.get("num_classes", 1000) > 0
+    args = {"global_pool": "avg", "fc_norm": head, **sizes, **changes}
     return build_model_with_cfg(ConvViT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
                                 feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **args)
 
