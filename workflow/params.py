@@ -62,11 +62,12 @@ class Data(Section):
 
 
 class Model(Section):
-    name: str = Field("vit_tiny_patch16_224", description="a timm model")
-    patch_size: int = Field(16, ge=1)
-    embed_dim: int = Field(192, ge=1)
-    depth: int = Field(12, ge=1)
-    num_heads: int = Field(3, ge=1)
+    name: str = Field("vit_tiny_patch16_224", description="a timm model: a ViT, or a Swin or SwinV2")
+    patch_size: int = Field(16, ge=1, description="side in pixels; of a Swin, in its first stage")
+    embed_dim: int = Field(192, ge=1, description="width; of a Swin, in its first stage")
+    depth: int | list[int] = Field(12, description="number of blocks; of a Swin, a list: of each stage")
+    num_heads: int | list[int] = Field(3, description="of a Swin, a list: in each stage")
+    window_size: int | None = Field(None, ge=1, description="side of a Swin's windows, in tokens")
     mlp_ratio: float = Field(4.0, gt=0)
     args: dict[str, Any] = Field(default_factory=dict, description="more arguments for timm.create_model")
 
@@ -106,6 +107,7 @@ class Compute(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     workers: int = Field(1, ge=0, description="threads that prepare batches")
     threads: int | None = Field(None, ge=1, description="CPU threads of a job")
+    processes: int = Field(1, ge=1, description="processes that train one job, each with a GPU where there are any")
     tracking: bool = True
     tracking_uri: str | None = Field(
         None, description="MLflow server or store (null: MLFLOW_TRACKING_URI or SQLite)"
@@ -264,7 +266,11 @@ def check(content: dict, path: str = "params.yaml", root: Path = ROOT) -> Experi
                 problems.append(f"{where}: unknown key (found {value!r}){nearest(k, allowed)}")
         config = _config(found, own, key, problems)
         train = _train(params, over, key, problems)
-        if config is not None and fits and hasattr(config, "check"):
+        fits = fits and sound
+        if fits and kind in ("method", "target") and encoder not in found.literals["ENCODERS"]:
+            able = ", ".join(found.literals["ENCODERS"])
+            problems.append(f"model.name: {kind} {name} takes no {encoder}, only {able} (found {model['name']!r})")
+        elif config is not None and fits and hasattr(config, "check"):
             try:
                 config.check(image, model)
             except ValueError as error:
@@ -274,6 +280,10 @@ def check(content: dict, path: str = "params.yaml", root: Path = ROOT) -> Experi
         values_of = {f: getattr(config, f) for f in found.fields}
         return Settings(name, found, values_of, train, {k: where for k, (_, where) in values.items()})
 
+    encoder = _encoder(params.model.name)
+    flaws = _model_flaws(params.model, image)
+    sound = not flaws  # otherwise a plug-in cannot say whether it fits
+    problems += flaws
     _check_shapes(params, problems)
     name, _, argument = params.data.source.partition(":")
     source = None
@@ -334,17 +344,49 @@ def _check_micro(train: dict, where: str, problems: list[str]) -> None:
         )
 
 
+def _encoder(name: str) -> str:
+    """What kind of encoder a timm model is, as a plug-in's ENCODERS lists them."""
+    return "swin" if re.match(r"swin(v2)?_", name) else "vit"
+
+
+def _model_flaws(model: Model, image: int) -> list[str]:
+    """Why there can be no such encoder for images of this size."""
+    staged = _encoder(model.name) == "swin"
+    flaws = []
+    for key in ("depth", "num_heads"):
+        value = getattr(model, key)
+        if isinstance(value, list) != staged:
+            expected = "a list, one number for each stage" if staged else "one number (a list is for Swin)"
+            flaws.append(f"model.{key}: {model.name} takes {expected} (found {value})")
+        elif not value or min(value if staged else [value]) < 1:
+            flaws.append(f"model.{key}: must be greater than or equal to 1 (found {value})")
+    if staged and model.window_size is None:
+        flaws.append("model.window_size: required for a Swin: the side of its windows in tokens, such as 4 or 7")
+    if not staged and model.window_size is not None:
+        flaws.append(f"model.window_size: {model.name} has no windows (found {model.window_size})")
+    if flaws:
+        return flaws
+    depth, heads = (v if staged else [v] for v in (model.depth, model.num_heads))
+    if len(depth) != len(heads):
+        return [f"model.num_heads: has {len(heads)} stages {heads}, model.depth has {len(depth)} {depth}"]
+    stride = model.patch_size * 2 ** (len(depth) - 1)
+    if image % stride:
+        halved = f", doubled by each later stage: {stride}" if staged else ""
+        flaws.append(f"data.image_size: {image} is not a multiple of model.patch_size {model.patch_size}{halved}")
+    for stage, number in enumerate(heads):
+        width, where = model.embed_dim * 2**stage, f" in stage {stage + 1}" if staged else ""
+        if width % number:
+            given = model.embed_dim if not stage else f"{width} (model.embed_dim {model.embed_dim} times {2**stage})"
+            flaws.append(f"model.embed_dim: {given} is not a multiple of model.num_heads {number}{where}")
+        grid = image // (model.patch_size * 2**stage)
+        if staged and not flaws and grid > model.window_size and grid % model.window_size:
+            flaws.append(f"model.window_size: {model.window_size} does not divide the {grid} tokens per side{where}")
+    return flaws
+
+
 def _check_shapes(params: Params, problems: list[str]) -> None:
     """What the sections say together about sizes, and names that become folders."""
     data, model = params.data, params.model
-    if data.image_size % model.patch_size:
-        problems.append(
-            f"data.image_size: {data.image_size} is not a multiple of model.patch_size {model.patch_size}"
-        )
-    if model.embed_dim % model.num_heads:
-        problems.append(
-            f"model.embed_dim: {model.embed_dim} is not a multiple of model.num_heads {model.num_heads}"
-        )
     if data.store_size is not None and data.store_size < data.image_size:
         problems.append(
             f"data.store_size: {data.store_size} is smaller than data.image_size {data.image_size}"

@@ -43,7 +43,9 @@ class Plugin:
         }
 
 
-LITERALS = {"TARGET": None, "UPSTREAM": None, "PRODUCES": None, "LABELS": False, "TRAINS": True}
+LITERALS = {
+    "TARGET": None, "UPSTREAM": None, "PRODUCES": None, "LABELS": False, "TRAINS": True, "SPREADS": False, "ENCODERS": ("vit",)
+}
 
 
 def plugin_names(kind: str, root: Path = ROOT) -> list[str]:
