@@ -18,9 +18,11 @@ from PIL import Image
 from stages import methods, targets
 from stages.kit import dist, encoder, keyed, store
 from stages.kit.job import running
+from stages.kit.launch import spread
 from stages.kit.loader import Batches
 from stages.kit.loop import Recipe, fit
 from stages.kit.spec import Spec, configure
+from stages.kit.teacher import Teacher
 from workflow.plan import load
 
 SHOWN = 8  # validation images in the pictures
@@ -34,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", default="results")
     args = parser.parse_args(argv)
     plan = load(args.params, args.results)
-    with running(plan.job(f"pretrain/{args.run}"), plan) as run:
+    job = plan.job(f"pretrain/{args.run}")
+    spread(plan, job, argv)
+    with running(job, plan) as run:
         pretrain(run)
     return 0
 
@@ -46,9 +50,9 @@ def pretrain(run) -> None:
     config = configure(module.Config, params["method"]["config"])
     data = run.input("data")
     spec = Spec.of(store.info(data), params["image_size"], params["model"])
-    target = next(
-        (targets.load(run.input(id), run.device) for id in run.job.inputs if id.startswith("target/")), None
-    )
+    target = teaching(run, spec)
+    if (stage := params.get("stage", 1)) > 1:  # of a chain: other weights, masks and order of images
+        seed = keyed.key(seed, "stage", stage)
     torch.manual_seed(keyed.key(seed, "init"))
     method = module.Method(config, spec, target).to(run.device)
     if module.TRAINS:
@@ -60,6 +64,16 @@ def pretrain(run) -> None:
         encoder.save(method.encoder, run.out / "encoder", spec)
         if hasattr(method, "pictures"):
             write_pictures(run.out / "pictures", method.pictures(shown_batch(data, spec, run.device)))
+
+
+def teaching(run, spec: Spec) -> torch.nn.Module | None:
+    """What a run learns from, frozen: a finished target, or the encoder of another run; None for neither."""
+    for id in run.job.inputs:
+        if id.startswith("target/"):
+            return targets.load(run.input(id), run.device)
+        if id.startswith("pretrain/"):
+            return Teacher.load(run.input(id) / "encoder", spec, run.device)
+    return None
 
 
 def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> Batches:
