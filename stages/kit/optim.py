@@ -28,48 +28,57 @@ def groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def layer_decay_groups(
-    module: nn.Module, depth: int, decay: float, weight_decay: float, no_decay: set[str] | None = None
+    module: nn.Module, depths: int | tuple[int, ...], decay: float, weight_decay: float,
+    no_decay: set[str] | None = None,
 ) -> list[dict]:
     """Groups for fine-tuning with layer-wise learning-rate decay (BEiT arXiv:2106.08254; MAE's official
     util/lr_decay.py).
 
-    `module` is a ViT, or a module that holds one anywhere. A parameter's rate is multiplied by decay **
-    (depth + 1 - id): id 0 for patch embedding, class token, position embedding, mask token; i + 1 for block
-    i; depth + 1 (scale 1) for everything else: final norms, head, shared relative positions. No weight decay
-    on 1-d tensors, class token, position embedding, and names in `no_decay` (default:
-    `module.no_weight_decay()`). ValueError when a block's number exceeds `depth`.
+    `module` is a ViT or a Swin, or holds one anywhere; `depths` are the blocks of its stages, one number for a
+    ViT. With n blocks in all, a parameter's rate is multiplied by decay ** (n + 1 - id): id 0 for patch
+    embedding, class token, position embedding, mask token; i + 1 for block i, counted over all stages; a Swin's
+    patch merging belongs to the last block before it (microsoft/SimMIM); n + 1 (scale 1) for everything else:
+    final norms, head, shared relative positions. No weight decay on 1-d tensors, class token, position
+    embedding, and names in `no_decay` (default: `module.no_weight_decay()`). ValueError when a block's number
+    exceeds its stage's depth.
     """
     exempt = _exempt(module) if no_decay is None else set(no_decay)
     found: dict[tuple[int, bool], dict] = {}
+    last = (depths if isinstance(depths, int) else sum(depths)) + 1
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = layer_id(name, depth)
+        layer = layer_id(name, depths)
         plain = parameter.ndim <= 1 or name in exempt or name.split(".")[-1] in ("cls_token", "pos_embed")
         group = found.setdefault(
             (layer, plain),
             {
                 "params": [],
                 "weight_decay": 0.0 if plain else weight_decay,
-                "lr_scale": decay ** (depth + 1 - layer),
+                "lr_scale": decay ** (last - layer),
             },
         )
         group["params"].append(parameter)
     return list(found.values())
 
 
-def layer_id(name: str, depth: int) -> int:
-    """Layer of a ViT parameter by its name: 0 = embedding, i + 1 = block i, depth + 1 = everything else."""
-    block = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
+def layer_id(name: str, depths: int | tuple[int, ...]) -> int:
+    """Layer of a parameter by its name in timm, see `layer_decay_groups`: 0 = embedding, i + 1 = block i, last =
+    everything else."""
+    depths = (depths,) if isinstance(depths, int) else depths
+    block = re.search(r"(?:^|\.)(?:layers\.(\d+)\.)?blocks\.(\d+)\.", name)
     if block:
-        if int(block[1]) >= depth:
-            raise ValueError(
-                f"layer decay: {name} belongs to block {block[1]}, but the depth given is {depth}"
-            )
-        return int(block[1]) + 1
+        stage, number = int(block[1] or 0), int(block[2])
+        if stage >= len(depths) or number >= depths[stage]:
+            given = ", ".join(map(str, depths))
+            raise ValueError(f"layer decay: {name} belongs to block {number}, but the depth given is {given}")
+        return sum(depths[:stage]) + number + 1
+    merging = re.search(r"(?:^|\.)layers\.(\d+)\.downsample\.", name)  # in timm, of the stage that follows it
+    if merging:
+        return sum(depths[: int(merging[1])])
     parts = name.split(".")
     embedding = "patch_embed" in parts or parts[-1] in ("cls_token", "pos_embed", "mask_token", "reg_token")
-    return 0 if embedding else depth + 1
+    return 0 if embedding else sum(depths) + 1
 
 
 def build(recipe, param_groups: list[dict], device: torch.device) -> torch.optim.Optimizer:

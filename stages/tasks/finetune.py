@@ -32,6 +32,7 @@ from stages.kit.views import View
 from stages.tasks import SPLITS, labelled, save_predictions, score, unseen
 
 LABELS = True
+SPREADS = True  # over compute.processes
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,11 @@ class Classifier(nn.Module):
         return {"loss": loss, "agreement": (logits.argmax(1) == target.argmax(1)).float().mean()}
 
     def param_groups(self, weight_decay: float) -> list[dict]:
-        # no_decay empty: timm would spare relative-position tables too, BEiT's official fine-tuning does not
-        depth, decay = len(self.model.blocks), self.config.layer_decay
-        return optim.layer_decay_groups(self.model, depth, decay, weight_decay, no_decay=set())
+        # Relative-position tables: decayed as in BEiT's official fine-tuning, though timm would spare them; a
+        # Swin's are spared, as in SimMIM's.
+        depths = encoders.depths(self.model)
+        spared = self.model.no_weight_decay() if len(depths) > 1 else set()
+        return optim.layer_decay_groups(self.model, depths, self.config.layer_decay, weight_decay, spared)
 
 
 class Subset:
