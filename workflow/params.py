@@ -62,7 +62,7 @@ class Data(Section):
 
 
 class Model(Section):
-    name: str = Field("vit_tiny_patch16_224", description="a timm model: a ViT, or a Swin or SwinV2")
+    name: str = Field("vit_tiny_patch16_224", description="a timm model: a ViT, a Swin or SwinV2, or a convvit_* (stages/kit/hybrid.py)")
     patch_size: int = Field(16, ge=1, description="side in pixels; of a Swin, in its first stage")
     embed_dim: int = Field(192, ge=1, description="width; of a Swin, in its first stage")
     depth: int | list[int] = Field(12, description="number of blocks; of a Swin, a list: of each stage")
@@ -346,7 +346,8 @@ def _check_micro(train: dict, where: str, problems: list[str]) -> None:
 
 def _encoder(name: str) -> str:
     """What kind of encoder a timm model is, as a plug-in's ENCODERS lists them."""
-    return "swin" if re.match(r"swin(v2)?_", name) else "vit"
+    found = re.match(r"(convvit|swin)(?:v2)?_", name)
+    return found[1] if found else "vit"
 
 
 def _model_flaws(model: Model, image: int) -> list[str]:
@@ -364,6 +365,8 @@ def _model_flaws(model: Model, image: int) -> list[str]:
         flaws.append("model.window_size: required for a Swin: the side of its windows in tokens, such as 4 or 7")
     if not staged and model.window_size is not None:
         flaws.append(f"model.window_size: {model.name} has no windows (found {model.window_size})")
+    if _encoder(model.name) == "convvit" and model.patch_size % 4:
+        flaws.append(f"model.patch_size: {model.name} takes a multiple of 4 (found {model.patch_size})")
     if flaws:
         return flaws
     depth, heads = (v if staged else [v] for v in (model.depth, model.num_heads))
@@ -616,8 +619,8 @@ def _circles(above: dict[str, Any]) -> list[list[str]]:
 
 
 def _unknown_model(name: str) -> str | None:
-    """None when timm has this model (or is not installed), else the nearest names. Reads timm's text, imports
-    nothing."""
+    """None when timm or stages/kit/hybrid.py has this model (or timm is not installed), else the nearest names.
+    Reads their text, imports nothing."""
     spec = importlib.util.find_spec("timm")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -627,7 +630,7 @@ def _unknown_model(name: str) -> str | None:
         key=lambda p: not p.stem.startswith("vision_tr"),
     )
     names: list[str] = []
-    for file in files:
+    for file in (ROOT / "stages/kit/hybrid.py", *files):
         found = re.findall(r"@register_model\s+def (\w+)\(", file.read_text(encoding="utf-8"))
         if plain in found:
             return None

@@ -9,6 +9,11 @@ grid and doubling the width:
     model: {name: swin_tiny_patch4_window7_224, patch_size: 2, embed_dim: 48, depth: [2, 2, 4],
             num_heads: [3, 6, 12], window_size: 4}       # 32 px: grids of 16, 8 and 4, last width 192
 
+A model named convvit_* is a ViT behind masked convolutions (kit/hybrid.py); `args` has their sizes:
+
+    model: {name: convvit_tiny_patch8_64, patch_size: 8, embed_dim: 192, depth: 8, num_heads: 3,
+            args: {conv_dims: [48, 96], conv_depths: [1, 1]}}
+
 An exported folder is a plain timm folder: `timm.create_model("local-dir:FOLDER", pretrained=True)` gives
 bit-equal features and carries the data set's mean and std in `pretrained_cfg`. Tokens are ordered prefix (cls,
 registers; a Swin has none) first, then patches row by row.
@@ -31,10 +36,13 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from stages.kit import hybrid
+from stages.kit.masks import take
 from stages.kit.positions import sincos_2d
 
 BEIT = "beitv2_base_patch16_224"
 SWIN = (SwinTransformer, SwinTransformerV2)
+LEAK = "convolutions have mixed hidden patches into the others' tokens; use `visible`"
 
 
 def create(spec, family: str = "vit", **kw) -> nn.Module:
@@ -52,6 +60,8 @@ def create(spec, family: str = "vit", **kw) -> nn.Module:
         raise ValueError(f"encoder family: found {family!r}, expected 'vit' or 'beit'")
     name, cls, args = model["name"], VisionTransformer, {"global_pool": "token"}
     args |= {key: model[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    if name in hybrid.default_cfgs:
+        args["global_pool"] = "avg"  # it has no class token
     if spec.hierarchical:
         cls = SWIN
         args |= {"global_pool": "avg", "window_size": model["window_size"], "drop_path_rate": 0.0}
@@ -80,7 +90,7 @@ def sincos_vit(spec, **kw) -> VisionTransformer:
     if spec.hierarchical:
         raise ValueError(f"model.name: {spec.model['name']!r} has no positions of its own, expected a ViT")
     encoder = create(spec, "vit", **kw)
-    xavier_init(encoder)
+    xavier_init(encoder.blocks)
     projection = encoder.patch_embed.proj.weight  # as the linear layer that it is; bias: torch's default
     nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
     for token in (encoder.cls_token, encoder.reg_token):
@@ -135,6 +145,8 @@ def patch_tokens(encoder: nn.Module, images: torch.Tensor, mask: torch.Tensor | 
     Where the bool mask (B,N) is True, mask_token (1,1,D) stands in the patch's place; its position is added to
     it as to any other.
     """
+    if mask is not None and isinstance(encoder, hybrid.ConvViT):
+        raise ValueError(f"mask_token: {LEAK}")
     tokens = encoder.patch_embed(images)
     tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # Swin's are a grid
     if mask is not None:
@@ -198,6 +210,8 @@ def run_blocks(encoder: nn.Module, tokens: torch.Tensor, *, ids: torch.Tensor | 
         if ids is not None:
             raise ValueError("windows hold all patches of their place: a Swin cannot run on some of the patches")
         return _run_stages(encoder, tokens, taps)
+    if ids is not None and isinstance(encoder, hybrid.ConvViT):
+        raise ValueError(f"ids: {LEAK}")
     bias = shared_bias(encoder, ids) if bias is None else bias
     extra = {} if bias is None else {"shared_rel_pos_bias": bias}
     tapped = {}
@@ -219,6 +233,21 @@ def _run_stages(encoder: nn.Module, tokens: torch.Tensor, taps: tuple):
             if number in taps:
                 tapped[number] = x.flatten(1, 2)
     return x.flatten(1, 2), tapped
+
+
+def visible(encoder: nn.Module, images: torch.Tensor, ids: torch.Tensor,
+            fusion: hybrid.Fusion | None = None) -> torch.Tensor:
+    """Normalised images (B,3,H,W) -> prefix and patches ids (V*B,n) after the final norm, (V*B,P+n,D).
+
+    Patches that a row of ids does not name have no influence on its tokens. Row v*B + b is view v of image b, so
+    several views of an image go through at once. fusion: of a ConvViT in pretraining (kit/hybrid.py).
+    """
+    if isinstance(encoder, hybrid.ConvViT):
+        return encoder.encode(images, ids, fusion)
+    tokens = patch_tokens(encoder, images)
+    tokens = take(tokens.repeat(len(ids) // len(images), 1, 1), ids)
+    tokens, _ = run_blocks(encoder, with_prefix(encoder, tokens), ids=ids)
+    return encoder.norm(tokens)
 
 
 def split(encoder: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:

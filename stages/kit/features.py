@@ -23,10 +23,10 @@ import torch
 from numpy.lib.format import open_memmap
 
 from stages.kit import encoder as encoders
-from stages.kit import keyed, loader, store, views
+from stages.kit import hybrid, keyed, loader, store, views
 
 KEEP_BYTES = 16 << 30
-CODE = (encoders, keyed, loader, store, views)
+CODE = (encoders, hybrid, keyed, loader, store, views)
 
 
 def frozen(

@@ -6,16 +6,16 @@ convolution blocks on grids 4 and 2 times as fine as the grid of tokens, so 1/4,
 (patch 8: 1/2, 1/4, 1/8; patch 4: 1, 1/2, 1/4). Everything that works on a ViT works on it: export, k-NN, linear
 probe, fine-tuning, layer-wise rate decay (the whole stem counts as the embedding, as in the official code).
 
-How a method uses it, here with several views of each image:
+How a method uses it, here with V views of each image (of a plain ViT `visible` asks the same, without fusion):
 
-    encoder = stages.kit.encoder.sincos_vit(spec)        # model.name: convvit_tiny_patch8_64 (or base, large)
-    fusion = hybrid.Fusion(encoder)                      # belongs to the method: it is not exported
-    tokens = encoder.encode(images, ids_keep, fusion)    # (B,3,H,W), (V*B,n) -> (V*B,n,D), after the last norm
+    encoder = kit.encoder.sincos_vit(spec)               # model.name: convvit_tiny_patch8_64 (or base, large)
+    fusion = hybrid.Fusion(encoder) if isinstance(encoder, hybrid.ConvViT) else None  # is not exported
+    tokens = kit.encoder.visible(encoder, images, ids_keep, fusion)  # (B,3,H,W), (V*B,n) -> (V*B,n,D)
 
 Row v*B + b of `ids_keep` lists the visible patches of view v of image b, in any order, and the tokens come in
-that order; one view is V = 1. For a mask (1 = hidden) with n visible patches, `ids_keep =
-masks.hidden_ids(~mask, n)`. `encoder.encode(images)` runs on all patches and without `fusion` equals
-`forward_features`. `isinstance(encoder, hybrid.ConvViT)` tells it from a plain ViT; there is no class token.
+that order, after the last norm. There is no class token. For a mask (1 = hidden) with n visible patches in each
+row, `ids_keep = masks.hidden_ids(~mask, n)`. Without ids and fusion, `encoder.encode(images)` is the plain
+convolution network, `forward_features`.
 
 Hidden patches are dropped before the first layer. All layers but one work inside a patch (a convolution whose
 kernel equals its stride, or of size 1, is a linear layer on the pixels of a patch), so they run on visible
@@ -71,13 +71,13 @@ class ConvBlock(nn.Module):
         self.norm1, self.conv1, self.conv2 = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.depthwise = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
         self.norm2, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.act, self.drop_path = nn.GELU(), DropPath(drop_path)
+        self.act, self.drop_path1, self.drop_path2 = nn.GELU(), DropPath(drop_path), DropPath(drop_path)
 
     def forward(self, cells: torch.Tensor, grid: tuple[int, int], ids: torch.Tensor | None) -> torch.Tensor:
         """Cells (B,n,s,s,C) of the patches ids (B,n), None: of all; grid of patches (rows, columns)."""
         near = self.across(self.conv1(self.norm1(cells)), grid, ids)
-        cells = cells + self.drop_path(self.conv2(near))
-        return cells + self.drop_path(self.fc2(self.act(self.fc1(self.norm2(cells)))))
+        cells = cells + self.drop_path1(self.conv2(near))
+        return cells + self.drop_path2(self.fc2(self.act(self.fc1(self.norm2(cells)))))
 
     def across(self, cells: torch.Tensor, grid: tuple[int, int], ids: torch.Tensor | None) -> torch.Tensor:
         """The depthwise convolution on the map of all patches; patches that are not in `ids` are 0 there."""

@@ -13,6 +13,7 @@ Follows facebookresearch/mae, with these departures:
   learning rate 1.5e-3 at batch 512). As published, for ImageNet and ViT-B/16: decoder_dim 512, decoder_depth
   8, decoder_heads 16, crop_min 0.2, lr 1.5e-4 with lr_per 256 at batch 4096, 800 or 1600 epochs of which 40
   warm up.
+With a ConvViT (model.name: convvit_...) this is ConvMAE (arXiv 2205.03892), with a decoder as configured here.
 As there, the class and mask tokens do get weight decay, and only one-dimensional parameters do not.
 """
 
@@ -27,12 +28,14 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from stages.kit import encoder as kit
+from stages.kit import hybrid
 from stages.kit.masks import keep_count, random_masking, take
 from stages.kit.patches import contact_sheet, normalise_patches, paint, patch_statistics, patchify, unpatchify
 from stages.kit.positions import sincos_2d
 from stages.kit.views import View
 
 TARGET = None
+ENCODERS = ("vit", "convvit")
 LABELS = False
 TRAINS = True
 
@@ -91,6 +94,7 @@ class Method(nn.Module):
         self.patches = spec.grid**2
         self.keep = keep_count(self.patches, config.mask_ratio)
         self.encoder = kit.sincos_vit(spec)
+        self.fusion = hybrid.Fusion(self.encoder) if isinstance(self.encoder, hybrid.ConvViT) else None
         self.prefix = self.encoder.num_prefix_tokens
         width, dim = self.encoder.embed_dim, config.decoder_dim
         self.decoder_embed = nn.Linear(width, dim)
@@ -116,10 +120,7 @@ class Method(nn.Module):
 
     def encode(self, images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
         """Normalised images -> encoded prefix and kept patches (B, P+keep, D)."""
-        # positions are added to all patches before most are dropped
-        tokens = take(kit.patch_tokens(self.encoder, images), ids_keep)
-        tokens, _ = kit.run_blocks(self.encoder, kit.with_prefix(self.encoder, tokens), ids=ids_keep)
-        return self.encoder.norm(tokens)
+        return kit.visible(self.encoder, images, ids_keep, self.fusion)
 
     def decode(self, encoded: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Encoded tokens (B, P+keep, D) -> pixels of every patch (B, N, 3*patch^2)."""

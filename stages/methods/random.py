@@ -13,7 +13,7 @@ from torch import nn
 from stages.kit import encoder as kit
 
 TARGET = None
-ENCODERS = ("vit", "swin")
+ENCODERS = ("vit", "swin", "convvit")
 LABELS = False
 TRAINS = False
 

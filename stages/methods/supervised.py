@@ -9,8 +9,8 @@ Departures from facebookresearch/deit, for small images and short runs:
   published: crop_min 0.08, jitter 0, randaugment "rand-m9-mstd0.5-inc1", erase 0.25, mixup 0.8, cutmix 1.0,
   lr 5e-4 with lr_per 512 at batch 1024, 300 epochs of which 5 warm up;
 - no distillation, no repeated augmentation, no moving average of the weights;
-- a mixture's partner is the sample opposite in the same micro batch; the share and the box are drawn once per
-  step;
+- images 2j and 2j + 1 of a batch are mixed with each other, not the first with the last, so that partners stay
+  together however a batch is cut into (even) micro batches; the share and the box are drawn once per step;
 - images without a label (-1) weigh nothing.
 """
 
@@ -28,7 +28,7 @@ from stages.kit import encoder as kit
 from stages.kit.views import View
 
 TARGET = None
-ENCODERS = ("vit", "swin")
+ENCODERS = ("vit", "swin", "convvit")
 LABELS = True
 TRAINS = True
 
@@ -104,15 +104,21 @@ class Method(nn.Module):
         return {"loss": loss, "accuracy": (right * known).sum() / weight}
 
     def mix(self, images: torch.Tensor, soft: torch.Tensor, generator: torch.Generator):
-        """Mixup (arXiv 1710.09412) or CutMix (1905.04899) of each sample with its opposite.
+        """Mixup (arXiv 1710.09412) or CutMix (1905.04899) of samples 2j and 2j + 1 with each other.
 
         Images (B,3,H,W) and soft labels (B,K) -> the same, mixed. CutMix pastes a box of share 1 - lambda
         around a uniform centre, cut at the borders; the labels follow its real area.
         """
+        if len(images) % 2:
+            raise ValueError(f"train.micro_batch: mixup and cutmix pair the images, found {len(images)}, expected an even number")
+
+        def partner_of(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
         draw = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         cut = self.config.cutmix > 0 and (self.config.mixup == 0 or draw.random() < 0.5)
         share = draw.beta(*(self.config.cutmix if cut else self.config.mixup,) * 2)
-        partner = images.flip(0)
+        partner = partner_of(images)
         if cut:
             side = images.shape[-1]
             half, (y, x) = int(side * np.sqrt(1 - share)) // 2, draw.integers(side, size=2)
@@ -122,4 +128,4 @@ class Method(nn.Module):
             share = 1 - (y1 - y0) * (x1 - x0) / side**2
         else:
             images = share * images + (1 - share) * partner
-        return images, share * soft + (1 - share) * soft.flip(0)
+        return images, share * soft + (1 - share) * partner_of(soft)
