@@ -17,6 +17,7 @@ import torch
 from stages import targets
 from stages.kit import dist, keyed, store
 from stages.kit.job import JobError, running, write_json
+from stages.kit.launch import spread
 from stages.kit.loader import evaluation
 from stages.kit.loop import Recipe, fit
 from stages.kit.spec import Spec, configure
@@ -32,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", default="results")
     args = parser.parse_args(argv)
     plan = load(args.params, args.results)
-    with running(plan.job(f"target/{args.name}"), plan) as run:
+    job = plan.job(f"target/{args.name}")
+    spread(plan, job, argv)
+    with running(job, plan) as run:
         make(run)
     return 0
 

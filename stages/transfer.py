@@ -13,6 +13,7 @@ import argparse
 from stages import tasks
 from stages.kit import dist, store
 from stages.kit.job import running, write_json
+from stages.kit.launch import spread
 from stages.kit.spec import Spec, configure
 from workflow.plan import load
 
@@ -26,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", default="results")
     args = parser.parse_args(argv)
     plan = load(args.params, args.results)
-    with running(plan.job(f"transfer/{args.run}/{args.task}"), plan) as run:
+    job = plan.job(f"transfer/{args.run}/{args.task}")
+    spread(plan, job, argv)
+    with running(job, plan) as run:
         params = run.job.params
         task = tasks.find(params["task"]["name"])
         config = configure(task.Config, params["task"]["config"])

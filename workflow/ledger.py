@@ -11,11 +11,19 @@ from pathlib import Path
 from workflow.plan import Job, Plan
 
 
-def gpus(device: str) -> int:
-    """1 if jobs of this `compute.device` take a GPU of this machine, else 0. Does not import torch."""
-    if device in ("cpu", "mps") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+def gpus_here() -> int:
+    """How many GPUs jobs on this machine may use, or in this Slurm job. Does not import torch."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return 0 if listed in ("", "-1") else len(listed.split(","))
+    if "SLURM_JOB_ID" in os.environ:  # Slurm lists those that a job was given
         return 0
-    return int(device.startswith("cuda") or any(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def gpus(device: str) -> int:
+    """1 if a process of this `compute.device` takes a GPU, else 0; "auto" takes one where this machine has any."""
+    return int(device.startswith("cuda") or (device == "auto" and gpus_here() > 0))
 
 
 def stage_name(job: Job, plan: Plan) -> str:

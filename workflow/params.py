@@ -551,8 +551,9 @@ def _unrolled(declared: dict[str, Run], problems: list[str]) -> dict[str, tuple[
         names = [f"{name}-{n}" for n in range(1, stages + 1)] if run.stages else [name]
         targets = [run.target, *(f"run:{n}" for n in names)]
         for each, target in zip(names, targets):
-            if each in runs or (each != name and each in declared):
-                problems.append(f"{key}.stages: makes a run {each!r}, but there is another of that name")
+            if each in runs:
+                chain = key if run.stages else runs[each][0]
+                problems.append(f"{chain}.stages: makes a run {each!r}, but there is another of that name")
             runs[each] = (key, run.model_copy(update={"target": target}))
     return runs
 

@@ -53,6 +53,7 @@ class Job:
     params: dict
     keys: tuple[str, ...]
     code: tuple[str, ...]
+    spreads: bool = False  # trains, so that several processes can share its work
     fingerprint: str = ""
     hashes: dict = field(default_factory=dict)  # path of each code file -> sha256
     origins: dict = field(default_factory=dict)  # dotted key of `params` -> dotted key of params.yaml
@@ -95,6 +96,10 @@ class Plan:
         if id not in self.jobs:
             raise ParamsError(f"{self.params_file}: no job is called {id!r}{nearest(id, self.jobs)}")
         return self.jobs[id]
+
+    def processes(self, id: str) -> int:
+        """How many processes do a job's work: `compute.processes` where it can be shared, else one."""
+        return self.compute["processes"] if self.job(id).spreads else 1
 
     def _hashes(self, code: tuple[str, ...]) -> dict[str, str]:
         return {path: self._hash(path) for entry in code for path in code_files(entry, self.root)}
@@ -274,6 +279,7 @@ def _jobs(
             inputs=("data", f"target/{target.upstream}") if target.upstream else ("data",),
             params={**base, "train": settings.train, "target": about, "seed": target.seed},
             keys=(*shared, key),
+            spreads=True,
             # how batches are made is shared with stages/pretrain.py
             code=code("target", "targets", target.kind, "stages/pretrain.py", "stages/kit/"),
             origins=_origins(settings, "target", key)
@@ -292,6 +298,7 @@ def _jobs(
             inputs=("data", above) if above else ("data",),
             params={**base, "train": settings.train, "method": about, "seed": seed, "run": run.name, **taught},
             keys=(*shared, key, run.key),
+            spreads=literals["TRAINS"],
             code=code("pretrain", "methods", run.method, "stages/kit/"),
             origins=_origins(settings, "method", key)
             | {"method.name": f"{run.key}.method", "stage": f"{run.key}.target"},
@@ -306,6 +313,7 @@ def _jobs(
                 inputs=("data", f"pretrain/{name}-s{seed}"),
                 params={**base, "train": p.train.model_dump(), "task": about, **known},
                 keys=(*shared, f"tasks.{task}"),
+                spreads=settings.plugin.literals["SPREADS"],
                 code=code("transfer", "tasks", task, "stages/kit/"),
                 origins=_origins(settings, "task", f"tasks.{task}"),
             )

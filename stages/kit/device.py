@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import sys
 import tempfile
 import time
@@ -14,8 +15,10 @@ from stages.kit.files import JobError
 
 
 def locked(path: Path):
-    """The open, exclusively locked file, or None when another process holds it."""
-    file = open(path, "a")  # noqa: SIM115 (the caller closes it; closing unlocks)
+    """The open, exclusively locked file, or None when another process holds it.
+
+    The lock belongs to the open file, so it ends with the process however that ends: no lock is ever stale."""
+    file = _opened(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -26,29 +29,35 @@ def locked(path: Path):
     return file
 
 
+def _opened(path: Path):
+    """The file, made if missing; the caller closes it. Another user's can be locked by who may only read it."""
+    try:
+        return open(path, "a")
+    except PermissionError:
+        return open(path)
+
+
 def choose_device(wanted: str, held: contextlib.ExitStack):
     """The torch.device for `wanted` ("auto", "cpu", "mps", "cuda", "cuda:1"). JobError when it is not there.
 
-    With CUDA, each job takes a device of its own: the first one that no other job has locked, waiting if all
-    are. Under torchrun and Slurm the launcher has done that, so nothing is locked."""
+    With CUDA, each job takes a device of its own and gives it back when `held` closes: the first one that no
+    other job has locked, waiting if all are. The processes of torchrun share those that their launcher has
+    locked (kit/launch.py), one each."""
     import torch
 
-    if wanted == "auto":
-        wanted = (
-            "cuda" if torch.cuda.device_count() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+    wanted = resolved(wanted)
     if not wanted.startswith("cuda"):
         if wanted == "mps" and not torch.backends.mps.is_available():
             raise JobError("compute.device: mps is not available here; use auto or cpu")
         return torch.device(wanted)
-    count = torch.cuda.device_count()  # asks the driver's library, does not start CUDA in this process
-    if not count:
-        raise JobError(
-            f"compute.device: {wanted} is wanted, but torch {torch.__version__} sees no CUDA device; "
-            "use auto or cpu"
-        )
+    count = cuda_count(wanted)
     if "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % count)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= count:
+            raise JobError(
+                f"{os.environ.get('LOCAL_WORLD_SIZE', 'several')} processes need a CUDA device each, but torch sees "
+                f"{count}; use fewer in compute.processes"
+            )
     elif ":" in wanted:
         device = torch.device(wanted)
         if device.index >= count:
@@ -56,23 +65,77 @@ def choose_device(wanted: str, held: contextlib.ExitStack):
                 f"compute.device: {wanted} is wanted, but there are {count} CUDA devices "
                 "(cuda:0 is the first)"
             )
-        _lock_one([device.index], held)
-    elif "SLURM_JOB_ID" in os.environ or torch.cuda.is_initialized():
+        hold([visible(count)[device.index]], 1, held)
+    elif torch.cuda.is_initialized():  # too late to choose: CUDA has read CUDA_VISIBLE_DEVICES
         device = torch.device("cuda", 0)
     else:
-        device = _one_of(torch, count, held)
+        take_gpus(count, 1, held)
+        device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     return device
 
 
-def _one_of(torch, count: int, held: contextlib.ExitStack):
-    """Lock a free device and make it the only one that this process sees, before CUDA starts."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [n.strip() for n in visible.split(",")][:count] if visible else [str(i) for i in range(count)]
-    chosen = _lock_one(names, held)
-    os.environ["CUDA_VISIBLE_DEVICES"] = chosen
-    held.callback(_restore, "CUDA_VISIBLE_DEVICES", visible)
-    return torch.device("cuda", 0)
+def resolved(wanted: str) -> str:
+    """What "auto" means here: cuda, mps or cpu; anything else stays."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.device_count() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def cuda_count(wanted: str) -> int:
+    """How many CUDA devices torch sees, without starting CUDA in this process. JobError when there is none."""
+    import torch
+
+    if count := torch.cuda.device_count():
+        return count
+    raise JobError(
+        f"compute.device: {wanted} is wanted, but torch {torch.__version__} sees no CUDA device; use auto or cpu"
+    )
+
+
+def take_gpus(count: int, wanted: int, held: contextlib.ExitStack) -> None:
+    """Lock `wanted` of the `count` GPUs that are visible, and make them the only ones, before CUDA starts."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(hold(visible(count), wanted, held))
+    held.callback(_restore, "CUDA_VISIBLE_DEVICES", before)
+
+
+def visible(count: int) -> list[str]:
+    """The names of the first `count` GPUs that this process may use: their numbers, or as the launcher calls them."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [n.strip() for n in names.split(",")][:count] if names else [str(i) for i in range(count)]
+
+
+def hold(names: list[str], wanted: int, held: contextlib.ExitStack) -> list[str]:
+    """Lock the first `wanted` free ones of these GPUs; wait, and say so once, while there are not enough.
+
+    All or none, and one process at a time looks: two jobs that want two GPUs each cannot end up with one each,
+    waiting for the other. The locks open when `held` closes or the process ends."""
+    said = False
+    while True:
+        with contextlib.ExitStack() as found, _opened(_lock_file("door")) as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            free = {}
+            for name in names:
+                if len(free) < wanted and (file := locked(_lock_file(name))) is not None:
+                    free[name] = found.enter_context(file)
+                    os.set_inheritable(file.fileno(), True)  # kit/launch.py turns into another program and keeps it
+            if len(free) == wanted:
+                held.push(found.pop_all())
+                return list(free)
+        if not said:
+            needs = "a GPU: all" if wanted == 1 else f"{wanted} GPUs: too many"
+            print(f"waiting for {needs} of {', '.join(names)} are in use by other jobs", file=sys.stderr, flush=True)
+            said = True
+        time.sleep(1)
+
+
+def _lock_file(name: str) -> Path:
+    """One file per GPU of this machine. Slurm may call each job's own GPU 0: there, one per GPU of the job."""
+    place = "-".join(["mimlab", *filter(None, [os.environ.get("SLURM_JOB_ID")]), "gpu", name])
+    return Path(tempfile.gettempdir()) / f"{re.sub(r'[^A-Za-z0-9.-]', '_', place)}.lock"
 
 
 def _restore(name: str, value: str | None) -> None:
@@ -80,23 +143,3 @@ def _restore(name: str, value: str | None) -> None:
         os.environ.pop(name, None)
     else:
         os.environ[name] = value
-
-
-def _lock_one(names: list, held: contextlib.ExitStack) -> str:
-    """Lock the first free of these GPUs; wait, and say so once, while none is."""
-    said = False
-    while True:
-        for name in names:
-            path = (
-                Path(tempfile.gettempdir()) / f"mimlab-{os.getuid()}-gpu-{str(name).replace('/', '_')}.lock"
-            )
-            if (file := locked(path)) is not None:
-                held.enter_context(file)
-                return str(name)
-        if not said:
-            print(
-                f"waiting for a GPU: all of {', '.join(map(str, names))} are in use by other jobs",
-                file=sys.stderr,
-            )
-            said = True
-        time.sleep(1)

@@ -1,9 +1,9 @@
 """Downstream tasks, one file each; the file's name is the task's name in params.yaml.
 
 A task module has: a docstring (protocol, source, every departure), a frozen dataclass `Config`, `LABELS`
-(whether it needs class labels) and `run(encoder_dir, data_dir, config, run, seed, spec) -> metrics`. Whatever
-it selects, it selects on the validation split; the test split is read once, after that. Here: what
-classification tasks share.
+(whether it needs class labels), `SPREADS = True` if several processes can share its work, and
+`run(encoder_dir, data_dir, config, run, seed, spec) -> metrics`. Whatever it selects, it selects on the
+validation split; the test split is read once, after that. Here: what classification tasks share.
 """
 
 from __future__ import annotations

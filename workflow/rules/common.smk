@@ -4,7 +4,7 @@ import subprocess
 import warnings
 from pathlib import Path
 
-from workflow.ledger import gpus, record
+from workflow.ledger import gpus, gpus_here, record
 from workflow.plan import load, write_runs
 from workflow.plugins import ParamsError
 
@@ -24,11 +24,19 @@ if workflow.is_main_process:
     plan.reconcile()
     if DEFAULT:
         write_runs(plan)
+    if workflow.nodes is not None:  # a cluster
+        if plan.compute["device"] == "auto" and not gpus_here():
+            warnings.warn("no GPU here, so that jobs on the cluster get none; compute.device: cuda asks for them")
+    elif "gpu" not in workflow.global_resources:
+        # Snakemake counts no GPUs by itself; --resources gpu=N lets jobs have fewer
+        workflow.register_resource("gpu", max(1, gpus_here()))
 
-TRAINING = {
-    "threads": plan.compute["threads"] or max(1, (workflow.cores or 4) // 4),
-    "gpu": gpus(plan.compute["device"]),
-}
+THREADS = plan.compute["threads"] or max(1, (workflow.cores or 4) // max(4, gpus_here()))
+
+
+def training_gpus(id):
+    """How many GPUs a job takes: one for each of its processes, if any."""
+    return gpus(plan.compute["device"]) * plan.processes(id)
 
 
 wildcard_constraints:

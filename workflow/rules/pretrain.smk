@@ -10,9 +10,9 @@ rule pretrain:
     priority: 10
     conda:
         "../envs/mimlab.yaml"
-    threads: TRAINING["threads"]
+    threads: THREADS
     resources:
-        gpu=TRAINING["gpu"],
+        gpu=lambda wildcards: training_gpus(f"pretrain/{wildcards.run}"),
         mem_mb=8000,
         runtime=4320,
     params:

@@ -10,9 +10,9 @@ rule target:
     priority: 20
     conda:
         "../envs/mimlab.yaml"
-    threads: TRAINING["threads"]
+    threads: THREADS
     resources:
-        gpu=TRAINING["gpu"],
+        gpu=lambda wildcards: training_gpus(f"target/{wildcards.target}"),
         mem_mb=8000,
         runtime=1440,
     params:

@@ -9,9 +9,9 @@ rule transfer:
         f"{LOGS}/benchmarks/transfer/{{run}}/{{task}}.tsv"
     conda:
         "../envs/mimlab.yaml"
-    threads: TRAINING["threads"]
+    threads: THREADS
     resources:
-        gpu=TRAINING["gpu"],
+        gpu=lambda wildcards: training_gpus(f"transfer/{wildcards.run}/{wildcards.task}"),
         mem_mb=8000,
         runtime=1440,
     params:
