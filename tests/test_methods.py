@@ -303,8 +303,8 @@ def test_supervised_leaves_unlabelled_images_out():
 def test_mixtures_keep_images_and_labels_in_step(config):
     """Images constant at 1 for class 0 and at 0 for class 1: the mean pixel must be the share of class 0."""
     method = supervised(**config)
-    images = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(4, 1, 1, 1).expand(4, 3, 16, 16)
-    soft = F.one_hot(torch.tensor([0, 0, 1, 1]), 4).float()
+    images = torch.tensor([1.0, 0.0, 1.0, 0.0]).view(4, 1, 1, 1).expand(4, 3, 16, 16)
+    soft = F.one_hot(torch.tensor([0, 1, 0, 1]), 4).float()
     shares = []
     for step in range(20):
         mixed, labels = method.mix(images, soft, progress(torch.arange(4), step).generator("mix"))
@@ -313,8 +313,13 @@ def test_mixtures_keep_images_and_labels_in_step(config):
         again, _ = method.mix(images, soft, progress(torch.arange(4), step).generator("mix"))
         assert torch.equal(mixed, again)
         shares.append(labels[0, 0].item())
+        halves = [method.mix(images[half], soft[half], progress(torch.arange(2), step).generator("mix"))
+                  for half in (slice(2), slice(2, 4))]  # partners stay together in micro batches
+        assert torch.equal(mixed, torch.cat([half for half, _ in halves]))
     assert min(shares) < 0.5 < max(shares)
     assert images.unique().tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="even number"):
+        method.mix(images[:3], soft[:3], progress(torch.arange(3)).generator("mix"))
 
 
 @pytest.mark.parametrize(("values", "key"), [

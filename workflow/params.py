@@ -80,6 +80,7 @@ class Train(Section):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     save_minutes: float = Field(5, gt=0, description="minutes between checkpoints")
+    nan_skips: int = Field(0, ge=0, description="batches that may be left out because they give NaN; 0: stop at once")
 
 
 class Run(Section):

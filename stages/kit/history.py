@@ -34,7 +34,7 @@ class History:
     def add(self, scalars: dict, weight: int, place: int) -> None:
         """Takes the scalars (0-d tensors or numbers) of one micro batch of `weight` images."""
         names = tuple(scalars)
-        vector = torch.stack([self._scalar(value) for value in scalars.values()])
+        vector = torch.stack([self._scalar(value) for value in scalars.values()]).double()
         if names not in self._sums:
             self._sums[names] = [torch.zeros_like(vector), 0]
         entry = self._sums[names]
@@ -63,9 +63,12 @@ class History:
         )  # the culprit first
 
     def row(self, **head: float) -> dict:
-        """Ends a logging interval: appends {**head, **means over images and ranks} to the file and returns
-        it.
+        """Ends a logging interval: appends {**head, **means over images and ranks} to the file and returns it.
+
+        Without a scalar since the last row there is none; the last row is returned.
         """
+        if not self._sums:
+            return self.last
         sums: dict[str, float] = {}
         weights: dict[str, int] = {}
         for names, (vector, weight) in self._sums.items():
@@ -82,22 +85,31 @@ class History:
         return self.last
 
     def state(self) -> dict:
-        sums = [[list(names), vector.cpu(), weight] for names, (vector, weight) in self._sums.items()]
+        """For a checkpoint; call it on every rank. Sums are kept rank by rank, for the bits of their total."""
+        sums = [
+            [list(names), dist.gather(vector[None]).cpu(), weight]
+            for names, (vector, weight) in self._sums.items()
+        ]
         return {"text": self.text, "sums": sums}
 
     def restore(self, state: dict | None) -> None:
-        """Sets the file and the unfinished interval to a checkpoint's; None empties them."""
+        """Sets the file and the unfinished interval to a checkpoint's, of any number of ranks; None empties them."""
         state = state or {"text": "", "sums": []}
         self.text = state["text"]
         self.last = json.loads(self.text.splitlines()[-1]) if self.text else {}
-        self._sums = {
-            tuple(names): [vector.to(self.device), weight] for names, vector, weight in state["sums"]
-        }
+        self._sums = {tuple(names): self._share(vectors, weight) for names, vectors, weight in state["sums"]}
         self._first_bad = {}
         if dist.is_main():
             self.path.write_text(self.text)
 
+    def _share(self, vectors: torch.Tensor, weight: float) -> list:
+        """This rank's [sums (K,), weight] from those of the ranks that saved, (R,K) and the weight of each."""
+        ranks, world = len(vectors), dist.world()
+        if ranks == world:
+            return [vectors[dist.rank()].to(self.device), weight]
+        return [vectors.sum(dim=0).to(self.device) / world, weight * ranks / world]
+
     def _scalar(self, value) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
-            return value.detach().to(self.device, torch.float32).reshape(())
-        return torch.full((), float(value), device=self.device)
+            return value.detach().to(self.device).reshape(())
+        return torch.full((), float(value), device=self.device, dtype=torch.float64)

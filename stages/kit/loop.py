@@ -10,6 +10,7 @@ that was not. The host never waits for the device between two logging steps.
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 import threading
@@ -21,11 +22,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.kit import dist, keyed, optim, precision
+from stages.kit import dist, droppath, keyed, optim, precision
 from stages.kit.checkpoint import Checkpoint
 from stages.kit.display import Display
+from stages.kit.files import JobError, write_atomic
 from stages.kit.history import History
-from stages.kit.job import write_atomic
 from stages.kit.recipe import Progress, Recipe
 
 __all__ = ["NonFiniteError", "Progress", "Recipe", "fit"]
@@ -34,9 +35,13 @@ ROWS = 200  # at most so many rows of history
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, one of its terms, a gradient or a weight became NaN or infinite."""
+    """A loss, one of its terms, a gradient or a weight became NaN or infinite, in the batch of `step` (None: unknown)."""
 
     plain = True  # the message says it all: shown without a traceback
+
+    def __init__(self, message: str, step: int | None = None):
+        super().__init__(message)
+        self.step = step
 
 
 def fit(module: nn.Module, batches, recipe: Recipe, run, seed: int, name: str = "") -> None:
@@ -46,7 +51,8 @@ def fit(module: nn.Module, batches, recipe: Recipe, run, seed: int, name: str = 
     Fills run.summary with final_loss, images_seen, effective_epochs, steps, train_s, images_per_s,
     flops_per_image (of a training step, in FLOPs), precision. `name` tells several trainings of one stage
     apart: files <name>-history.jsonl and so on, and the summary under that key. SystemExit(143 or 130) after
-    SIGTERM or SIGINT, with a checkpoint written; NonFiniteError with step, term and dumped batch.
+    SIGTERM or SIGINT, with a checkpoint written; NonFiniteError with step, term and dumped batch;
+    ValueError if the module cannot be trained on a batch that is cut as `batches` does (see `refuse_cuts`).
     """
     _Fit(module, batches, recipe, run, seed, name).train()
 
@@ -58,6 +64,7 @@ class _Fit:
         self.device = torch.device(run.device)
         dist.start()
         module.to(self.device).train()
+        refuse_cuts(module, batches.accumulate, dist.world())
         self.precision = precision.choose(recipe.precision, self.device, module)
         self.scaler = self.precision.scaler()
         groups = (
@@ -76,39 +83,75 @@ class _Fit:
         self.label = f"{run.job.id} {name}".strip()
         self.every = max(1, -(-recipe.steps // ROWS))
         self.seconds = self.flops = 0.0  # training time over all restarts; FLOPs per image
+        self.skipped: list[int] = []  # steps left out, because they gave NaN or infinity
         self.last_save = time.monotonic()
 
     def train(self) -> None:
-        start = self.restore()
+        start, stepper = self.restore(), self.wrapped()
         self.clock = time.perf_counter() - self.seconds
-        peak = precision.peak_flops(self.device)
-        display = Display(self.label, self.recipe.steps, start, self.recipe.batch_size, peak, dist.is_main())
-        stepper = self.wrapped()
-        stream = self.batches.stream(start, self.recipe.steps)
+        if self.recipe.nan_skips and start == 0:
+            self.save(0, must=True)  # there must be something to go back to
         attention = precision.plain_attention(self.module, self.device)
-        with attention, contextlib.closing(stream), contextlib.closing(display), _Signals() as signals:
+        with attention, droppath.keyed(self.module) as self.drop_by, _Signals() as signals:
+            while start < self.recipe.steps:
+                try:
+                    self.steps_from(start, stepper, signals)
+                    break
+                except NonFiniteError as error:
+                    start = self.go_back(error)
+        self.finish()
+
+    def steps_from(self, start: int, stepper: nn.Module, signals: _Signals) -> None:
+        """All steps from `start` to the end."""
+        recipe = self.recipe
+        peak = precision.peak_flops(self.device)
+        display = Display(self.label, recipe.steps, start, recipe.batch_size, peak, dist.is_main())
+        stream = self.batches.stream(start, recipe.steps)
+        with contextlib.closing(stream), contextlib.closing(display):
             for step, micros in enumerate(stream, start):
-                lr = self.step(step, micros, stepper)
+                if step not in self.skipped:
+                    self.step(step, micros, stepper)
                 done = step + 1
-                if done % self.every == 0 or done == self.recipe.steps:
+                if done % self.every == 0 or done == recipe.steps:
                     self.check()
-                    self.history.row(step=done, epoch=done / self.recipe.steps_per_epoch, lr=lr)
+                    self.history.row(step=done, epoch=done / recipe.steps_per_epoch, lr=recipe.lr_at(step))
                 display.flops_per_image = self.flops
                 display.update(done, self.history.last.get("loss"))
                 self.save_if_due(done, signals)
-        self.finish()
+
+    def go_back(self, error: NonFiniteError) -> int:
+        """Back to the last good checkpoint, to leave the batch at fault out; the step to continue with.
+
+        The error itself if it names no batch, or if nan_skips batches have been left out. Which steps are left out
+        does not depend on when checkpoints were written, since none is written behind a batch at fault.
+        """
+        if error.step is None or len(self.skipped) >= self.recipe.nan_skips:
+            raise error
+        skipped = sorted([*self.skipped, error.step])
+        self.say(f"{str(error).splitlines()[0]}\nback to the last checkpoint, to continue without that batch")
+        start = self.restore()
+        if start == 0 and not self.checkpoint.path.exists():
+            raise error
+        self.skipped = skipped
+        return start
 
     def wrapped(self) -> nn.Module:
-        """The module as it is called: forward under autocast, and DDP when there are several processes."""
+        """The module as it is called: forward under autocast, and DDP when there are several processes.
+
+        Buffers are not sent around: whatever moves them (codebooks, centres) is summed over the ranks. A module says
+        `leaves_parameters_out = True` if some get no gradient in some steps; to look for them costs a walk through the graph.
+        """
         stepper = _Stepper(self.module, self.precision)
         if dist.world() == 1:
             return stepper
         devices = [self.device] if self.device.type == "cuda" else None
-        # a method may leave a parameter without gradient in a step (a token that no mask needed)
-        return DistributedDataParallel(stepper, device_ids=devices, find_unused_parameters=True)
+        search = getattr(self.module, "leaves_parameters_out", False)
+        return DistributedDataParallel(
+            stepper, device_ids=devices, broadcast_buffers=False, find_unused_parameters=search
+        )
 
-    def step(self, step: int, micros: list[dict], stepper: nn.Module) -> float:
-        """One optimiser step over its micro batches; returns the learning rate of scale 1."""
+    def step(self, step: int, micros: list[dict], stepper: nn.Module) -> None:
+        """One optimiser step over its micro batches."""
         recipe = self.recipe
         lr = recipe.lr_at(step)
         for group, (scale, decay) in zip(self.optimizer.param_groups, self.bases, strict=True):
@@ -123,6 +166,7 @@ class _Fit:
             progress = Progress(
                 step, recipe.steps, step / recipe.steps_per_epoch, self.seed, batch["row"], self.device
             )
+            self.drop_by(progress)
             last = index == len(micros) - 1
             counter = FlopCounterMode(display=False) if step == 0 and index == 0 else contextlib.nullcontext()
             hold = contextlib.nullcontext() if last or dist.world() == 1 else stepper.no_sync()
@@ -147,7 +191,6 @@ class _Fit:
         self.optimizer.zero_grad(set_to_none=True)
         if hasattr(self.module, "after_step"):
             self.module.after_step(progress)
-        return lr
 
     def check(self) -> None:
         """Stops with a NonFiniteError if any term was not finite since the start; waits for the device."""
@@ -155,14 +198,21 @@ class _Fit:
         if bad:
             place, terms = bad
             step, micro = divmod(place, self.batches.accumulate)
-            raise NonFiniteError(self.explain(step, micro, terms))
+            raise NonFiniteError(self.explain(step, micro, terms), step)
 
     def explain(self, step: int, micro: int, terms: list[str]) -> str:
         """The message of a NonFiniteError; writes the batch at fault, which is a function of the step."""
         batch = self.batches.batch(step, micro)
         tag = f"-rank{dist.rank()}" if dist.world() > 1 else ""
         path = Path(self.run.work) / f"{self.name + '-' if self.name else ''}nan-batch{tag}.pt"
-        torch.save({"step": step, "micro": micro, "terms": terms, "batch": batch}, path)
+        found = {"step": step, "micro": micro, "rank": dist.rank(), "seed": self.seed, "terms": terms, "batch": batch}
+        content = io.BytesIO()
+        torch.save(found, content)
+        try:
+            write_atomic(path, content.getvalue())
+            written = f"The batch was written to {path} (torch.load(path, weights_only=True))."
+        except (OSError, JobError) as error:
+            written = f"The batch could not be written: {error}"
         floats = {key: value for key, value in batch.items() if value.is_floating_point()}
         broken = ", ".join(key for key, value in floats.items() if not value.isfinite().all())
         cause = (
@@ -175,9 +225,9 @@ class _Fit:
             f"{self.label}: {', '.join(terms)} became NaN or infinite at step {step} of {recipe.steps} "
             f"(epoch {step / recipe.steps_per_epoch:.2f}, lr {recipe.lr_at(step):.3g} of {recipe.lr:.3g}, "
             f"clip {recipe.clip}, precision {self.precision.name}).\n"
-            f"The batch was written to {path} (torch.load(path, weights_only=True)).\n"
-            f"{cause}\n"
-            "No checkpoint was written since; the same parameters would end here again."
+            f"{written}\n{cause}\n"
+            "No checkpoint was written since; the same parameters would end here again, unless train.nan_skips "
+            f"({recipe.nan_skips}, of which {len(self.skipped)} used) lets more such batches be left out."
         )
 
     def save_if_due(self, done: int, signals: _Signals) -> None:
@@ -204,9 +254,10 @@ class _Fit:
             name = names.get(id(self.trained[int(norms.isfinite().logical_not().nonzero()[0])]), "?")
             raise NonFiniteError(self.explain(done - 1, self.batches.accumulate - 1, [f"weight {name}"]))
         self.seconds = time.perf_counter() - self.clock
+        state = self.state(done)  # on every rank: the history's sums are collected
         if dist.is_main():
             try:
-                self.checkpoint.save(self.state(done))
+                self.checkpoint.save(state)
             except OSError as error:
                 if must:
                     raise
@@ -222,6 +273,7 @@ class _Fit:
             "history": self.history.state(),
             "seconds": self.seconds,
             "flops": self.flops,
+            "skipped": self.skipped,
         }
 
     def restore(self) -> int:
@@ -234,7 +286,7 @@ class _Fit:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
-        self.seconds, self.flops = state["seconds"], state["flops"]
+        self.seconds, self.flops, self.skipped = state["seconds"], state["flops"], state["skipped"]
         self.say(f"continuing at step {state['step']} of {self.recipe.steps}")
         return state["step"]
 
@@ -245,6 +297,7 @@ class _Fit:
             write_atomic(Path(self.run.out) / self.history_file, self.history.text)
         split = getattr(self.batches, "split", range(recipe.steps_per_epoch * recipe.batch_size))
         seen = min(recipe.steps * recipe.batch_size, recipe.epochs * len(split))  # a last batch may be short
+        seen -= len(self.skipped) * recipe.batch_size
         summary = {
             "final_loss": self.history.last.get("loss"),
             "images_seen": seen,
@@ -255,6 +308,8 @@ class _Fit:
             "images_per_s": round(seen / max(self.seconds, 1e-9), 2),
             "flops_per_image": self.flops,
         }
+        if self.skipped:
+            summary["skipped_steps"] = self.skipped
         if self.name:
             self.run.summary[self.name] = summary
         else:
@@ -264,6 +319,29 @@ class _Fit:
     def say(self, text: str) -> None:
         if dist.is_main():
             print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+
+
+def refuse_cuts(module: nn.Module, accumulate: int, world: int) -> None:
+    """ValueError if a batch cut into `accumulate` micro batches and `world` processes is another one to this module.
+
+    Losses that are means over images may be cut anywhere. A module whose loss compares the images of a batch with each
+    other sets `whole_batch` to the reason: it then gets all images of a process at once (and sees those of other
+    processes by `dist.gather`). torch's BatchNorm normalises by whatever it is given, so it must be given the batch.
+    """
+    pieces = []
+    if reason := getattr(module, "whole_batch", None):
+        pieces.append((reason, accumulate))
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
+            count = accumulate * (1 if isinstance(layer, nn.SyncBatchNorm) else world)
+            pieces.append((f"{name} ({type(layer).__name__}) uses statistics of the batch", count))
+    for reason, count in pieces:
+        if count > 1:
+            raise ValueError(
+                f"train.micro_batch: {type(module).__name__} cannot accumulate {accumulate} micro batches in {world} "
+                f"process(es), because {reason}: the result would not be that of the whole batch. Leave micro_batch null "
+                "(with several processes: one), or choose a smaller train.batch_size."
+            )
 
 
 class _Stepper(nn.Module):

@@ -74,6 +74,7 @@ class Recipe:
     clip_mode: str = "global"
     precision: str = "auto"
     save_minutes: float = 5.0
+    nan_skips: int = 0  # batches that may be left out because they give NaN or infinity
 
     @property
     def steps(self) -> int:
@@ -83,7 +84,7 @@ class Recipe:
     def of(cls, config, train: dict, steps_per_epoch: int) -> Recipe:
         """From a plug-in's Config (its fields by name; `lr_per`: lr is per so many images, None: absolute;
         `warmup`: fraction of the steps) and the train section {epochs, batch_size, precision,
-        save_minutes}."""
+        save_minutes, nan_skips}."""
         given = {name: getattr(config, name) for name in _BY_NAME if hasattr(config, name)}
         per = getattr(config, "lr_per", None)
         lr = config.lr * train["batch_size"] / per if per else config.lr
@@ -96,6 +97,7 @@ class Recipe:
             warmup=warmup,
             precision=train.get("precision", "auto"),
             save_minutes=train.get("save_minutes", 5.0),
+            nan_skips=train.get("nan_skips", 0),
             **given,
         )
 

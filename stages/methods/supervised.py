@@ -110,7 +110,7 @@ class Method(nn.Module):
         around a uniform centre, cut at the borders; the labels follow its real area.
         """
         if len(images) % 2:
-            raise ValueError(f"train.micro_batch: mixup and cutmix pair the images, found {len(images)}, expected an even number")
+            raise ValueError(f"train.micro_batch: mixup and cutmix pair images, found {len(images)}, expected an even number")
 
         def partner_of(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
