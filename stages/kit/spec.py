@@ -51,7 +51,7 @@ class Spec:
     @property
     def hierarchical(self) -> bool:
         """Whether the student has stages of falling resolution (a list of depths), as Swin has."""
-        return isinstance(self.model["depth"], list | tuple)
+        return isinstance(self.model.get("depth"), list | tuple)
 
     @property
     def stride(self) -> int:
