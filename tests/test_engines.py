@@ -63,6 +63,7 @@ PLUGINS = {
     "methods/mae": "mask_ratio: float = 0.75",
     "methods/beitv2": "head_depth: int = 2",
     "methods/random": "pass",
+    "methods/dbot": "beta: float = 2.0",
     "targets/dino": "lr: float = 0.1",
     "targets/vqkd": "codes: int = 16",
     "tasks/knn": "k: int = 5",
@@ -70,6 +71,7 @@ PLUGINS = {
 }
 LITERALS = {
     "methods/beitv2": 'TARGET = "ids"\n',
+    "methods/dbot": 'TARGET = "features"\n',
     "targets/dino": 'PRODUCES = "features"\n',
     "targets/vqkd": 'PRODUCES = "ids"\nUPSTREAM = "features"\n',
 }
@@ -116,7 +118,7 @@ class Lab:
         kit.mkdir(parents=True)
         for name in ("job", "files", "device", "provenance"):
             shutil.copy(ROOT / f"stages/kit/{name}.py", kit)
-        for name in ("store", "decode", "keyed", "dist", "track"):
+        for name in ("store", "decode", "keyed", "dist", "track", "hybrid"):
             (kit / f"{name}.py").write_text(f"# {name}\n")
         for stage in ("data", "target", "pretrain", "transfer", "report"):
             (folder / f"stages/{stage}.py").write_text(STAGE)
@@ -369,7 +371,8 @@ def test_plan_dvc_and_snakemake_list_the_same(lab):
         else:
             assert deps == inputs | {c.rstrip("/") for c in job.code}
         keys = {k for path, listed in stage["params"].items() for k in listed}
-        own = {k.replace("plan.runs.", "grid.runs.") for k in keys - {"plan.source_state"}}
+        what_files_hold = {k for k in keys if k == "plan.source_state" or k.endswith(".files")}
+        own = {k.replace("plan.runs.", "grid.runs.") for k in keys - what_files_hold}
         assert own == set(job.keys)
         assert f"{sys.executable} {stage['cmd'].removeprefix('python ')}" in shown
         block = re.search(rf"input: (.*)\n    output: {re.escape(str(job.manifest))}", shown)
@@ -417,6 +420,30 @@ def test_runs_with_no_target_and_more_seeds(tmp_path):
     assert it.pending() == added, "one more seed does not train the others again"
     it.dvc("repro", "-q")
     assert set(it.ran()) == added and it.pending() == set()
+
+
+def test_a_chain_of_stages_grows_by_either_engine(tmp_path):
+    content = PARAMS | {"targets": {}, "methods": {"random": {}, "dbot": {}}}
+    chain = {"method": "dbot", "target": "run:random", "stages": 2}
+    content["grid"] = {"runs": {"dbot": chain, "random": {"method": "random"}}}
+    it = Lab.create(tmp_path / "lab", content)
+    it.snakemake()
+    assert sorted(it.ran()) == sorted(it.plan().jobs)
+    assert it.right() and it.clean() and it.pending() == set()
+    chain["stages"] = 3
+    it.write(content)
+    added = {"pretrain/dbot-3-s0", "transfer/dbot-3-s0/knn", "report"}
+    assert it.pending() == added, "one more stage does not train those before it again"
+    it.dvc("repro", "-q")
+    assert set(it.ran()) == added
+    assert it.right() and it.pending() == set()
+    content["methods"]["dbot"] = {"beta": 1.0}
+    it.write(content)
+    changed = {f"{kind}-s0{task}" for n in (1, 2, 3)
+               for kind, task in ((f"pretrain/dbot-{n}", ""), (f"transfer/dbot-{n}", "/knn"))}  # fmt: skip
+    it.snakemake()
+    assert set(it.ran()) == changed | {"report"}
+    assert it.right() and it.clean()
 
 
 def test_a_source_of_files_that_change_and_go(tmp_path):
