@@ -69,8 +69,11 @@ def made(kind: str, seed: int = 0):
     if hasattr(module, "Training"):
         training = module.Training(config, SPEC, Teacher() if module.UPSTREAM == "features" else None)
         return training.target, training
-    need_package()
-    return module.Target(config, SPEC).prepare(), None
+    target = module.Target(config, SPEC)
+    if hasattr(target, "prepare"):
+        need_package()
+        target.prepare()
+    return target, None
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> None:

@@ -112,7 +112,7 @@ def xavier_init(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.LayerNorm):
+        elif isinstance(layer, nn.LayerNorm) and layer.elementwise_affine:
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
 
