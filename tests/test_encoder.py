@@ -15,6 +15,8 @@ from stages.kit import encoder as kit
 from stages.kit import patches
 from stages.kit.positions import sincos_2d
 from stages.kit.spec import Spec
+from tests.conftest import tiny_content
+from workflow.params import ParamsError, check
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -234,6 +236,184 @@ def test_what_is_no_encoder_is_refused(encoder, tmp_path):
         kit.classifier(tmp_path, 3)
     with pytest.raises(ValueError, match="pool"):
         kit.classifier(tmp_path, 3, pool="max")
+
+
+# --- Swin -------------------------------------------------------------------------------------------------
+
+SWINS = {1: "swin_tiny_patch4_window7_224", 2: "swinv2_tiny_window8_256"}
+
+
+def swin_spec(version=1, size=32, patch=2, width=12, depth=(1, 2, 1), heads=(1, 2, 4), window=4, **args):
+    """Grids of 16, 8 and 4: windows of 4, the last of which is the whole grid."""
+    model = {"name": SWINS[version], "patch_size": patch, "embed_dim": width, "depth": list(depth),
+             "num_heads": list(heads), "window_size": window, "mlp_ratio": 2.0, "args": args}
+    return Spec(image_size=size, model=model, mean=MEAN, std=STD, num_classes=5, images=100)
+
+
+def swin(version=1, **kw):
+    torch.manual_seed(0)
+    encoder = kit.create(swin_spec(version, **kw)).eval()
+    for parameter in encoder.parameters():  # V2 starts as the identity
+        torch.nn.init.normal_(parameter, std=0.1)
+    return encoder
+
+
+@pytest.fixture
+def pictures():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("size", "patch"), [(32, 2), (64, 4), (64, 2)])
+def test_swin_gives_the_grid_of_the_spec(size, patch):
+    spec = swin_spec(size=size, patch=patch)
+    assert spec.hierarchical and spec.stride == 4 * patch and spec.grid == size // (4 * patch)
+    encoder = kit.create(spec)
+    found = kit.features(encoder.eval(), torch.randn(2, 3, size, size))
+    assert found["patch"].shape == (2, spec.grid**2, 48)
+    assert encoder.num_features == 48
+    assert torch.equal(found["cls"], found["patch"].mean(1))
+    assert not [module for module in encoder.modules() if getattr(module, "drop_prob", 0)]  # timm's own is 0.1
+
+
+def test_a_vit_has_one_stage():
+    assert not spec().hierarchical and (spec().stride, spec().grid) == (4, 4)
+    assert kit.depths(build("vit")) == (2,)
+    assert kit.depths(swin()) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_swin_is_a_swin_whatever_the_method_would_choose(version):
+    assert isinstance(kit.create(swin_spec(version), "beit", drop_path_rate=0.1), kit.SWIN[version - 1])
+    with pytest.raises(ValueError, match="expected a ViT"):
+        kit.sincos_vit(swin_spec(version))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_swins_export_is_bit_equal(version, pictures, tmp_path):
+    encoder = swin(version)
+    kit.save(encoder, tmp_path, swin_spec(version))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded.forward_features(pictures), encoder.forward_features(pictures))
+    assert loaded.num_classes == 0
+    assert tuple(loaded.pretrained_cfg["mean"]) == MEAN
+    assert tuple(loaded.pretrained_cfg["input_size"]) == (3, 32, 32)
+    ours = kit.load(tmp_path).eval()
+    assert torch.equal(kit.features(ours, pictures)["patch"], kit.features(encoder, pictures)["patch"])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@torch.no_grad()
+def test_swins_pieces_make_the_whole(version, pictures):
+    encoder = swin(version)
+    tokens = kit.patch_tokens(encoder, pictures)
+    assert tokens.shape == (3, 256, 12)
+    assert kit.with_prefix(encoder, tokens) is tokens
+    out, tapped = kit.run_blocks(encoder, tokens, taps=(1, 2, 3, 4))
+    assert torch.equal(encoder.norm(out), encoder.forward_features(pictures).flatten(1, 2))
+    assert [tapped[n].shape[1:] for n in (1, 2, 3, 4)] == [(256, 12), (64, 24), (64, 24), (16, 48)]
+    _, stages = encoder.forward_intermediates(pictures)
+    for tap, stage in ((1, 0), (3, 1), (4, 2)):
+        assert torch.equal(tapped[tap], stages[stage].flatten(2).transpose(1, 2))
+    with pytest.raises(ValueError, match=r"1\.\.4"):
+        kit.run_blocks(encoder, tokens, taps=(5,))
+    with pytest.raises(ValueError, match="some of the patches"):
+        kit.run_blocks(encoder, tokens, ids=torch.zeros(3, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="attention"):
+        kit.attention(encoder, pictures)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@torch.no_grad()
+def test_classifier_of_a_swin(version, pictures, tmp_path):
+    encoder = swin(version)
+    kit.save(encoder, tmp_path, swin_spec(version))
+    model = kit.classifier(tmp_path, 50, drop_path=0.3).eval()
+    state, new = encoder.state_dict(), model.state_dict()
+    assert set(new) - set(state) == {"head.fc.weight", "head.fc.bias"}
+    assert all(torch.equal(value, new[key]) for key, value in state.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.head.fc.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.head.fc.bias.abs().max() == 0
+    pooled = kit.features(encoder, pictures)["patch"].mean(1)  # after the pretrained norm
+    assert torch.allclose(model(pictures), pooled @ model.head.fc.weight.T, atol=1e-6)
+    blocks = [block for stage in model.layers for block in stage.blocks]
+    assert [round(getattr(block.drop_path1, "drop_prob", 0.0), 6) for block in blocks] == [0.0, 0.1, 0.2, 0.3]
+    larger = kit.classifier(tmp_path, 50, img_size=48, window_size=6)
+    assert larger(torch.randn(1, 3, 48, 48)).shape == (1, 50)
+    with pytest.raises(ValueError, match="class token"):
+        kit.classifier(tmp_path, 50, pool="token")
+
+
+def test_a_swin_with_a_missing_part_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    kit.save(swin(), tmp_path, swin_spec())
+    state = load_file(tmp_path / "model.safetensors")
+    for name in ("norm.weight", "layers.1.downsample.reduction.weight"):
+        save_file({key: value for key, value in state.items() if key != name}, tmp_path / "model.safetensors")
+        with pytest.raises(RuntimeError, match=name):
+            kit.classifier(tmp_path, 3)
+
+
+@pytest.mark.parametrize(("changes", "match"), [
+    ({"size": 36}, "model.patch_size"), ({"heads": (1, 2)}, "model"), ({"bogus": 1}, "bogus"),
+])
+def test_errors_about_a_swin_name_the_key(changes, match):
+    with pytest.raises(ValueError, match=match):
+        kit.create(swin_spec(**changes))
+
+
+def test_a_list_of_depths_needs_a_swin():
+    with pytest.raises(ValueError, match=r"model\.(name|:)|model: timm cannot build"):
+        kit.create(spec(depth=[1, 1]))
+
+
+PARAMS = {"name": SWINS[1], "patch_size": 2, "embed_dim": 8, "depth": [1, 1], "num_heads": [1, 2], "window_size": 4}
+
+
+def swin_params(**changes):
+    """Params for images of 16 pixels and the methods that take a Swin; a change to None leaves a key of model out."""
+    content = tiny_content(methods={"simmim": {}})
+    content["model"] = {key: value for key, value in (PARAMS | changes).items() if value is not None}
+    content["targets"] = {}
+    content["grid"]["runs"] = {name: {"method": name} for name in ("simmim", "random", "supervised")}
+    return content
+
+
+@pytest.mark.parametrize("changes", [{}, {"name": SWINS[2]}, {"window_size": 9}, {"depth": [1, 1, 1], "num_heads": [1] * 3}])
+def test_a_swin_that_params_accepts_can_be_built(changes):
+    model = check(swin_params(**changes)).params.model.model_dump()
+    spec = Spec(image_size=16, model=model, mean=MEAN, std=STD, num_classes=5, images=100)
+    assert kit.features(kit.create(spec), torch.randn(1, 3, 16, 16))["patch"].shape[1] == spec.grid**2
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"window_size": 3}, ["model.window_size", "3 does not divide the 8 tokens per side in stage 1"]),
+    ({"window_size": None}, ["model.window_size", "required"]),
+    ({"depth": 2}, ["model.depth", "a list", "found 2"]),
+    ({"num_heads": 2}, ["model.num_heads", "a list"]),
+    ({"depth": [1, 0]}, ["model.depth", "greater than or equal to 1", "[1, 0]"]),
+    ({"depth": []}, ["model.depth", "greater than or equal to 1"]),
+    ({"depth": [1, 1, 1]}, ["model.num_heads", "2 stages", "3"]),
+    ({"num_heads": [1, 3]}, ["model.embed_dim", "16", "num_heads 3 in stage 2"]),
+    ({"patch_size": 16}, ["data.image_size", "16", "32"]),
+    ({"name": "vit_tiny_patch16_224"}, ["model.depth", "one number", "model.window_size", "no windows"]),
+    ({"name": "swin_tiny_patch4_window7_223"}, ["model.name", SWINS[1]]),
+])
+def test_a_swin_that_cannot_be_is_named_before_anything_runs(changes, words):
+    with pytest.raises(ParamsError) as caught:
+        check(swin_params(**changes))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_plug_ins_that_take_no_swin_say_so():
+    content = tiny_content()
+    content["model"] = PARAMS
+    with pytest.raises(ParamsError) as caught:
+        check(content)
+    for word in ("method mae takes no swin, only vit", "method beitv2", "target dino", "target vqkd"):
+        assert word in str(caught.value)
+    assert "random" not in str(caught.value)
 
 
 # --- positions and patches --------------------------------------------------------------------------------

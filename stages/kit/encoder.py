@@ -64,7 +64,7 @@ def create(spec, family: str = "vit", **kw) -> nn.Module:
         args["global_pool"] = "avg"  # it has no class token
     if spec.hierarchical:
         cls = SWIN
-        args |= {"global_pool": "avg", "window_size": model["window_size"], "drop_path_rate": 0.0}
+        args |= {"global_pool": "avg", "window_size": model.get("window_size"), "drop_path_rate": 0.0}
         args["depths"] = args.pop("depth")
     elif family == "beit":
         name, cls = BEIT, Beit
@@ -75,7 +75,7 @@ def create(spec, family: str = "vit", **kw) -> nn.Module:
         raise ValueError(f"model.name: timm has no {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     try:
         encoder = timm.create_model(name, num_classes=0, img_size=spec.image_size, **args)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, IndexError, AssertionError) as error:
         raise ValueError(f"model: timm cannot build {name!r} with {args}: {error}") from error
     if not isinstance(encoder, cls):
         expected = ("a Swin such as 'swin_tiny_patch4_window7_224' where depth is a list" if spec.hierarchical
