@@ -134,12 +134,13 @@ def cost(row: stats.Row, manifests: dict, data: dict) -> dict:
     above = [manifests[id] for id in dict.fromkeys(chain)]
     flops = mean([m["summary"].get("flops_per_image") for m in own])
     images = mean([m["summary"].get("images_seen", 0) for m in own])
+    views = mean([m["summary"].get("views_seen", m["summary"].get("images_seen", 0)) for m in own])
     extra = sum(m["summary"].get("images_seen", 0) for m in above)
     total = [(m["summary"].get("flops_per_image") or 0) * m["summary"].get("images_seen", 0) for m in above]
     spent = mean([m["wall_s"] for m in own])
     target_seconds = sum(m["wall_s"] for m in above)
     count = data["splits"]["train"]["count"]
-    return {"images": images, "target_images": extra, "epochs": images / count if count else None,
+    return {"images": images, "target_images": extra, "epochs": views / count if count else None,
             "seconds": spent,
             "target_seconds": target_seconds, "all_seconds": spent + target_seconds, "flops": flops or None,
             "memory": max(m["peak_memory_mb"] for m in own),

@@ -48,7 +48,7 @@ def fit(module: nn.Module, batches, recipe: Recipe, run, seed: int, name: str = 
     """Trains `module` in place and writes run.out/history.jsonl; resumes from run.work when a checkpoint lies
     there.
 
-    Fills run.summary with final_loss, images_seen, effective_epochs, steps, train_s, images_per_s,
+    Fills run.summary with final_loss, images_seen, views_seen, effective_epochs, steps, train_s, images_per_s,
     flops_per_image (of a training step, in FLOPs), precision. `name` tells several trainings of one stage
     apart: files <name>-history.jsonl and so on, and the summary under that key. SystemExit(143 or 130) after
     SIGTERM or SIGINT, with a checkpoint written; NonFiniteError with step, term and dumped batch;
@@ -301,7 +301,8 @@ class _Fit:
         summary = {
             "final_loss": self.history.last.get("loss"),
             "images_seen": seen,
-            "effective_epochs": seen / len(split),
+            "views_seen": seen * recipe.views,
+            "effective_epochs": seen * recipe.views / len(split),
             "steps": recipe.steps,
             "train_s": round(self.seconds, 2),
             "precision": self.precision.name,

@@ -18,6 +18,7 @@ _BY_NAME = (
     "optimizer",
     "clip",
     "clip_mode",
+    "views",
 )
 
 
@@ -55,7 +56,7 @@ class Progress:
 @dataclass(frozen=True)
 class Recipe:
     """How to optimise. `lr` is the peak rate after scaling; `warmup` and `steps` are optimiser steps; `clip`
-    None is off.
+    None is off; `views` is how many views of an image a step learns from, which effective epochs count.
     """
 
     epochs: int
@@ -74,6 +75,7 @@ class Recipe:
     clip_mode: str = "global"
     precision: str = "auto"
     save_minutes: float = 5.0
+    views: float = 1
     nan_skips: int = 0  # batches that may be left out because they give NaN or infinity
 
     @property
@@ -83,11 +85,12 @@ class Recipe:
     @classmethod
     def of(cls, config, train: dict, steps_per_epoch: int) -> Recipe:
         """From a plug-in's Config (its fields by name; `lr_per`: lr is per so many images, None: absolute;
-        `warmup`: fraction of the steps) and the train section {epochs, batch_size, precision,
+        `lr_factor`: times this; `warmup`: fraction of the steps) and the train section {epochs, batch_size, precision,
         save_minutes, nan_skips}."""
         given = {name: getattr(config, name) for name in _BY_NAME if hasattr(config, name)}
         per = getattr(config, "lr_per", None)
         lr = config.lr * train["batch_size"] / per if per else config.lr
+        lr *= getattr(config, "lr_factor", 1.0)
         warmup = round(getattr(config, "warmup", 0.0) * train["epochs"] * steps_per_epoch)
         return cls(
             epochs=train["epochs"],
