@@ -157,10 +157,7 @@ class Method(nn.Module):
 
     def encode(self, images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
         """Normalised images -> encoded prefix and kept patches (B, P+keep, D)."""
-        # positions are added to all patches before most are dropped
-        tokens = take(kit.patch_tokens(self.encoder, images), ids_keep)
-        tokens, _ = kit.run_blocks(self.encoder, kit.with_prefix(self.encoder, tokens), ids=ids_keep)
-        return self.encoder.norm(tokens)
+        return kit.visible(self.encoder, images, ids_keep)
 
     def decode(self, encoded: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Encoded tokens (B, P+keep, D) -> predictions for the class token, if used, and all patches (B,C+N,dim)."""
