@@ -145,7 +145,7 @@ def test_gradients_reach_the_student_only():
     out = model(batch(model), progress())
     out["loss"].backward()
     for name, parameter in model.named_parameters():
-        if name.startswith("target.") or name == "head.last_layer.gain":
+        if name.startswith("teacher.") or name == "student.head.last_layer.gain":
             assert parameter.grad is None and not parameter.requires_grad
         elif not name.endswith("qkv.bias"):
             assert parameter.grad.abs().sum() > 0, name
@@ -177,21 +177,22 @@ def test_last_layer_rests_in_the_first_epoch_only():
         before = {name: value.clone() for name, value in model.named_parameters()}
         model(batch(model), now)["loss"].backward()
         model.before_step(now)
-        assert all((p.grad is None) == rests for n, p in model.named_parameters() if n == "head.last_layer.weight")
+        assert all((p.grad is None) == rests for n, p in model.named_parameters() if n == "student.head.last_layer.weight")
         optimiser.step()
-        assert torch.equal(model.head.last_layer.weight, before["head.last_layer.weight"]) == rests  # no decay either
-        assert not torch.equal(model.head.mlp[0].weight, before["head.mlp.0.weight"])
+        last = "student.head.last_layer.weight"
+        assert torch.equal(model.student.head.last_layer.weight, before[last]) == rests  # no decay either
+        assert not torch.equal(model.student.head.mlp[0].weight, before["student.head.mlp.0.weight"])
 
 
 def test_teacher_follows_by_momentum():
     model = training(momentum=0.996)
     for name, value in model.target.encoder.state_dict().items():
-        assert torch.equal(value, model.encoder.state_dict()[name])  # starts as a copy
+        assert torch.equal(value, model.student.encoder.state_dict()[name])  # starts as a copy
     with torch.no_grad():
-        for parameter in model.encoder.parameters():
+        for parameter in model.student.encoder.parameters():
             parameter += 1
     before = model.target.encoder.cls_token.clone()
-    model.update_teacher(momentum=1.0)
+    model.target.follow(model.student, momentum=1.0)
     assert torch.equal(model.target.encoder.cls_token, before)
     model.after_step(progress(0))  # m = 0.996
     torch.testing.assert_close(model.target.encoder.cls_token, before + 0.004)
@@ -200,7 +201,8 @@ def test_teacher_follows_by_momentum():
     torch.testing.assert_close(model.target.encoder.cls_token, last, atol=1e-6, rtol=0)
     half = 1 - 0.004 * (math.cos(math.pi * 0.5) + 1) / 2
     model.after_step(progress(5))
-    torch.testing.assert_close(model.target.encoder.cls_token, half * last + (1 - half) * model.encoder.cls_token.detach())
+    student = model.student.encoder.cls_token.detach()
+    torch.testing.assert_close(model.target.encoder.cls_token, half * last + (1 - half) * student)
 
 
 def test_temperature_schedule():
@@ -265,10 +267,10 @@ def test_local_crops_use_resized_positions_and_the_full_size_uses_them_as_they_a
     model = training(drop_path=0.0)
     model.eval()
     x = torch.rand(2, 3, 16, 16)
-    assert model.encoder.forward_features(x[:, :, :8, :8]).shape == (2, 1 + 4, 16)
+    assert model.student.encoder.forward_features(x[:, :, :8, :8]).shape == (2, 1 + 4, 16)
     fixed = kit.create(model.spec, "vit")
-    fixed.load_state_dict(model.encoder.state_dict())
-    assert torch.equal(fixed.eval().forward_features(x), model.encoder.forward_features(x))
+    fixed.load_state_dict(model.student.encoder.state_dict())
+    assert torch.equal(fixed.eval().forward_features(x), model.student.encoder.forward_features(x))
 
 
 @pytest.mark.parametrize(
@@ -321,7 +323,7 @@ def test_target_gives_patch_tokens_after_the_norm_of_normalised_images():
     torch.testing.assert_close(found, tokens[:, 1:])
     assert found.shape == (3, 16, 16) == (3, 16, model.target.dim) and not found.requires_grad
     model.train()
-    assert not model.target.training and model.encoder.training
+    assert not model.target.training and model.student.encoder.training
     with pytest.raises(ValueError, match=r"pixels in \[0, 1\]"):
         model.target(model.spec.normalise(x))
 

@@ -51,9 +51,10 @@ def random_masking(noise: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.
     return ids_shuffle[:, :keep], ids_restore, (ids_restore >= keep).to(noise.dtype)
 
 
-def block_masks(uniform: Callable[..., torch.Tensor], grid: tuple[int, int], count: int, smallest: int = 16,
-                largest: int | None = None, aspect: float = 0.3) -> torch.Tensor:
-    """BEiT's block-wise masks (arXiv 2106.08254, algorithm 1): bool (B,N) with at most `count` ones.
+def block_masks(uniform: Callable[..., torch.Tensor], grid: tuple[int, int], count: int | torch.Tensor,
+                smallest: int = 16, largest: int | None = None, aspect: float = 0.3) -> torch.Tensor:
+    """BEiT's block-wise masks (arXiv 2106.08254, algorithm 1): bool (B,N) with at most `count` ones, or, as in iBOT
+    (arXiv 2111.07832), as many as each row's of `count` (B,), which may be fractions.
 
     Rectangles are added until `count` patches of the grid (rows, columns) are hidden. A rectangle's area is
     uniform between `smallest` and cap = min(count - hidden, largest), in whichever order; its aspect ratio is
@@ -101,8 +102,13 @@ def exact_block_masks(uniform: Callable[..., torch.Tensor], grid: tuple[int, int
 
 
 def hidden_ids(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions (B,count) of the ones of bool masks (B,N), ascending; every row must have `count` ones."""
+    """Positions (B,count) of the ones of bool masks (B,N), ascending; where a row has fewer ones, zeros' follow."""
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+
+
+def random_masks(noise: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """noise (B,N) -> bool (B,N): in row b the int(count[b]) patches with the smallest noise are hidden."""
+    return noise.argsort(dim=1, stable=True).argsort(dim=1) < count.floor()[:, None]
 
 
 def take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

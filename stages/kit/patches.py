@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,21 @@ def paint(images: torch.Tensor, mask: torch.Tensor, colour: float | torch.Tensor
     cells = mask.reshape(len(mask), 1, rows, -1).float()
     hidden = F.interpolate(cells, size=images.shape[-2:], mode="nearest") > 0.5
     return torch.where(hidden, torch.as_tensor(colour, dtype=images.dtype, device=images.device), images)
+
+
+def colour_codes(codes: torch.Tensor, side: int) -> torch.Tensor:
+    """Integers (B,N) of the patches of square images -> pictures (B,3,side,side): a colour for each, far from the next's."""
+    rows = round(codes.shape[1] ** 0.5)
+    shift = torch.tensor([[0.0], [1 / 3], [2 / 3]], device=codes.device)
+    colours = 0.5 + 0.5 * (2 * math.pi * (codes[:, None].float() * 0.618034 + shift)).cos()  # (B, 3, N)
+    return F.interpolate(colours.unflatten(2, (rows, rows)), size=side, mode="nearest")
+
+
+def windows(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Each patch of images (B,C,H,W) amid its eight neighbours: (B*N,C,3*size,3*size), borders repeated."""
+    padded = F.pad(images, (size,) * 4, mode="replicate")
+    found = F.unfold(padded, 3 * size, stride=size).transpose(1, 2)  # (B, N, C*9*size^2)
+    return found.reshape(-1, images.shape[1], 3 * size, 3 * size)
 
 
 def contact_sheet(columns: list[torch.Tensor], side: int = 96, gap: int = 4) -> np.ndarray:

@@ -69,7 +69,8 @@ class Centre(nn.Module):
     @torch.no_grad()
     def count(self, logits: Tensor) -> None:
         """logits (..., K) of the teacher, before centre and temperature."""
-        sums = F.pad(logits.detach().float().flatten(0, -2), (0, 1), value=1.0).sum(dim=0)
+        z = logits.detach().float().flatten(0, -2)
+        sums = torch.cat([z.sum(dim=0), z.new_full((1,), len(z))])
         self._sum = sums if self._sum is None else self._sum + sums
 
     @torch.no_grad()

@@ -19,7 +19,6 @@ Departures:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +30,7 @@ from torch import nn
 
 from stages.kit import encoder as kit
 from stages.kit.masks import exact_block_masks, hidden_count, hidden_ids, take
-from stages.kit.patches import contact_sheet, paint
+from stages.kit.patches import colour_codes, contact_sheet, paint
 from stages.kit.views import View
 
 TARGET = "ids"
@@ -182,12 +181,6 @@ class Method(nn.Module):
                                  self.grid, self.count, self.config.min_block).to(images.device)
         ids, codes = hidden_ids(mask, self.count), self.tokenizer[0](images)
         predicted = self.predict(self.spec.normalise(images), mask, ids)["mim"].argmax(dim=-1)
-        guess = paint(self._colours(torch.zeros_like(codes).scatter(1, ids, predicted)), ~mask)
-        return {"codes": contact_sheet([images, paint(images, mask), guess, self._colours(codes)])}
-
-    def _colours(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (B,N) -> images (B,3,S,S), one colour per code, far from the next code's."""
-        shift = torch.tensor([[0.0], [1 / 3], [2 / 3]], device=codes.device)
-        phase = codes[:, None].float() * 0.618034 + shift
-        colours = 0.5 + 0.5 * (2 * math.pi * phase).cos()  # (B, 3, N)
-        return F.interpolate(colours.unflatten(2, self.grid), size=self.spec.image_size, mode="nearest")
+        size = self.spec.image_size
+        guess = paint(colour_codes(torch.zeros_like(codes).scatter(1, ids, predicted), size), ~mask)
+        return {"codes": contact_sheet([images, paint(images, mask), guess, colour_codes(codes, size)])}
