@@ -24,6 +24,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stages import methods
 from stages.kit import precision
+from stages.kit.attention import multiplied_out
 from stages.kit.loader import Batches
 from stages.kit.loop import Progress
 from stages.kit.spec import Spec
@@ -68,7 +69,7 @@ def ours(method, views, images: np.ndarray, batch: int, steps: int):
     for step, micros in enumerate(batches.stream(0, steps)):
         start = time.perf_counter()
         progress = Progress(step, steps, 0.0, 0, micros[0]["row"], torch.device("cpu"))
-        with arithmetic.autocast(), precision.plain_attention(method, "cpu"):
+        with arithmetic.autocast(), multiplied_out("cpu"):
             loss = method(micros[0], progress)["loss"]
         loss.backward()
         optimizer.step()

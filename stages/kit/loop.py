@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.kit import dist, droppath, keyed, optim, precision
+from stages.kit import attention, dist, droppath, keyed, memory, optim, precision
 from stages.kit.checkpoint import Checkpoint
 from stages.kit.display import Display
 from stages.kit.files import JobError, write_atomic
@@ -91,8 +91,8 @@ class _Fit:
         self.clock = time.perf_counter() - self.seconds
         if self.recipe.nan_skips and start == 0:
             self.save(0, must=True)  # there must be something to go back to
-        attention = precision.plain_attention(self.module, self.device)
-        with attention, droppath.keyed(self.module) as self.drop_by, _Signals() as signals:
+        memory.keep_freed()
+        with attention.multiplied_out(self.device), droppath.keyed(self.module) as self.drop_by, _Signals() as signals:
             while start < self.recipe.steps:
                 try:
                     self.steps_from(start, stepper, signals)

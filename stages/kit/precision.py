@@ -7,7 +7,7 @@ machine:
 - CPU with AMX or avx512_bf16: bf16 autocast when the module's width is at least 32, else fp32;
 - anything else: fp32.
 
-Measured on a Xeon with AMX (torch 2.15), attention multiplied out (`plain_attention`): CPU time of a whole
+Measured on a Xeon with AMX (torch 2.15), attention multiplied out (kit/attention.py): CPU time of a whole
 training step (forward, backward, fused AdamW) of a ViT of depth 6 on 65 tokens at batch 64, fp32 over bf16.
 One thread: width 32 1.31, 48 1.41, 64 1.59, 128 2.08, 192 2.38, 384 2.69; 384 on 197 tokens 2.49 (batch 4).
 Two threads, time of both: width 64 1.69, 192 2.63. With torch's fused attention bf16 gains only from width
@@ -16,8 +16,7 @@ Two threads, time of both: width 64 1.69, 192 2.63. With torch's fused attention
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -86,25 +85,6 @@ def width(module: nn.Module) -> int:
     return max(
         (min(layer.weight.shape) for layer in module.modules() if isinstance(layer, nn.Linear)), default=0
     )
-
-
-@contextmanager
-def plain_attention(module: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """While entered, timm's attention layers below `module` multiply out their attention on a CPU.
-
-    torch's fused CPU kernel has no fast bf16 path. A training step of a ViT of depth 4, 65 tokens, bf16, it
-    over this, in CPU time: width 128 2.3, 192 1.7 (with 17 tokens 2.9); in fp32 the two take the same. The
-    result differs in rounding only. Elsewhere, and afterwards, nothing is changed.
-    """
-    layers = [layer for layer in module.modules() if getattr(layer, "fused_attn", False)]
-    layers = layers if torch.device(device).type == "cpu" else []
-    for layer in layers:
-        layer.fused_attn = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.fused_attn = True
 
 
 # Dense bf16 tensor-core FLOP/s by the vendors' data sheets.
