@@ -135,6 +135,14 @@ def test_rate_is_zero_at_first_peak_after_warmup_and_min_at_the_end():
     )
 
 
+def test_rate_that_drops_at_given_shares_of_the_training():
+    """SimMIM's 800 epochs: warm-up of 10, a tenth of the rate from epoch 700 on."""
+    drops = SimpleNamespace(lr=1e-4, lr_per=512, warmup=10 / 800, lr_drops=(700 / 800,))
+    recipe = Recipe.of(drops, {"epochs": 800, "batch_size": 2048}, steps_per_epoch=5)
+    rates = [recipe.lr_at(5 * epoch) for epoch in (0, 5, 10, 699, 700, 799)]
+    assert rates == pytest.approx([0, 2e-4, 4e-4, 4e-4, 4e-5, 4e-5])
+
+
 def test_schedules_are_clamped():
     assert schedule.linear(-1, 0.04, 0.07) == 0.04 and schedule.linear(2, 0.04, 0.07) == pytest.approx(0.07)
     assert schedule.cosine(0.5, 1.0, 0.0) == pytest.approx(0.5) and schedule.cosine(7, 1.0, 0.25) == 0.25

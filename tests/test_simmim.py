@@ -17,6 +17,7 @@ from stages.kit import encoder as kit
 from stages.kit import optim
 from stages.kit.loop import Progress
 from stages.kit.masks import unit_count, unit_masks
+from stages.kit.recipe import Recipe
 from stages.kit.spec import Spec
 from stages.methods.simmim import Config, Method, local_statistics
 from tests.conftest import tiny_content, write_params
@@ -360,7 +361,8 @@ def test_pictures_keep_what_is_visible(method, config):
 
 @pytest.mark.parametrize(("values", "key"), [
     ({"mask_ratio": 1.0}, "mask_ratio"), ({"mask_unit": 0}, "mask_unit"), ({"local_norm": 4}, "local_norm"),
-    ({"local_norm": 1}, "local_norm"), ({"drop_path": 1.0}, "drop_path"), ({"crop_min": 0.0}, "crop_min"),
+    ({"local_norm": 1}, "local_norm"), ({"lr_drops": (2.0,)}, "lr_drops"), ({"drop_path": 1.0}, "drop_path"),
+    ({"crop_min": 0.0}, "crop_min"),
 ])
 def test_bad_config(values, key):
     with pytest.raises(ValueError, match=f"^{key}"):
@@ -383,13 +385,16 @@ def test_units_that_fit():
 
 
 def test_the_published_recipe():
-    params = read("presets/simmim.yaml").params
+    experiment = read("presets/simmim.yaml")
+    params = experiment.params
     assert (params.data.image_size, params.model.window_size, params.train.batch_size) == (192, 6, 2048)
-    run = read("presets/simmim.yaml").runs["simmim"]
-    config, train = run.settings.config, run.settings.train
-    assert config["lr"] * train["batch_size"] / config["lr_per"] == pytest.approx(8e-4)
-    assert config["warmup"] * train["epochs"] == pytest.approx(10)
-    assert config["mask_unit"] == 32
+    for name, epochs, rate, end in (("simmim", 100, 8e-4, 4e-5), ("simmim-800", 800, 4e-4, 4e-5)):
+        settings = experiment.runs[name].settings
+        recipe = Recipe.of(Config(**settings.config), settings.train, steps_per_epoch=625)
+        assert (recipe.epochs, recipe.warmup, recipe.clip) == (epochs, 10 * 625, 5.0)
+        assert recipe.lr == pytest.approx(rate)
+        assert recipe.lr_at(recipe.steps - 1) == pytest.approx(end, rel=1e-3)
+        assert settings.config["mask_unit"] == 32
 
 
 # --- Swin wherever a ViT may stand ------------------------------------------------------------------------

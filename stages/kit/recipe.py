@@ -10,6 +10,7 @@ from stages.kit import keyed, schedule
 
 _BY_NAME = (
     "min_lr",
+    "lr_drops",
     "weight_decay",
     "weight_decay_end",
     "betas",
@@ -64,6 +65,7 @@ class Recipe:
     steps_per_epoch: int
     lr: float
     min_lr: float = 0.0
+    lr_drops: tuple[float, ...] = ()  # constant but for these, see schedule.warmup_drops, instead of a cosine
     warmup: int = 0
     weight_decay: float = 0.0
     weight_decay_end: float | None = None
@@ -105,6 +107,8 @@ class Recipe:
         )
 
     def lr_at(self, step: int) -> float:
+        if self.lr_drops:
+            return schedule.warmup_drops(step, self.steps, self.warmup, self.lr, self.lr_drops)
         return schedule.warmup_cosine(step, self.steps, self.warmup, self.lr, self.min_lr)
 
     def weight_decay_at(self, step: int, start: float) -> float:

@@ -15,8 +15,8 @@ without a loss of its own. Departures:
 - without the final norm (`final_norm: false`) the exported encoder still normalises its tokens, with weights 1 and 0;
 - defaults are for small images: mask_unit a quarter of the image (8 at 32 px, 16 at 64 px), lr 1e-3 per 512 images.
   As published, for ImageNet: mask_unit 32; Swin-B at 192 px, window 6, 100 epochs: lr 2e-4 per 512, min_lr 4e-5 at
-  batch 2048, 10 epochs warm up; 800 epochs: lr 1e-4 per 512, a tenth of it from epoch 700; ViT-B/16 at 224 px, 800
-  epochs: the same and drop_path 0.1. SwinV2: local_norm 47.
+  batch 2048, 10 epochs warm up; 800 epochs: lr 1e-4 per 512, 10 epochs warm up, lr_drops [0.875]; ViT-B/16 at 224 px,
+  800 epochs: the same and drop_path 0.1. SwinV2: local_norm 47.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Config:
     lr: float = 1e-3  # at batch lr_per
     lr_per: int | None = 512
     min_lr: float = 1e-5
+    lr_drops: tuple[float, ...] = ()  # shares of all steps at which a constant rate falls to a tenth; (): cosine
     warmup: float = 0.05  # share of all steps
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
@@ -65,6 +66,8 @@ class Config:
             raise ValueError(f"mask_unit: found {self.mask_unit}, expected 1 or more pixels")
         if self.local_norm is not None and (self.local_norm < 3 or self.local_norm % 2 == 0):
             raise ValueError(f"local_norm: found {self.local_norm}, expected an odd number of pixels from 3")
+        if not all(0 < drop < 1 for drop in self.lr_drops):
+            raise ValueError(f"lr_drops: found {self.lr_drops}, expected shares in (0, 1)")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path: found {self.drop_path}, expected a probability in [0, 1)")
         if not 0 < self.crop_min <= 1:
