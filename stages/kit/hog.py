@@ -42,7 +42,7 @@ def _hog(images: torch.Tensor, cell: int, bins: int) -> torch.Tensor:
     rows, columns = images.shape[-2] // cell, images.shape[-1] // cell
 
     def cells(x):  # (B,C,H,W) -> (B*C*rows*columns, cell*cell)
-        return x.view(-1, rows, cell, columns, cell).transpose(2, 3).reshape(-1, cell * cell)
+        return x.reshape(-1, rows, cell, columns, cell).transpose(2, 3).reshape(-1, cell * cell)
 
     histograms = torch.zeros(images[:, :, ::cell, ::cell].numel(), bins, dtype=torch.float64, device=images.device)
     histograms.scatter_add_(1, cells(place), cells(magnitude).double())
