@@ -62,7 +62,10 @@ class Data(Section):
 
 
 class Model(Section):
-    name: str = Field("vit_tiny_patch16_224", description="a timm model: a ViT, a Swin or SwinV2, or a convvit_* (stages/kit/hybrid.py)")
+    name: str = Field(
+        "vit_tiny_patch16_224",
+        description="a timm model: a ViT, a Swin or SwinV2, or a convvit_* (stages/kit/hybrid.py)",
+    )
     patch_size: int = Field(16, ge=1, description="side in pixels; of a Swin, in its first stage")
     embed_dim: int = Field(192, ge=1, description="width; of a Swin, in its first stage")
     depth: int | list[int] = Field(12, description="number of blocks; of a Swin, a list: of each stage")
