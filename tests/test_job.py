@@ -145,7 +145,7 @@ def process(plan, seconds: float = 60):
 
 
 @pytest.mark.parametrize(
-    "sign, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)]
+    "sign, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
 def test_a_killed_job_leaves_no_manifest_and_can_start_again(plan, sign, code):
     finish(plan, "data")
@@ -184,10 +184,17 @@ def test_a_full_disk_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, m
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_full_disk_inside_a_job_is_said_clearly(plan):
-    with pytest.raises(JobError, match="disk is full"), running(plan.jobs["data"], plan):
-        full()
-    assert not plan.jobs["data"].manifest.exists()
+def test_a_full_disk_inside_a_job_is_said_clearly_and_leaves_no_file_half_written(plan):
+    for error in (OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EFBIG, "File too large"),
+                  RuntimeError("I/O error: No space left on device (os error 28)")):  # fmt: skip
+        with pytest.raises(JobError, match="disk is full"), running(plan.jobs["data"], plan) as run:
+            (run.out / "half").write_text("ha")
+            raise error
+        assert list(plan.jobs["data"].output.iterdir()) == []
+    with pytest.raises(RuntimeError, match="something else"), running(plan.jobs["data"], plan) as run:
+        (run.out / "health.json").write_text("{}")
+        raise RuntimeError("something else")
+    assert len(list(plan.jobs["data"].output.iterdir())) == 1
 
 
 def test_a_full_disk_at_the_manifest(plan, monkeypatch):

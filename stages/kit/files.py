@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class JobError(RuntimeError):
@@ -39,7 +39,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in FULL:
+        if is_full(error):
             raise disk_full(path, error) from error
         raise
 
@@ -67,14 +67,25 @@ def _umask() -> int:
     return old
 
 
-def disk_full(path: Path, error: OSError) -> JobError:
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that there is no room: libraries in other languages wrap it in theirs."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if isinstance(error, Exception) and any(os.strerror(number) in str(error) for number in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def disk_full(path: Path, error: BaseException) -> JobError:
     try:
         free = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MB are free"
     except OSError:
         free = "its free space is unknown"
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return JobError(
-        f"{path}: the disk is full ({error.strerror}; {free}). Make room and start again: "
-        "finished jobs are kept."
+        f"{path}: the disk is full ({reason}; {free}). Make room and start again: finished jobs are kept."
     )
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.kit.device import choose_device, locked
-from stages.kit.files import FULL, JobError, disk_full, sha256, write_atomic, write_json
+from stages.kit.files import JobError, disk_full, is_full, sha256, write_atomic, write_json
 from stages.kit.provenance import environment, git_state, peak_mb
 
 __all__ = ["JobError", "Run", "command", "running", "sha256", "write_atomic", "write_json"]
@@ -102,8 +102,9 @@ def running(job, plan):
     """Run a job of a plan: yields its Run; on a normal end writes the manifest, else leaves none.
 
     Under torchrun only rank 0 touches the output folder; the others wait until it is clean. An exception,
-    SIGTERM and SIGINT pass through; the work folder stays for the next attempt. JobError when the same job is
-    running already."""
+    SIGTERM and SIGINT (as SystemExit 143 and 130) pass through; the work folder stays for the next attempt. JobError
+    when the same job is running already, and when the disk is full: the output folder is then emptied, so that no
+    half-written file stands under its final name."""
     main, began, clock = _rank() == 0, datetime.now(UTC), time.monotonic()
     work = plan.results.parent / "work" / job.fingerprint
     with contextlib.ExitStack() as held:
@@ -120,7 +121,7 @@ def running(job, plan):
             run.tracker = _start_tracking(run)
         status = "FAILED"
         try:
-            with _space(run.out):
+            with _space(run.out, empty=main):
                 yield run
                 _barrier()
                 if main:
@@ -179,31 +180,35 @@ def _clear(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _space(path: Path):
-    """A full disk anywhere inside becomes a JobError that says so."""
+def _space(path: Path, empty: bool = False):
+    """A full disk anywhere inside becomes a JobError that says so, and if asked for `path` becomes an empty folder."""
     try:
         yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise disk_full(Path(error.filename or path), error) from error
-        raise
+    except Exception as error:
+        if not is_full(error):
+            raise
+        if empty:
+            _clear(path)
+        if isinstance(error, JobError):
+            raise
+        raise disk_full(Path(getattr(error, "filename", None) or path), error) from error
 
 
 @contextlib.contextmanager
 def _terminable():
-    """SIGTERM ends the job like an exception, so that temporary files go and locks open. Inside, the loop may
+    """SIGTERM and SIGINT end the job like an exception, so that temporary files go and locks open. Inside, the loop may
     do better."""
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    )
-    if ours:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    if threading.current_thread() is not threading.main_thread():
+        defaults = {}
+    ours = {number: old for number, old in defaults.items() if signal.getsignal(number) == old}
+    for number in ours:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, old in ours.items():
+            signal.signal(number, old)
 
 
 # ------------------------------------------------------------------------------------------------------ locks
