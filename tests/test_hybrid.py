@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,8 +18,10 @@ from torch import nn
 
 from stages.kit import encoder as kit
 from stages.kit import hybrid, masks, optim
+from stages.kit.loop import Progress
 from stages.kit.positions import sincos_2d
 from stages.kit.spec import Spec
+from stages.targets import hog
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -291,6 +295,60 @@ def test_errors_name_the_key(changes, match):
 def test_another_size_of_image_is_refused():
     with pytest.raises(ValueError, match=r"images: found \(24, 32\) pixels, expected \(32, 32\)"):
         build()[0](torch.zeros(1, 3, 24, 32))
+
+
+# --- methods ------------------------------------------------------------------------------------------------------
+
+FOLDER = Path(__file__).parent.parent / "stages" / "methods"
+MODULES = {path.stem: importlib.import_module(f"stages.methods.{path.stem}") for path in sorted(FOLDER.glob("[!_]*.py"))}
+METHODS = [name for name, module in MODULES.items() if "convvit" in getattr(module, "ENCODERS", ())]
+VISIBLE = [name for name in METHODS if hasattr(MODULES[name].Method, "encode")]
+
+
+def method_of(name):
+    module = MODULES[name]
+    torch.manual_seed(0)
+    return module.Method(module.Config(), spec(), hog.Target(hog.Config(), spec()) if module.TARGET else None)
+
+
+def step_of(module, count=4):
+    rows = torch.arange(count)
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    batch = {"view": F.interpolate(coarse, size=32, mode="bilinear").clamp(0, 1), "row": rows, "index": rows}
+    if module.LABELS:
+        batch["label"] = rows % 5
+    return batch, Progress(step=3, steps=10, epoch=0.5, seed=0, rows=rows, device=rows.device)
+
+
+def test_methods_are_found():
+    assert {"mae", "dmjd"} <= set(VISIBLE)
+    assert {"random", "supervised"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if MODULES[name].TRAINS])
+def test_methods_train_it_whole(name):
+    method, (batch, now) = method_of(name), step_of(MODULES[name])
+    optimiser, losses = torch.optim.AdamW(optim.groups(method, 0.05), lr=3e-3), []
+    for _ in range(40):
+        optimiser.zero_grad()
+        losses.append(method(batch, now)["loss"])
+        losses[-1].backward()
+        for key, parameter in method.named_parameters():
+            reached = parameter.grad is not None and bool(parameter.grad.any())
+            assert reached == parameter.requires_grad, key
+        optimiser.step()
+    assert losses[-1] < 0.75 * losses[0], losses
+
+
+@pytest.mark.parametrize("name", VISIBLE)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_methods_encode_without_a_leak(name, dtype):
+    method, images, (ids, mask) = method_of(name).eval(), pictures(3), drawn(3)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        found = method.encode(images, ids)
+        assert torch.equal(found, method.encode(hide(images, mask, pictures(3, seed=8)), ids))
+        assert not torch.equal(found, method.encode(hide(images, 1 - mask, pictures(3, seed=8)), ids))
+    assert found.shape == (3, 6, 32)
 
 
 # --- export, fine-tuning ------------------------------------------------------------------------------------------
