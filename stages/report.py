@@ -21,7 +21,7 @@ import jinja2
 import numpy as np
 
 from stages.kit.job import running, write_atomic
-from stages.reporting import figures, stats
+from stages.reporting import figures, lineage, stats
 from workflow.plan import load
 
 PRIMARY = ("top1", "miou", "ap", "auc")  # a task's headline: the first of these in its metrics.json
@@ -75,8 +75,8 @@ def gather(params: dict, folders: dict[str, Path]) -> dict:
     cells = {(name, task): cell(row, task, folders) for name, row in rows.items() for task in tasks}
     racing = [n for n, r in rows.items() if r.kind == "ssl"]
     verdicts = {task: stats.rank({n: cells[n, task].scores for n in racing}) for task in tasks}
-    costs = {name: cost(row, manifests, data) for name, row in rows.items()}
-    charts = {}
+    costs = {name: lineage.cost(row, manifests, data) for name, row in rows.items()}
+    chains, charts, stages = lineage.chains(rows), {}, {}
     for task in tasks:
         known = [n for n in rows if cells[n, task].interval]
         accuracy = {n: cells[n, task].interval.mean * 100 for n in known}
@@ -84,7 +84,13 @@ def gather(params: dict, folders: dict[str, Path]) -> dict:
         charts[f"scores-{task}"] = figures.intervals(marks, f"{task}: accuracy by run", "accuracy, %")
         marks = [mark(rows[n], cells[n, task], costs[n]["all_seconds"], accuracy[n]) for n in known]
         charts[f"cost-{task}"] = figures.scatter(marks, f"{task}: accuracy against cost",
-                                                 "seconds, with targets", "accuracy, %")
+                                                 "seconds, with all before", "accuracy, %")
+        if found := lineage.by_stage(chains, cells, task):
+            stages[task] = found
+            lines = [(chain.name, rows[chain.runs[max(chain.runs)]].colour,
+                      [mark(rows[chain.runs[n]], c, n, c.interval.mean * 100) for n, c in points.items()])
+                     for chain, points in found["chains"]]
+            charts[f"stages-{task}"] = figures.stages(lines, f"{task}: accuracy by stage", "stage", "accuracy, %")
     for name, row in rows.items():
         lines = [figures.losses(folders[f"pretrain/{job}"], job) for job in row.jobs]
         charts[f"loss-{name}"] = figures.curves(lines, f"{name}: training loss", "epoch", "loss",
@@ -93,7 +99,7 @@ def gather(params: dict, folders: dict[str, Path]) -> dict:
                if id.startswith("target/")}
     return {"experiment": params["experiment"], "rows": rows, "tasks": tasks, "cells": cells,
             "verdicts": verdicts, "costs": costs, "headline": stats.headline(tasks, verdicts),
-            "racing": racing, "targets": targets,
+            "racing": racing, "targets": targets, "stages": stages,
             "data": data, "samples": figures.samples(folders["data"], data),
             "charts": {name: svg for name, svg in charts.items() if svg},
             "details": details(rows, tasks, cells),
@@ -125,30 +131,6 @@ def cell(row: stats.Row, task: str, folders: dict[str, Path]) -> stats.Cell:
     return stats.Cell(stats.Scores(scores, hits), metrics, interval, images, row.jobs[0] if scores else None)
 
 
-def cost(row: stats.Row, manifests: dict, data: dict) -> dict:
-    """What a run cost, as means over its seeds; its targets' cost apart, as runs share them."""
-    own = [manifests[f"pretrain/{job}"] for job in row.jobs]
-    chain, at = [], [id for id in own[0]["inputs"] if id.startswith("target/")]
-    while at:
-        chain, at = chain + at, [i for id in at for i in manifests[id]["inputs"] if i.startswith("target/")]
-    above = [manifests[id] for id in dict.fromkeys(chain)]
-    flops = mean([m["summary"].get("flops_per_image") for m in own])
-    images = mean([m["summary"].get("images_seen", 0) for m in own])
-    views = mean([m["summary"].get("views_seen", m["summary"].get("images_seen", 0)) for m in own])
-    extra = sum(m["summary"].get("images_seen", 0) for m in above)
-    total = [(m["summary"].get("flops_per_image") or 0) * m["summary"].get("images_seen", 0) for m in above]
-    spent = mean([m["wall_s"] for m in own])
-    target_seconds = sum(m["wall_s"] for m in above)
-    count = data["splits"]["train"]["count"]
-    return {"images": images, "target_images": extra, "epochs": views / count if count else None,
-            "seconds": spent,
-            "target_seconds": target_seconds, "all_seconds": spent + target_seconds, "flops": flops or None,
-            "memory": max(m["peak_memory_mb"] for m in own),
-            "all_flops": ((flops or 0) * (images or 0) + sum(total)) or None,
-            "parameters": own[0]["summary"].get("parameters"), "device": own[0].get("device", ""),
-            "rate": mean([m["summary"].get("images_per_s") for m in own])}
-
-
 def mark(row: stats.Row, found: stats.Cell, x: float, y: float | None = None) -> figures.Point:
     """A run in a chart, with its interval over seeds (one seed: over test images) on the axis of accuracy."""
     span = found.interval if found.interval.low is not None else found.images
@@ -172,7 +154,7 @@ def details(rows: dict, tasks: list, cells: dict) -> dict:
         keys = [k for m in each.metrics.values() for k in m if k.endswith("_top1")
                 and isinstance(m[k], (int, float))]
         for key in dict.fromkeys(keys):
-            values[name][task, key[:-5]] = mean([m.get(key) for m in each.metrics.values()])
+            values[name][task, key[:-5]] = lineage.mean([m.get(key) for m in each.metrics.values()])
         chosen[name] |= {(task, m["feature"]) for m in each.metrics.values() if m.get("feature")}
     found = list(dict.fromkeys(column for by_run in values.values() for column in by_run))
     several = {task for task in tasks if sum(column[0] == task for column in found) > 1}
@@ -216,21 +198,21 @@ def table(page: dict) -> str:
     """summary.csv: one line per run and task, fractions unrounded."""
     stream = io.StringIO()
     out = csv.writer(stream, lineterminator="\n")
-    out.writerow(["run", "method", "target", "kind", "task", "metric", "mean", "low", "high", "seeds",
-                  "scores", "verdict", "images_seen", "effective_epochs", "seconds", "target_seconds",
-                  "peak_memory_mb", "flops_per_image", "flops", "fingerprints"])
+    out.writerow(["run", "method", "target", "teacher", "stage", "kind", "task", "metric", "mean", "low", "high",
+                  "seeds", "scores", "verdict", "images_seen", "own_images_seen", "effective_epochs", "seconds",
+                  "own_seconds", "target_seconds", "peak_memory_mb", "flops_per_image", "flops", "fingerprints"])
     prints = {entry["id"]: entry["fingerprint"][:12] for entry in page["trail"]}
     for (name, task), c in page["cells"].items():
         row, k, verdict = page["rows"][name], page["costs"][name], page["verdicts"][task]
         if c.interval:
             state = "reference" if row.kind != "ssl" else "tie" if name in verdict.ties else ""
             state = verdict.state if verdict and verdict.leader == name else state
-            out.writerow([name, row.facts["method"], row.facts["target"], row.kind, task,
-                          next(iter(c.metrics.values()))["metric"],
+            out.writerow([name, *(row.facts[key] for key in ("method", "target", "teacher", "stage")), row.kind,
+                          task, next(iter(c.metrics.values()))["metric"],
                           c.interval.mean, c.interval.low, c.interval.high, c.interval.n,
                           " ".join(f"{v!r}" for v in c.scores.scores.values()), state,
-                          *(k[key] for key in ("images", "epochs", "seconds", "target_seconds", "memory",
-                                               "flops", "all_flops")),
+                          *(k[key] for key in ("images", "own_images", "epochs", "seconds", "own_seconds",
+                                               "target_seconds", "memory", "flops", "all_flops")),
                           " ".join(prints[f"transfer/{j}/{task}"] for s, j in zip(row.seeds, row.jobs)
                                    if s in c.metrics)])
     return stream.getvalue()
@@ -238,11 +220,6 @@ def table(page: dict) -> str:
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def mean(values) -> float | None:
-    values = [v for v in values if v is not None]
-    return sum(values) / len(values) if values else None
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def fabricate(folder: Path, runs=RUNS, seeds=(0, 1, 2), tasks=("knn", "linear", 
     """A finished experiment below `folder`: a run as kit/job.py gives it to the report stage."""
     rng = np.random.default_rng(0)
     seeds = seeds if isinstance(seeds, dict) else dict.fromkeys(runs, tuple(seeds))
-    table = {f"{name}-s{s}": {"run": name, "seed": s, **facts} for name, (facts, _) in runs.items()
+    table = {f"{name}-s{s}": {"run": name, "seed": s, "teacher": None, "stage": 1, **facts} for name, (facts, _) in runs.items()
              for s in seeds[name]}
     targets = sorted({facts["target"] for facts, _ in runs.values() if facts["target"]})
     inputs = ["data", *(["target/teacher"] if targets else []), *(f"target/{t}" for t in targets),
@@ -110,8 +110,9 @@ def fabricate(folder: Path, runs=RUNS, seeds=(0, 1, 2), tasks=("knn", "linear", 
         summary = {"images_seen": 80000, "effective_epochs": 20, "flops_per_image": 2.5e8,
                    "images_per_s": 900.0} if trained else {}
         manifest(f"pretrain/{job}", summary | {"parameters": 1234567}, 140.0 if trained else 3.0,
-                 ["data"] + ([f"target/{facts['target']}"] if facts["target"]
-                             else []), {"method": {"name": facts["method"]}})
+                 ["data"] + ([f"target/{facts['target']}"] if facts["target"] else [])
+                 + ([f"pretrain/{facts['teacher']}-s{facts['seed']}"] if facts["teacher"] else []),
+                 {"method": {"name": facts["method"]}, "run": facts["run"]})
         if trained and pictures:
             paint(base / "pictures" / "reconstruction.png")
         for n, task in enumerate(tasks):
@@ -185,6 +186,84 @@ def test_costs_include_targets(lab):
     assert float(row["flops"]) == pytest.approx(2.5e8 * 80000 + 2 * 3e8 * 48000)
     assert float(row["effective_epochs"]) == pytest.approx(80000 / 60)
     assert next(r for r in rows_of(lab) if r["run"] == "mae")["target_seconds"] == "0"
+
+
+def student(teacher: str | None, stage: int, target: str | None = None, seen=()) -> dict:
+    return {"method": "dbot", "target": target, "teacher": teacher, "stage": stage, "labels": False, "trains": True,
+            "label_targets": list(seen)}
+
+
+CHAINS = {"random": RUNS["random"], "mae": RUNS["mae"], "supervised": RUNS["supervised"],
+          "dbot-1": (student("random", 1), 0.5), "dbot-2": (student("dbot-1", 2), 0.7),
+          "other-1": (student("mae", 1), 0.66), "other-2": (student("other-1", 2), 0.71),
+          "deit-1": (student("supervised", 1, seen=["supervised"]), 0.8),
+          "coded-1": (student(None, 1, "vqkd"), 0.6), "coded-2": (student("coded-1", 2), 0.6),
+          "alone": (student("random", 1), 0.6)}
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory):
+    run = fabricate(tmp_path_factory.mktemp("chains"), CHAINS, tasks=("knn", "linear"))
+    report.write(run)
+    return run
+
+
+def test_a_stage_costs_what_all_before_it_cost(chains):
+    rows = {r["run"]: r for r in rows_of(chains) if r["task"] == "knn"}
+    for name, images, seconds in (("mae", 1, 140), ("dbot-1", 1, 140 + 3), ("dbot-2", 2, 2 * 140 + 3),
+                                  ("other-2", 3, 3 * 140), ("alone", 1, 143), ("random", 0, 3)):
+        row = rows[name]
+        assert float(row["images_seen"]) == images * 80000, name
+        assert float(row["effective_epochs"]) == pytest.approx(images * 80000 / 60), name
+        assert float(row["seconds"]) == seconds, name
+        assert float(row["flops"] or 0) == images * 80000 * 2.5e8, name
+    assert float(rows["dbot-2"]["own_images_seen"]) == 80000
+    assert float(rows["dbot-2"]["own_seconds"]) == 140
+    assert float(rows["coded-2"]["target_seconds"]) == 190, "the targets of the stages before"
+    assert (rows["dbot-2"]["teacher"], rows["dbot-2"]["stage"], rows["dbot-1"]["target"]) == ("dbot-1", "2", "")
+    warnings = warnings_of(chains)
+    assert "dbot-2 160,000, other-1 160,000, other-2 240,000" in warnings["Different numbers of images seen"]
+    assert "dbot-2, other-1, other-2" in warnings["Teachers count"]
+    assert "dbot-1" not in warnings["Teachers count"]
+    page = page_of(chains)
+    assert "160k<span class=\"sub\">80k its own</span>" in page
+    assert "teacher dbot-1" in page
+
+
+def test_a_student_of_labels_is_not_ranked(chains):
+    assert {r["verdict"] for r in rows_of(chains) if r["run"] == "deit-1"} == {"reference"}
+    said = warnings_of(chains)["deit-1 learnt from labels"]
+    assert said.startswith("supervised, which it learnt from, was trained with labels")
+
+
+def test_quality_by_stage(chains):
+    """One line a chain with its first teacher as stage 0, and the spread over chains, recomputed from the jobs."""
+    page = report.gather(chains.job.params, {id: chains.input(id) for id in chains.job.inputs})
+    found = page["stages"]["linear"]
+    lines = {chain.name: chain.runs for chain, _ in found["chains"]}
+    assert lines == {"dbot": {0: "random", 1: "dbot-1", 2: "dbot-2"}, "other": {0: "mae", 1: "other-1", 2: "other-2"},
+                     "coded": {1: "coded-1", 2: "coded-2"}}  # one stage is no chain
+    assert [chain.first for chain, _ in found["chains"]] == ["random", "mae", "vqkd"]
+
+    def of(run):
+        return np.mean([metric(chains, f"{run}-s{s}", "linear") for s in (0, 1, 2)])
+
+    for stage, runs in ((0, ("random", "mae")), (1, ("dbot-1", "other-1", "coded-1")),
+                        (2, ("dbot-2", "other-2", "coded-2"))):
+        assert found["spread"][stage] == pytest.approx(np.std([of(r) for r in runs], ddof=1))
+        for run in runs:
+            assert f"<td>{of(run) * 100:.1f}</td>" in page_of(chains).split("Quality by stage")[1]
+    svg = page["charts"]["stages-linear"]
+    marks = re.findall(r"<title>(random|dbot-1|dbot-2): ([\d.]+) %", svg)
+    assert marks == [(run, f"{of(run) * 100:.1f}") for run in ("random", "dbot-1", "dbot-2")]
+    axis = re.findall(r'y="198.0" text-anchor="middle">([^<]+)<', svg)
+    assert axis == ["0", "1", "2"], "stages are whole numbers"
+    ElementTree.fromstring(svg)
+
+
+def test_without_chains_there_is_no_stage_curve(lab):
+    assert "Quality by stage" not in page_of(lab)
+    assert not list((lab.out / "figures").glob("stages-*"))
 
 
 def test_each_number_leads_to_its_job(lab):

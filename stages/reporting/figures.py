@@ -101,10 +101,12 @@ class Frame:
     first."""
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str, height: int, *,
-                 log_x: bool = False, floor: float | None = None, left: int = 46, top: int = 10):
+                 log_x: bool = False, whole_x: bool = False, floor: float | None = None, left: int = 46,
+                 top: int = 10):
         self.log, self.left, self.right, self.top, self.bottom = log_x, left, WIDTH - 12, top, height - 38
+        self.whole = whole_x
         xs = [math.log10(x) for x in xs] if log_x else list(xs)
-        (self.x0, self.x1), (self.y0, self.y1) = _limits(xs, 0.06 if log_x else 0.0), _limits(ys, 0.06)
+        (self.x0, self.x1), (self.y0, self.y1) = _limits(xs, 0.06 if log_x or whole_x else 0.0), _limits(ys, 0.06)
         self.y0 = self.y0 if floor is None else floor
         self.parts: list[str] = []
         for y in ticks(self.y0, self.y1):
@@ -121,7 +123,7 @@ class Frame:
 
     def _x_ticks(self) -> list[float]:
         if not self.log:
-            return ticks(self.x0, self.x1)
+            return [x for x in ticks(self.x0, self.x1) if not self.whole or x == int(x)]
         decades = range(math.floor(self.x0), math.ceil(self.x1) + 1)
         found = [m * 10.0 ** d for d in decades for m in (1, 2, 5)]
         found = [v for v in found if self.x0 <= math.log10(v) <= self.x1]
@@ -228,6 +230,30 @@ def scatter(points: Sequence[Point], title: str, x_label: str, y_label: str) -> 
                           if places else (x + 10, y + 4))
         taken.append((left, left + wide, base - 10, base + 2))
         frame.parts.append(_text(left, base, p.name, "start", "strong"))
+    return _svg(frame.parts, height, title)
+
+
+def stages(lines: Sequence[tuple[str, int, Sequence[Point]]], title: str, x_label: str, y_label: str) -> str:
+    """Lines (name, colour, points) over whole numbers, the name at the last point; ranges are vertical."""
+    points = [p for _, _, line in lines for p in line]
+    if not points:
+        return ""
+    height = 220
+    frame = Frame([p.x for p in points], [v for p in points for v in (p.y, p.low, p.high) if v is not None], x_label,
+                  y_label, height, whole_x=True)
+    for n, (name, colour, line) in enumerate(lines):
+        dash = f' stroke-dasharray="{DASHES[n % len(DASHES)]}"' if DASHES[n % len(DASHES)] else ""
+        path = " ".join(f"{frame.x(p.x):.1f},{frame.y(p.y):.1f}" for p in line)
+        frame.parts.append(f'<polyline class="line c{colour}"{dash} points="{path}"><title>{escape(name)}</title>'
+                           "</polyline>")
+        for p in line:
+            x = frame.x(p.x)
+            if p.low is not None and p.high is not None:
+                frame.parts.append(f'<line class="range c{colour}" x1="{x:.1f}" x2="{x:.1f}" '
+                                   f'y1="{frame.y(p.low):.1f}" y2="{frame.y(p.high):.1f}"/>')
+            frame.parts.append(_mark(x, frame.y(p.y), colour, p.hollow, p.text or p.name))
+        end = max(line, key=lambda p: p.x)
+        frame.parts.append(_text(frame.x(end.x) - 9, frame.y(end.y) - 8, name, "end", "strong"))
     return _svg(frame.parts, height, title)
 
 

@@ -200,7 +200,7 @@ class Row:
         """What a reader of the table must know, in a few words."""
         f = self.facts
         notes = ["trained on labels" if f["labels"] else "untrained" if not f["trains"] else "",
-                 f"target {f['target']}" if f["target"] else "",
+                 f"target {f['target']}" if f["target"] else "", f"teacher {f['teacher']}" if f["teacher"] else "",
                  f"labels in {', '.join(f['label_targets'])}" if f["label_targets"] else ""]
         return ", ".join(n for n in notes if n)
 
@@ -268,7 +268,7 @@ def warnings(rows: dict, tasks: list, cells: dict, costs: dict, data: dict,
                       f"Paired tests use the seeds that two runs share only. Seeds per run: {counts}."))
     for row in (r for r in rows.values() if r.kind == "taught"):
         found.append((f"{row.name} learnt from labels",
-                      f"Its target {' and '.join(row.facts['label_targets'])} was trained with labels, "
+                      f"{' and '.join(row.facts['label_targets'])}, which it learnt from, was trained with labels, "
                       "so it is shown for reference and not ranked with runs that saw none."))
     seen = {r.name: costs[r.name]["images"] or 0 for r in racing}
     if seen and max(seen.values()) > 1.01 * min(seen.values()):
@@ -297,6 +297,9 @@ def notes(rows: dict, costs: dict, data: dict, manifests: dict) -> list[tuple[st
     if names := [n for n, k in costs.items() if k["target_images"]]:
         found.append(("Targets cost extra",
                       f"{', '.join(names)} needed a trained target; the cost table lists its share apart."))
+    if names := [n for n, k in costs.items() if any(costs[b]["own_images"] for b in k["before"] if b in costs)]:
+        found.append(("Teachers count", f"{', '.join(names)}: images seen, epochs, time and FLOPs include those of "
+                      "the runs whose encoders taught them, one after the other."))
     if data.get("quarantine", {}).get("count"):
         reasons = ", ".join(f"{n} {reason}" for reason, n in data["quarantine"].get("reasons", {}).items())
         found.append(("Broken images were left out",
