@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import tiny_content
 from timm.layers import DropPath
 from torch import nn
 
@@ -22,6 +23,7 @@ from stages.kit.loop import Progress
 from stages.kit.positions import sincos_2d
 from stages.kit.spec import Spec
 from stages.targets import hog
+from workflow.params import ParamsError, check
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -290,6 +292,20 @@ def test_drop_path_rises_over_all_blocks_and_both_branches_draw_alone():
 def test_errors_name_the_key(changes, match):
     with pytest.raises(ValueError, match=match):
         kit.sincos_vit(spec(**changes))
+
+
+def test_params_know_it():
+    model = {"name": "convvit_tiny_patch8_64", "args": {"conv_dims": [8, 12], "conv_depths": [1, 1]}}
+    only = {"runs": {"mae": {"method": "mae"}, "random": {"method": "random"}}, "seeds": [0]}
+    content = tiny_content(model=model) | {"targets": {}, "methods": {"mae": {}, "random": {}}, "grid": only}
+    check(content)
+    for change, message in (({"name": "convvit_tiny_patch8_63"}, "did you mean 'convvit_tiny_patch8_64'"),
+                            ({"patch_size": 2}, "model.patch_size: convvit_tiny_patch8_64 takes a multiple of 4"),
+                            ({"depth": [1, 1]}, "model.depth")):
+        with pytest.raises(ParamsError, match=message):
+            check(content | {"model": content["model"] | change})
+    with pytest.raises(ParamsError, match="beitv2 takes no convvit"):
+        check(tiny_content(model=model))
 
 
 def test_another_size_of_image_is_refused():

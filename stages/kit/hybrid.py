@@ -23,11 +23,12 @@ patches alone. The depthwise 5x5 convolution is the only one that looks across: 
 hidden. That is what the official code computes by multiplying its input with the visibility map, for a share
 of the cost, and without `0 * infinity`.
 
-Departures: see above, the values are the same; first embedding per view, not once per image (cheaper as long as
-V * n < N); the kernel and stride of the first embedding are patch_size / 4; block depth for drop path counts
-all blocks in both stages and transformer as there. Frozen features go through the pretrained last norm, which
-in pretraining saw the fused sum (official probing drops it for a norm without weights). Published sizes:
-convvit_base_patch16_224 and convvit_large_patch16_224; convvit_tiny_patch8_64 is ours.
+Departures that change no value: visible patches alone are computed, and the first embedding for each view, not once
+for each image (no more work while V * n <= N). Ours: patch sizes other than 16 (the first embedding has kernel and
+stride patch_size / 4); frozen features pass the pretrained last norm, which in pretraining saw the fused sum, where
+official probing puts a norm without weights after the mean. Fine-tuning drops both that norm and the
+fusion, as there. Sizes: convvit_base_patch16_224 and convvit_large_patch16_224 are DMJD's (ConvMAE: conv_mlp_ratio 4),
+convvit_tiny_patch8_64 is ours.
 
 Exported folders name a model that timm has only once this file is imported. Without mimlab, copy the file (it
 needs torch and timm alone), `import hybrid`, and `timm.create_model("local-dir:FOLDER", pretrained=True)` works.
