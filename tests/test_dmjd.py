@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages import methods, pretrain, report, target
+from stages import data, methods, pretrain, target
 from stages.kit import keyed, masks
 from stages.kit.loop import Progress, Recipe
 from stages.kit.positions import sincos_2d
 from stages.kit.spec import Spec
 from stages.methods.dmjd import Config, Method, pick, views
+from stages.reporting import lineage
 from stages.targets import hog, pixels
 
 SMALL = Config(decoder_dim=16, decoder_depth=1, decoder_heads=2)
@@ -335,24 +336,20 @@ def test_images_and_effective_epochs_are_counted_separately(tiny_params, tmp_pat
         tmp_path, train={"epochs": 3}, targets__hog={"kind": "hog"},
         methods__dmjd={"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
         grid__runs__dmjd={"method": "dmjd", "target": "hog"})
-    data = tmp_path / "results" / "data"
-    args = ["--params", str(params), "--results", str(tmp_path / "results")]
-    from stages import data as stage
-
-    assert stage.main(args) == 0
+    results = tmp_path / "results"
+    args = ["--params", str(params), "--results", str(results)]
+    assert data.main(args) == 0
     assert target.main(["--name", "hog", *args]) == 0
     assert pretrain.main(["--run", "dmjd-s0", *args]) == 0
-    folder = tmp_path / "results" / "pretrain" / "dmjd-s0"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    summary = manifest["summary"]
+    folder = results / "pretrain" / "dmjd-s0"
+    manifests = {id: json.loads((results / id / "manifest.json").read_text())
+                 for id in ("data", "target/hog", "pretrain/dmjd-s0")}
+    summary = manifests["pretrain/dmjd-s0"]["summary"]
     assert (summary["images_seen"], summary["views_seen"], summary["effective_epochs"]) == (144, 288, 6)
     assert {path.stem for path in (folder / "pictures").glob("*.png")} == {"views", "predictions"}
     row = json.loads((folder / "history.jsonl").read_text().splitlines()[-1])
     assert {"loss", "hidden_loss", "visible_loss"} <= set(row)
-    hog_manifest = json.loads((tmp_path / "results" / "target" / "hog" / "manifest.json").read_text())
-    manifests = {"pretrain/dmjd-s0": manifest, "target/hog": hog_manifest | {"inputs": {}}}
-    about = json.loads((data / "data.json").read_text())
-    cost = report.cost(SimpleNamespace(jobs=["dmjd-s0"]), manifests, about)
+    cost = lineage.cost(SimpleNamespace(jobs=["dmjd-s0"]), manifests, json.loads((results / "data/data.json").read_text()))
     assert (cost["images"], cost["epochs"]) == (144, 6)
 
 
