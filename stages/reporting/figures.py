@@ -234,7 +234,8 @@ def scatter(points: Sequence[Point], title: str, x_label: str, y_label: str) -> 
 
 
 def stages(lines: Sequence[tuple[str, int, Sequence[Point]]], title: str, x_label: str, y_label: str) -> str:
-    """Lines (name, colour, points) over whole numbers, the name at the last point; ranges are vertical."""
+    """Lines (name, colour, points) over whole numbers, the name at the first point: chains that start apart may end
+    together. Ranges are vertical."""
     points = [p for _, _, line in lines for p in line]
     if not points:
         return ""
@@ -252,8 +253,7 @@ def stages(lines: Sequence[tuple[str, int, Sequence[Point]]], title: str, x_labe
                 frame.parts.append(f'<line class="range c{colour}" x1="{x:.1f}" x2="{x:.1f}" '
                                    f'y1="{frame.y(p.low):.1f}" y2="{frame.y(p.high):.1f}"/>')
             frame.parts.append(_mark(x, frame.y(p.y), colour, p.hollow, p.text or p.name))
-        end = max(line, key=lambda p: p.x)
-        frame.parts.append(_text(frame.x(end.x) - 9, frame.y(end.y) - 8, name, "end", "strong"))
+        frame.parts.append(_text(frame.x(line[0].x) + 9, frame.y(line[0].y) - 9, name, "start", "strong"))
     return _svg(frame.parts, height, title)
 
 
