@@ -367,7 +367,9 @@ class _Stepper(nn.Module):
 
 
 class _Signals:
-    """While entered, the first SIGTERM or SIGINT only sets `number`; a second one acts at once."""
+    """While entered, SIGTERM and the first SIGINT only set `number`; a second SIGINT acts at once.
+
+    SIGTERM comes twice where Slurm sends it to every process of a job and torchrun passes its own on."""
 
     def __init__(self):
         self.number = 0
@@ -381,7 +383,8 @@ class _Signals:
 
     def _note(self, number: int, frame) -> None:
         self.number = number
-        signal.signal(number, self._old[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._old[number])
 
     def __exit__(self, *error) -> None:
         for which, handler in self._old.items():
