@@ -38,6 +38,7 @@ from torch import nn
 
 from stages.kit import hybrid
 from stages.kit.masks import take
+from stages.kit.patches import PatchConv, patchify, project
 from stages.kit.positions import sincos_2d
 
 BEIT = "beitv2_base_patch16_224"
@@ -82,6 +83,8 @@ def create(spec, family: str = "vit", **kw) -> nn.Module:
                     else f"a {cls.__name__} such as 'vit_tiny_patch16_224'")
         raise ValueError(f"model.name: {name!r} is a {type(encoder).__name__}, expected {expected} (the other "
                          "keys of model set its sizes)")
+    if not isinstance(encoder, hybrid.ConvViT):
+        PatchConv.of(encoder.patch_embed.proj)
     return encoder
 
 
@@ -244,8 +247,12 @@ def visible(encoder: nn.Module, images: torch.Tensor, ids: torch.Tensor,
     """
     if isinstance(encoder, hybrid.ConvViT):
         return encoder.encode(images, ids, fusion)
-    tokens = patch_tokens(encoder, images)
-    tokens = take(tokens.repeat(len(ids) // len(images), 1, 1), ids)
+    embed = encoder.patch_embed
+    patches = patchify(images, embed.patch_size[0]).repeat(len(ids) // len(images), 1, 1)
+    tokens = embed.norm(project(embed.proj, take(patches, ids)))
+    if encoder.pos_embed is not None:
+        patch = encoder.pos_embed[:, -embed.num_patches:]
+        tokens = tokens + take(patch.expand(len(ids), -1, -1), ids)
     tokens, _ = run_blocks(encoder, with_prefix(encoder, tokens), ids=ids)
     return encoder.norm(tokens)
 

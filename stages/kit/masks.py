@@ -86,6 +86,8 @@ def block_masks(uniform: Callable[..., torch.Tensor], grid: tuple[int, int], cou
         new = (y1 - y0) * (x1 - x0) - inside
         good = fits & (new > 0) & (new <= cap[:, None])
         going = going & good.any(dim=1)
+        if draws.device.type == "cpu" and not going.any():  # on a GPU asking would mean waiting
+            break
         first = good.to(torch.uint8).argmax(dim=1, keepdim=True)  # of the tries that are good, if any is
         y0, y1, x0, x1 = (edge.gather(1, first)[..., None] for edge in (y0, y1, x0, x1))
         chosen = (row >= y0) & (row < y1) & (column >= x0) & (column < x1)
