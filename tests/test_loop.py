@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from stages.kit import checkpoint as checkpoints
-from stages.kit import ema, keyed
+from stages.kit import ema, keyed, loop
 from stages.kit.checkpoint import Checkpoint
 from stages.kit.loop import NonFiniteError, Progress, Recipe, fit
 
@@ -432,3 +432,147 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         assert torch.equal(states[0][name], states[1][name])
     ours = [json.loads(line) for line in (two / "out" / "history.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in rows_of(run)], rel=1e-4)
+
+
+# --- batches that give NaN --------------------------------------------------------------------------------------------
+
+
+class Brittle(Toy):
+    """Explodes at some steps by itself, on finite images."""
+
+    def __init__(self, at=(), **kw):
+        super().__init__(**kw)
+        self.at = at
+
+    def forward(self, batch, progress):
+        found = super().forward(batch, progress)
+        if progress.step in self.at:
+            found["loss"] = found["loss"] * (batch["view"].abs().amax() * 0 + torch.inf)
+        return found
+
+
+def test_the_dump_reproduces_the_error_with_the_weights_of_the_last_checkpoint(tmp_path):
+    """Resumed steps are the same steps, so that the weights at the bad step can be had again, and with them the error."""
+    run, bad = make_run(tmp_path), (8,)
+    with pytest.raises(NonFiniteError) as first:
+        fit(Brittle(bad), ToyBatches(micro=4), recipe(save_minutes=0), run, seed=5)
+    assert first.value.step == 8
+    dump = (run.work / "nan-batch.pt").read_bytes()
+    with pytest.raises(NonFiniteError) as second:
+        fit(Brittle(bad), ToyBatches(micro=4), recipe(save_minutes=0), run, seed=5)
+    assert str(second.value) == str(first.value) and (run.work / "nan-batch.pt").read_bytes() == dump
+    found = torch.load(run.work / "nan-batch.pt", weights_only=True)
+    assert (found["step"], found["micro"], found["rank"], found["seed"]) == (8, 0, 0, 5) and found["terms"] == ["loss"]
+    module, state = Brittle(bad), Checkpoint(run.work).load()
+    assert state["step"] == found["step"]  # a checkpoint after every step: these are the weights before the bad one
+    module.load_state_dict(state["model"])
+    rows, steps = found["batch"]["row"], recipe().steps
+    here = Progress(found["step"], steps, found["step"] / 3, found["seed"], rows, torch.device("cpu"))
+    assert not module(found["batch"], here)["loss"].isfinite()
+    sound = Progress(7, steps, 7 / 3, found["seed"], rows, torch.device("cpu"))
+    assert module(found["batch"], sound)["loss"].isfinite()
+
+
+def test_a_bad_batch_is_left_out_as_if_it_had_never_been(tmp_path):
+    """Whenever checkpoints were written; the other steps keep their numbers, and the history has no row for it."""
+    states = []
+    for folder, minutes in (("never", 1e9), ("always", 0)):
+        run = make_run(tmp_path / folder)
+        module = Toy()
+        fit(module, ToyBatches(poison=7), recipe(nan_skips=1, save_minutes=minutes), run, seed=5)
+        assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
+        assert run.summary["skipped_steps"] == [7] and run.summary["images_seen"] == 11 * BATCH
+        states.append((state_bytes(module), (run.out / "history.jsonl").read_bytes()))
+    assert states[0] == states[1]
+
+    by_hand = loop._Fit(Toy(), ToyBatches(), recipe(), make_run(tmp_path / "hand"), 5, "")
+    by_hand.skipped = [7]  # the sound batch of the same number, left out
+    by_hand.train()
+    assert state_bytes(by_hand.module) == states[0][0]
+
+
+@pytest.mark.parametrize("minutes", [0, 1e9])
+def test_leaving_out_survives_a_stop_at_any_step(tmp_path, minutes):
+    straight, run = Brittle((3, 8)), make_run(tmp_path / "straight")
+    fit(straight, ToyBatches(micro=4), recipe(nan_skips=2, save_minutes=minutes), run, seed=5)
+    again = make_run(tmp_path / "again")
+    for stop in (1, 4, 4, 9, 10):
+        with pytest.raises(SystemExit):
+            fit(Brittle((3, 8), act=stop_once(stop)), ToyBatches(micro=4), recipe(nan_skips=2, save_minutes=minutes), again, 5)
+    resumed = Brittle((3, 8))
+    fit(resumed, ToyBatches(micro=4), recipe(nan_skips=2, save_minutes=minutes), again, seed=5)
+    assert state_bytes(resumed) == state_bytes(straight) and again.summary["skipped_steps"] == [3, 8]
+    assert (again.out / "history.jsonl").read_bytes() == (run.out / "history.jsonl").read_bytes()
+
+
+def stop_once(least):
+    """A signal during the first micro batch of the first step from `least` on."""
+    told = []
+
+    def act(step):
+        if step >= least and not told:
+            told.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return act
+
+
+def test_only_so_many_batches_are_left_out(tmp_path, capsys):
+    with pytest.raises(NonFiniteError, match=r"loss became NaN or infinite at step 8.*\n.*\n.*\n.*\(1, of which 1 used\)"):
+        fit(Brittle((3, 8)), ToyBatches(), recipe(nan_skips=1), make_run(tmp_path), seed=5)
+    said = capsys.readouterr().err
+    assert "at step 3 of 12" in said and "to continue without that batch" in said
+
+
+def test_a_broken_weight_is_not_blamed_on_a_batch(tmp_path):
+    class Broken(Toy):
+        def after_step(self, progress):
+            if progress.step == 5:
+                self.body[3].weight.data[0, 0] = float("inf")
+
+    with pytest.raises(NonFiniteError, match=r"weight body\.3\.weight"):
+        fit(Broken(), ToyBatches(), recipe(save_minutes=0, nan_skips=9), make_run(tmp_path), seed=5)
+
+
+def test_a_dump_that_finds_no_room_does_not_hide_the_error(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stages.kit.files.os.fsync", full)
+    with pytest.raises(NonFiniteError, match="at step 8.*\n.*could not be written.*disk is full"):
+        fit(Brittle((8,)), ToyBatches(), recipe(), make_run(tmp_path), seed=5)
+
+
+# --- drop path --------------------------------------------------------------------------------------------------------
+
+
+def test_drop_path_is_drawn_by_row_layer_and_step():
+    from timm.layers import DropPath
+
+    from stages.kit import droppath
+
+    module = nn.ModuleList([DropPath(0.5), DropPath(0.5), DropPath(0.0)])
+    ones, rows = torch.ones(64, 3), torch.arange(64)
+
+    def drawn(layer, chosen, step=0, views=1):
+        tell(Progress(step, 10, 0.0, 3, chosen, torch.device("cpu")))
+        return module[layer](ones[chosen].repeat(views, 1))[:, 0]
+
+    with droppath.keyed(module) as tell:
+        whole = drawn(0, rows)
+        assert set(whole.tolist()) == {0.0, 2.0} and 16 < (whole > 0).sum() < 48
+        assert torch.equal(drawn(0, rows), whole)  # a forward pass that is repeated
+        assert torch.equal(torch.cat([drawn(0, half) for half in (rows[:32], rows[32:])]), whole)
+        assert not torch.equal(drawn(1, rows), whole) and not torch.equal(drawn(0, rows, step=1), whole)
+        assert torch.equal(drawn(2, rows), ones[:, 0])
+        two = drawn(0, rows, views=2)
+        assert torch.equal(torch.cat([drawn(0, rows[:32], views=2)[:32], drawn(0, rows[32:], views=2)[:32]]), two[:64])
+        assert not torch.equal(two[:64], two[64:])
+        module.eval()
+        assert torch.equal(drawn(0, rows), ones[:, 0])
+        module.train()
+        with pytest.raises(ValueError, match="drop path of 0: 3 samples are not views of the 2 images"):
+            tell(Progress(0, 10, 0.0, 3, rows[:2], torch.device("cpu")))
+            module[0](ones[:3])
+    many = [module[0](ones).mean().item() for _ in range(20)]
+    assert len(set(many)) > 1  # timm's own again

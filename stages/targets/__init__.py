@@ -13,9 +13,10 @@ from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 
-from stages.kit.job import write_json
+from stages.kit.job import write_atomic, write_json
 from stages.kit.plugin import load as plugin
 from stages.kit.spec import Spec, configure
 
@@ -57,7 +58,7 @@ def save(target: torch.nn.Module, path: Path | str, kind: str, config, spec: Spe
     path = Path(path)
     # clones: safetensors refuses tensors that share memory
     state = {name: value.detach().cpu().contiguous().clone() for name, value in target.state_dict().items()}
-    save_file(state, path / WEIGHTS)
+    write_atomic(path / WEIGHTS, serialise(state))
     size = {
         name: int(getattr(target, name))
         for name in ("codes", "dim")

@@ -1,0 +1,164 @@
+"""One global batch, cut in every way: into micro batches, onto two processes, both. In float64 the losses are those of
+the whole batch, step by step, for every method and target in the folders; what cannot be cut is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import test_methods
+import test_targets
+import torch
+from torch import nn
+from warm import Workers
+
+from stages.kit.loader import Batches
+from stages.kit.loop import Recipe, fit, refuse_cuts
+from stages.targets import find
+
+BATCH, IMAGES, EPOCHS = 8, 16, 3  # 6 steps
+PLUGINS = [f"methods.{name}" for name in test_methods.TRAINED]
+PLUGINS += [f"targets.{kind}" for kind in test_targets.KINDS if hasattr(find(kind), "Training")]
+# settings with more that a cut could break: partners, restarts, k-means in the middle of the training
+CHANGES = {
+    "methods.supervised": {"mixup": 0.8, "cutmix": 1.0},
+    "targets.vqkd": {**test_targets.CHANGES["vqkd"], "vectors_per_code": 24, "kmeans_after": 0.2, "reseed": 2},
+}
+
+
+class Pictures:
+    """A split in memory."""
+
+    def __init__(self, size: int):
+        self.images = np.random.default_rng(0).integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
+        self.labels = np.arange(IMAGES) % 3
+
+    def __len__(self):
+        return IMAGES
+
+
+class Double(Batches):
+    """The same batches in the default type: float64 in those processes."""
+
+    def batch(self, step, micro_step=0):
+        found = super().batch(step, micro_step)
+        dtype = torch.get_default_dtype()
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in found.items()}
+
+
+class Stopped(nn.Module):
+    """Any module, during whose given step a signal comes to rank 0."""
+
+    def __init__(self, inner: nn.Module, stop: int | None):
+        super().__init__()
+        self.inner, self.stop = inner, stop
+        for name in ("param_groups", "no_weight_decay", "before_step", "after_step", "whole_batch", "leaves_parameters_out"):
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
+        if hasattr(inner, "no_weight_decay"):
+            self.no_weight_decay = lambda: {f"inner.{name}" for name in inner.no_weight_decay()}
+
+    def forward(self, batch, progress):
+        if progress.step == self.stop and 0 in progress.rows:  # once, on rank 0
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.inner(batch, progress)
+
+
+def made(plugin: str):
+    """(module, config, spec, what the loop trains) of a plug-in at its sweep's size."""
+    module, (kind, name) = importlib.import_module(f"stages.{plugin}"), plugin.split(".")
+    changes = CHANGES.get(plugin) or getattr(test_methods if kind == "methods" else test_targets, "CHANGES", {}).get(name, {})
+    if "drop_path" in {field.name for field in dataclasses.fields(module.Config)}:
+        changes = {"drop_path": 0.3, **changes}
+    config, spec = module.Config(**changes), (test_methods if kind == "methods" else test_targets).SPEC
+    torch.manual_seed(0)
+    if kind == "methods":
+        return module, config, spec, module.Method(config, spec, test_methods.Target(module.TARGET) if module.TARGET else None)
+    return module, config, spec, module.Training(config, spec, test_targets.Teacher() if module.UPSTREAM else None)
+
+
+def train(plugin: str, folder: str, micro: int | None = None, stop: int | None = None, precision: str = "fp32") -> dict:
+    """Trains from, or on from, what lies in the folder; losses by step, and a digest of all that was learnt."""
+    module, config, spec, training = made(plugin)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    folder = Path(folder)
+    for name in ("out", "work"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    run = SimpleNamespace(out=folder / "out", work=folder / "work", device=torch.device("cpu"), compute={}, summary={},
+                          job=SimpleNamespace(id=plugin))  # fmt: skip
+    batches = Double(Pictures(spec.image_size), module.views(config, spec), BATCH, 3, micro=micro, labels=bool(module.LABELS),
+                     workers=0, rank=rank, world=world)  # fmt: skip
+    settings = {"epochs": EPOCHS, "batch_size": BATCH, "precision": precision, "save_minutes": 1e9}
+    recipe = Recipe.of(dataclasses.replace(config, lr_per=None), settings, batches.steps_per_epoch)
+    try:
+        fit(Stopped(training, stop), batches, recipe, run, seed=3)
+    except SystemExit as left:
+        return {"code": left.code}
+    rows = [json.loads(line) for line in (folder / "out" / "history.jsonl").read_text().splitlines()]
+    return {"losses": [row["loss"] for row in rows], "state": [(k, v.double().sum().item(), v.double().abs().sum().item())
+                                                               for k, v in training.state_dict().items()]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone():
+    workers = Workers(1, double=True)
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    workers = Workers(2, double=True)
+    yield workers
+    workers.close()
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_cut_batch_gives_the_losses_of_the_whole_one(plugin, alone, pair, tmp_path):
+    """Cut by accumulation, by two processes and by both, with checkpoints that change hands between one process and two:
+    one process stops half-way and two go on, and the other way round."""
+    [whole] = alone.call(train, plugin, str(tmp_path / "whole"))
+    assert len(whole["losses"]) == 6 and len({round(loss, 9) for loss in whole["losses"]}) > 3
+    reason, cut = getattr(made(plugin)[3], "whole_batch", None), 2
+    if reason:
+        with pytest.raises(RuntimeError, match="train.micro_batch: .* cannot accumulate"):
+            alone.call(train, plugin, str(tmp_path / "refused"), 2)
+        cut = None
+    for name, first, second in (("on", alone, pair), ("off", pair, alone)):
+        codes = first.call(train, plugin, str(tmp_path / name), cut, 2)
+        assert all(found == {"code": 143} for found in codes)
+        found = second.call(train, plugin, str(tmp_path / name))
+        for result in found:
+            np.testing.assert_allclose(result["losses"], whole["losses"], rtol=1e-9, atol=1e-9, err_msg=name)
+            assert result["state"] == found[0]["state"], "the processes have drifted apart"
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_short_run_in_bf16_stays_beside_that_in_fp32(plugin, tmp_path):
+    exact, rounded = (train(plugin, str(tmp_path / name), precision=name)["losses"] for name in ("fp32", "bf16"))
+    assert exact != rounded
+    np.testing.assert_allclose(rounded, exact, rtol=0.08)  # bf16 has three digits; some codes flip
+
+
+@pytest.mark.parametrize("accumulate, world", [(2, 1), (1, 2), (2, 2)])
+def test_what_cannot_be_cut_is_refused_with_the_reason(accumulate, world):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match=r"train.micro_batch: .*1 \(BatchNorm1d\) uses statistics of the batch"):
+        refuse_cuts(model, accumulate, world)
+    refuse_cuts(model, 1, 1)
+    refuse_cuts(model.eval(), accumulate, world)
+    contrast = nn.Linear(4, 4)
+    contrast.whole_batch = "its negatives are the other images of the batch"
+    if accumulate > 1:
+        with pytest.raises(ValueError, match="because its negatives are"):
+            refuse_cuts(contrast, accumulate, world)
+    else:
+        refuse_cuts(contrast, accumulate, world)
