@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny_content, write_params
 
-from stages.kit import device, launch
+from stages.kit import device, launch, loop
 from stages.kit.files import JobError
 from workflow import ledger
 from workflow.plan import load
@@ -227,6 +227,20 @@ def test_too_few_gpus_and_one_named_gpu_are_refused(tmp_path, become, monkeypatc
     monkeypatch.setenv("LOCAL_RANK", "1")  # torchrun by hand, with one more process than there are devices
     with contextlib.ExitStack() as held, pytest.raises(JobError, match="need a CUDA device each, but torch sees 1"):
         device.choose_device("cuda", held)
+
+
+def test_sigterm_from_slurm_and_from_torchrun_is_one_sigterm():
+    """Both send one to each process; the checkpoint that the first asks for must still be written."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with loop._Signals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.number == signal.SIGTERM
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
