@@ -9,6 +9,7 @@ relative-position table shared by all blocks, layer scale 0.1, no absolute posit
 without a loss of its own. Departures:
 - masks are pure functions of seed, step and sample; the official ones come from the loader's numpy generators;
 - ceil(mask_ratio * units) is taken in exact arithmetic instead of floats;
+- the count of hidden pixels, never 0, is divided by as it is, not with 1e-5 added: a batch may be cut into micro batches;
 - crops are resized bicubically, not bilinearly;
 - the rate warms up from 0 and ends at min_lr; officially from base/200 (base/100 for 100 epochs), and the cosine is not
   shifted by the warm-up, so that the base rate is never quite reached;
@@ -146,7 +147,7 @@ class Method(nn.Module):
         if not self.config.masked_only:
             return error.mean()
         hidden = self.pixels(mask)
-        return (error * hidden).sum() / (hidden.sum() + 1e-5) / error.shape[1]
+        return (error * hidden).sum() / hidden.sum() / error.shape[1]
 
     def target(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float]:
         """Normalised images (B,3,H,W) -> what is predicted, and the mean and deviation taken out of them."""
