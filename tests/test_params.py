@@ -135,7 +135,7 @@ def test_good_params_are_complete_and_typed():
     it = check(
         tiny_content(methods__mae={"epochs": 7}, grid__runs__mae__set={"mask_ratio": 0.5, "batch_size": 8})
     )
-    mae = it.runs["mae"]
+    mae = it.runs["mae"].settings
     assert (
         mae.config["mask_ratio"] == 0.5
         and mae.config["norm_pix"] is True
@@ -147,8 +147,9 @@ def test_good_params_are_complete_and_typed():
         "micro_batch": None,
         "precision": "fp32",
         "save_minutes": 5,
+        "nan_skips": 0,
     }
-    assert it.runs["beitv2"].train["epochs"] == 1
+    assert it.runs["beitv2"].settings.train["epochs"] == 1
     assert it.targets["vqkd"].upstream == "teacher" and it.targets["vqkd"].seed == 0
     assert it.source[:2] == ("shapes", None) and it.source[2].config["train"] == 48
 
@@ -213,7 +214,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
 def test_numbers_are_read_as_yaml_1_2_does(tmp_path, number):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(tiny_content(methods__mae__lr="NUMBER")).replace("NUMBER", number))
-    assert read(path).runs["mae"].config["lr"] == 0.001
+    assert read(path).runs["mae"].settings.config["lr"] == 0.001
 
 
 # --------------------------------------------------------------------------------------------------- plug-ins
@@ -253,6 +254,8 @@ class Config:
         "PRODUCES": None,
         "LABELS": True,
         "TRAINS": True,
+        "SPREADS": False,
+        "ENCODERS": ("vit",),
     }
     assert found.fields == ["size", "mode", "rates", "names"]
     assert plugin_names("method", root) == ["boom"]
