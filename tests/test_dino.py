@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from stages.kit import ema, optim
 from stages.kit import encoder as kit
-from stages.kit import optim
 from stages.kit.loop import Progress, Recipe
 from stages.kit.prototypes import Centre, Head, cross_entropy, multi_view_loss, view_pairs
 from stages.kit.spec import Spec
+from stages.methods import dino as method
 from stages.targets import dino
 
 TINY = {
@@ -237,6 +244,78 @@ def test_student_learns_what_a_still_teacher_says():
         model.after_step(progress(step, 40))
         gaps.append((out["loss"] - out["teacher_entropy"]).item())  # a divergence, if both views of an image were equal
     assert gaps[-1] < 0.5 * gaps[0]
+
+
+def test_method_and_target_are_one_implementation():
+    """Step for step the same loss and the same teacher, bit by bit; the method exports that teacher's encoder."""
+    models = []
+    for module, build in ((dino, dino.Training), (method, method.Method)):
+        torch.manual_seed(0)
+        models.append(build(module.Config(**SMALL, norm_last=False, freeze_last_layer=0.4), spec()))
+    assert dino.views is method.views
+    losses = []
+    for model in models:
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(4):
+            torch.manual_seed(step)
+            out = model(batch(model, seed=step), progress(step))
+            optimiser.zero_grad()
+            out["loss"].backward()
+            model.before_step(progress(step))
+            optimiser.step()
+            model.after_step(progress(step))
+            losses.append(out["loss"].item())
+    assert losses[:4] == losses[4:] and len(set(losses)) == 4
+    target, teacher = models[0].target.state_dict(), models[1].teacher.state_dict()
+    assert target.keys() == teacher.keys() and all(torch.equal(target[name], teacher[name]) for name in target)
+    assert models[1].encoder is models[1].teacher.encoder
+
+
+def test_settings_of_method_and_target_agree():
+    """Where they have the same name they have the same default."""
+    ours, theirs = (dataclasses.asdict(module.Config()) for module in (dino, method))
+    assert {name: ours[name] for name in ours if name != "min_rank"} == theirs
+
+
+def test_a_step_learns_from_so_many_large_crops():
+    """The published 10 local crops of 96 of 224 pixels: 3.84 times a single view, the authors count 4 times the epochs."""
+    assert method.Config(n_local=10, local_size=96 / 224).views == pytest.approx(2 + 10 * 96**2 / 224**2)
+    assert method.Config(n_local=0).views == 2
+
+
+def test_momentum_and_temperature_of_the_published_recipe():
+    model = training(teacher_temp_end=0.07, teacher_temp_warmup=30 / 800)
+    assert [model.temperature(epoch / 800) for epoch in (0, 30, 799)] == pytest.approx([0.04, 0.07, 0.07])
+    assert ema.momentum(0.996, 0.0) == 0.996 and ema.momentum(0.996, 0.9999) == pytest.approx(1, abs=1e-6)
+
+
+RANKS = """
+import sys, torch
+from stages.kit import dist
+from stages.kit.prototypes import Centre
+logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+dist.start()
+centre = Centre(5)
+for part in (logits[:4] if dist.rank() == 0 else logits[4:]).split(2):  # 4 rows here, 3 there
+    centre.count(part)
+centre.step()
+torch.save(centre.value, f"{sys.argv[1]}/{dist.rank()}.pt")
+"""
+
+
+def test_two_processes_have_the_centre_of_the_whole_batch(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                           "PYTHONPATH": str(Path(__file__).parents[1])}
+    ranks = [subprocess.Popen([sys.executable, "-c", RANKS, str(tmp_path)], env=common | {"RANK": str(rank)})
+             for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0].double(), 0.1 * logits.double().mean(0), atol=1e-7, rtol=1e-6)
 
 
 # --- views and sizes --------------------------------------------------------------------------------------------------

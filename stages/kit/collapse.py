@@ -64,7 +64,7 @@ class Watch(nn.Module):
             return
         sums, self._sum = dist.total(self._sum), None
         mean = sums[:-1] / sums[-1]
-        told = torch.special.entr(mean[:-1]).sum() - mean[-1]
+        told = (torch.special.entr(mean[:-1]).sum() - mean[-1]).clamp(min=0)
         self.silent.copy_(torch.where(told < self.least * math.log(self.prototypes), self.silent + 1, 0))
         done, every = progress.step + 1, -(-progress.steps // CHECKS)
         if done % every == 0 and int(self.silent) >= max(LEAST_STEPS, PATIENCE * progress.steps):

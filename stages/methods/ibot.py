@@ -82,8 +82,14 @@ class Config:
     clip: float | None = 3.0
     clip_mode: Literal["global", "tensor"] = "tensor"
 
+    @property
+    def views(self) -> float:
+        """Crops that a step learns from, in areas of a large one; effective epochs count them."""
+        return 2 + self.n_local * self.local_size**2
+
     def __post_init__(self):
-        for key, least in (("prototypes", 2), ("hidden", 1), ("bottleneck", 1), ("n_local", 0)):
+        for key, least in (("prototypes", 2), ("hidden", 1), ("bottleneck", 1), ("n_local", 0), ("cls_weight", 0),
+                           ("patch_weight", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}: found {getattr(self, key)}, expected {least} or more")
         for key in ("student_temp", "teacher_temp", "teacher_temp_end", "patch_temp_end"):
