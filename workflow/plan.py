@@ -8,6 +8,7 @@ plan's fingerprint is a finished, up-to-date job, and nothing else is. Imports n
     python -m workflow.plan                      check params.yaml, write workflow/runs.json (for dvc.yaml),
                                                  list the jobs
     python -m workflow.plan --explain JOB        why this job would run
+    python -m workflow.plan --cost               what the jobs will take here, from a few measured steps
     python -m workflow.plan --prune              delete outputs of jobs that are no longer in the plan
 """
 
@@ -593,6 +594,9 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--prune", action="store_true", help="delete outputs of jobs that are no longer in the plan"
     )
+    parser.add_argument(
+        "--cost", action="store_true", help="measure a few steps of each kind of job and tell what all will take"
+    )
     args = parser.parse_args(argv)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -603,6 +607,11 @@ def main(argv=None) -> int:
     except ParamsError as error:
         print(error, file=sys.stderr)
         return 1
+    if args.cost:
+        from workflow import cost
+
+        print(cost.table(plan, cost.estimate(plan, args.results)))
+        return 0
     if args.prune:
         for folder in prune(plan):
             print(f"deleted {folder}")
