@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from stages.kit.loop import Progress, Recipe
 from stages.kit.masks import random_masks
 from stages.kit.patches import colour_codes, windows
 from stages.kit.prototypes import cross_entropy
-from stages.kit.spec import Spec
+from stages.kit.spec import Spec, configure
 from stages.methods import ibot
+from workflow import params
 
 MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,
          "mlp_ratio": 2.0, "args": {}}
@@ -355,6 +357,22 @@ def test_teacher_starts_as_a_copy_and_follows_by_momentum(shared):
     model.teacher.follow(model.student, 0.0)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert model.encoder is model.teacher.encoder  # what is exported
+
+
+def test_the_preset_is_the_published_recipe():
+    runs = params.read(Path(__file__).parents[1] / "presets/ibot.yaml").runs
+    settings = runs["ibot"].settings
+    config, per = configure(ibot.Config, settings.config), 1251
+    recipe = Recipe.of(config, settings.train, per)
+    assert (recipe.epochs, recipe.warmup, recipe.lr) == (800, 10 * per, pytest.approx(5e-4 * 1024 / 256))
+    assert config.teacher_temp_warmup * 800 == pytest.approx(30) and recipe.views == pytest.approx(3.84, abs=0.02)
+    shown = Spec(224, {**MODEL, "patch_size": 16}, (0.5,) * 3, (0.5,) * 3, 2, 1)
+    sizes = [(view.size, view.scale) for view in ibot.views(config, shown).values()]
+    assert sizes == [(224, (0.25, 1.0))] * 2 + [(96, (0.05, 0.25))] * 10
+    for name in ("ibot-300", "ibot-300-apart", "ibot-300-patches", "dino-300"):
+        short = runs[name].settings
+        assert short.config["n_local"] == 0 and short.train["epochs"] == 300
+        assert short.config["teacher_temp_warmup"] * 300 == pytest.approx(30)
 
 
 def test_schedules_of_the_published_recipe():
