@@ -67,19 +67,24 @@ def test_the_gpu_of_a_killed_job_is_free_at_once(tmp_path):
 
 
 RACE = """
+import os
+wait, device.time.sleep = time.sleep, lambda _: None
+open(f"ready-{os.getpid()}", "x").close()
+while sum(name.startswith("ready") for name in os.listdir()) < 4:
+    wait(0.001)
 for turn in range(15):
     with contextlib.ExitStack() as held:
         mine = device.hold(["0", "1", "2"], 2, held)
         for name in mine:
             open(f"using-{name}", "x").close()
-        time.sleep(0.001)
+        wait(0.002)
         for name in mine:
-            __import__("os").unlink(f"using-{name}")
+            os.unlink(f"using-{name}")
 """
 
 
 def test_jobs_that_race_for_two_of_three_gpus_share_none_and_all_get_theirs(tmp_path):
-    jobs = [start(tmp_path, "device.time.sleep = lambda _: None\n" + RACE) for _ in range(4)]
+    jobs = [start(tmp_path, RACE) for _ in range(4)]
     assert [(job.communicate(timeout=60), job.returncode) for job in jobs] == [(("", None), 0)] * 4
 
 
@@ -245,7 +250,7 @@ def test_sigterm_from_slurm_and_from_torchrun_is_one_sigterm():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 def test_a_killed_torchrun_leaves_no_process_behind(tmp_path):
-    worker = "from stages.kit import launch\nlaunch.spread(None, None)\nprint(1, flush=True); time.sleep(100)"
+    worker = "from stages.kit import launch\nlaunch.spread(None, None)\nprint(1, flush=True); time.sleep(10); print('still here')"
     parent = "import subprocess, os\nsubprocess.Popen([sys.executable, '-c', {!r}], start_new_session=True)\ntime.sleep(100)"
     head = f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
     job = start(tmp_path, parent.format(head + worker), LOCAL_RANK="0")
