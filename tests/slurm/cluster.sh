@@ -67,9 +67,10 @@ stop_cluster() {
   [ -n "${CLUSTER:-}" ] || return 0
   scancel --user "$(id -un)" --signal KILL 2> /dev/null || true
   sleep 1
-  local pid
-  for pid in slurmd.pid slurmctld.pid munge/pid; do
-    [ -s "$CLUSTER/$pid" ] && kill "$(cat "$CLUSTER/$pid")" 2> /dev/null
+  local file pid
+  for file in slurmd.pid slurmctld.pid munge/pid; do
+    [ -s "$CLUSTER/$file" ] && pid=$(cat "$CLUSTER/$file") && kill "$pid" 2> /dev/null || continue
+    for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$pid" 2> /dev/null && sleep 0.5 || break; done
+    kill -KILL "$pid" 2> /dev/null || true
   done
-  sleep 1
 }
