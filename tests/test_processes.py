@@ -20,13 +20,17 @@ import torch
 from torch import nn
 from warm import Workers
 
+from stages.kit import dist
+from stages.kit.history import History
 from stages.kit.loader import Batches
 from stages.kit.loop import Recipe, fit, refuse_cuts
+from stages.kit.views import View
 from stages.targets import find
 
 BATCH, IMAGES, EPOCHS = 8, 16, 3  # 6 steps
 PLUGINS = [f"methods.{name}" for name in test_methods.TRAINED]
 PLUGINS += [f"targets.{kind}" for kind in test_targets.KINDS if hasattr(find(kind), "Training")]
+SMALL = {"drop_path": 0.3, "prototypes": 64, "hidden": 32, "bottleneck": 16, "n_local": 2}  # where a plug-in has them
 # settings with more that a cut could break: partners, restarts, k-means in the middle of the training
 CHANGES = {
     "methods.supervised": {"mixup": 0.8, "cutmix": 1.0},
@@ -76,8 +80,8 @@ def made(plugin: str):
     """(module, config, spec, what the loop trains) of a plug-in at its sweep's size."""
     module, (kind, name) = importlib.import_module(f"stages.{plugin}"), plugin.split(".")
     changes = CHANGES.get(plugin) or getattr(test_methods if kind == "methods" else test_targets, "CHANGES", {}).get(name, {})
-    if "drop_path" in {field.name for field in dataclasses.fields(module.Config)}:
-        changes = {"drop_path": 0.3, **changes}
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    changes = {**{key: value for key, value in SMALL.items() if key in fields}, **changes}
     config, spec = module.Config(**changes), (test_methods if kind == "methods" else test_targets).SPEC
     torch.manual_seed(0)
     if kind == "methods":
@@ -146,6 +150,55 @@ def test_a_short_run_in_bf16_stays_beside_that_in_fp32(plugin, tmp_path):
     exact, rounded = (train(plugin, str(tmp_path / name), precision=name)["losses"] for name in ("fp32", "bf16"))
     assert exact != rounded
     np.testing.assert_allclose(rounded, exact, rtol=0.08)  # bf16 has three digits; some codes flip
+
+
+def noted(folder: str, state: dict | None) -> tuple[dict, dict]:
+    """A history with half a row, taken over from `state` if there is one: (its own state, the row made of it)."""
+    dist.start()
+    history = History(Path(folder) / "history.jsonl", torch.device("cpu"))
+    history.restore(state)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for place in range(3):
+        values = torch.tensor([0.1, 0.7]) * (place + 1) + (10 if state else 0)  # of the two halves of the batch
+        history.add({"loss": values.mean() if world == 1 else values[rank], "fixed": 2.0}, BATCH // world, place)
+    return history.state(), history.row(step=6)
+
+
+def test_half_a_row_of_history_changes_hands(alone, pair, tmp_path):
+    (one, _), (two, _) = alone.call(noted, str(tmp_path), None)[0], pair.call(noted, str(tmp_path), None)[0]
+    rows = [row for workers in (alone, pair) for state in (one, two) for _, row in workers.call(noted, str(tmp_path), state)]
+    assert len(rows) == 6 and all(row["fixed"] == 2 for row in rows)
+    np.testing.assert_allclose([row["loss"] for row in rows], (0.8 + 10.8) / 2, rtol=1e-12)
+
+
+class Sometimes(nn.Module):
+    """Uses its token in even steps only."""
+
+    leaves_parameters_out = True
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.token = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+    def forward(self, batch, progress):
+        found = self.body(batch["view"].mean((2, 3)))
+        return {"loss": (found + self.token if progress.step % 2 == 0 else found).square().mean()}
+
+
+def train_sometimes(folder: str) -> list[float]:
+    from test_loop import make_run
+
+    run, world = make_run(Path(folder)), int(os.environ["WORLD_SIZE"])
+    batches = Double(Pictures(4), {"view": View(4)}, BATCH, 3, workers=0, rank=int(os.environ["RANK"]), world=world)
+    fit(Sometimes(), batches, Recipe(EPOCHS, BATCH, batches.steps_per_epoch, lr=0.1, precision="fp32"), run, seed=3)
+    return [json.loads(line)["loss"] for line in (run.out / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_module_may_say_that_it_leaves_parameters_out(alone, pair, tmp_path):
+    [whole] = alone.call(train_sometimes, str(tmp_path / "whole"))
+    for losses in pair.call(train_sometimes, str(tmp_path / "two")):
+        np.testing.assert_allclose(losses, whole, rtol=1e-9)
 
 
 @pytest.mark.parametrize("accumulate, world", [(2, 1), (1, 2), (2, 2)])
