@@ -250,7 +250,7 @@ def test_sigterm_from_slurm_and_from_torchrun_is_one_sigterm():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 def test_a_killed_torchrun_leaves_no_process_behind(tmp_path):
-    worker = "from stages.kit.launch import spread\nspread(None, None)\nprint(1, flush=True); time.sleep(9); print('still here')"
+    worker = "from stages.kit.launch import spread\nspread(None, None)\nprint(1, flush=True); time.sleep(9); print('alive')"
     parent = "import subprocess, os\nsubprocess.Popen([sys.executable, '-c', {!r}], start_new_session=True)\ntime.sleep(100)"
     head = f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
     job = start(tmp_path, parent.format(head + worker), LOCAL_RANK="0")
