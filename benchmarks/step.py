@@ -1,144 +1,148 @@
-"""A training step with its data: mimlab's loop against the same method written plainly, and the loader alone.
+"""A training step of every method with its data: mimlab's ingredients against the same method written plainly.
 
-    python benchmarks/step.py [--size small|large] [--steps 12] [--threads N]
+    python benchmarks/step.py [--methods mae beitv2] [--size small large] [--steps 12] [--threads N] [--device cpu]
+    python benchmarks/step.py --device cuda --methods mae beitv2 --size base --published --ours --steps 30
 
-Plain: eager fp32, unfused AdamW, one image after the other through PIL (torchvision's RandomResizedCrop and
-flip). mimlab: batched views in a loader thread, precision `auto`, fused AdamW, plain attention on a CPU.
-Both run alternately in this one process on the same images, so that a noisy machine disturbs both; the
-table gives medians and their ratio. "small" is ViT-Tiny at 32 px, "large" ViT-Small/16 at 224 px.
+Plain: eager fp32, unfused AdamW, one image after the other through PIL and torchvision. mimlab: batched views in a
+loader thread, precision `auto`, fused AdamW. Both run alternately in this one process on the same images, so that
+a noisy machine disturbs both; medians. Utilisation: FLOPs of a step as torch counts them in an eager fp32 step, per
+second of it, over what large bf16 products reach here (kit/flops.matrix_rate). `--ours` leaves the plain side out.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
+from contextlib import nullcontext
 
 import numpy as np
 import torch
+from _common import SIZES, Memory, seconds, subject, trainable, write
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from stages import methods
-from stages.kit import precision
+from stages.kit import flops, memory, optim, precision
 from stages.kit.attention import multiplied_out
 from stages.kit.loader import Batches
-from stages.kit.loop import Progress
-from stages.kit.spec import Spec
-
-SIZES = {
-    "small": {"image": 32, "patch": 4, "dim": 192, "depth": 12, "heads": 3, "batch": 256},
-    "large": {"image": 224, "patch": 16, "dim": 384, "depth": 12, "heads": 6, "batch": 32},
-}
+from stages.kit.recipe import Progress, Recipe
 
 
-class Codes(torch.nn.Module):
-    """Stands for a tokenizer: ids from the patch means, so that the step timed is the student's."""
-
-    codes = 512
-
-    def __init__(self, patch: int):
-        super().__init__()
-        self.patch = patch
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        means = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), self.patch).flatten(1)
-        return (means * (self.codes - 1)).long()
-
-
-def subject(name: str, size: dict) -> tuple:
-    """(module, its views, spec) of a method in the given size."""
-    module = methods.find(name)
-    model = {"name": "vit_tiny_patch16_224", "patch_size": size["patch"], "embed_dim": size["dim"],
-             "depth": size["depth"], "num_heads": size["heads"], "mlp_ratio": 4.0, "args": {}}  # fmt: skip
-    spec = Spec(size["image"], model, (0.5,) * 3, (0.25,) * 3, 10, 1024)
-    config = module.Config()
-    torch.manual_seed(0)
-    return module.Method(config, spec, Codes(size["patch"])).train(), module.views(config, spec), spec
+def advance(method, batch, progress, optimizer, arithmetic=None) -> None:
+    """One optimiser step."""
+    with arithmetic.autocast() if arithmetic else nullcontext():
+        loss = method(batch, progress)["loss"]
+    loss.float().backward()
+    if hasattr(method, "before_step"):
+        method.before_step(progress)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if hasattr(method, "after_step"):
+        method.after_step(progress)
 
 
-def ours(method, views, images: np.ndarray, batch: int, steps: int):
-    """Yields the seconds of each step of the loop's own ingredients."""
-    split = Memory(images)
-    batches = Batches(split, views, batch, 0, micro=None, workers=1)
-    arithmetic = precision.choose("auto", "cpu", method)
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-4, fused=True)
+def ours(method, batches: Batches, steps: int, device: torch.device):
+    """Takes the steps of the loop's own ingredients, one at each `next`."""
+    arithmetic = precision.choose("auto", device, method)
+    recipe = Recipe(1, batches.batch_size, steps, 1e-4)
+    optimizer = optim.build(recipe, optim.groups(method, 0.05), device)
     for step, micros in enumerate(batches.stream(0, steps)):
-        start = time.perf_counter()
-        progress = Progress(step, steps, 0.0, 0, micros[0]["row"], torch.device("cpu"))
-        with arithmetic.autocast(), multiplied_out("cpu"):
-            loss = method(micros[0], progress)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield time.perf_counter() - start
+        batch = {key: value.to(device, non_blocking=True) for key, value in micros[0].items()}
+        progress = Progress(step, steps, 0.0, 0, batch["row"], device)
+        with multiplied_out(device):
+            advance(method, batch, progress, optimizer, arithmetic)
+        yield
 
 
-class Memory:
-    """A split that lies in memory, with what Batches asks of store.Split."""
+def pipeline(view) -> transforms.Compose:
+    """A View as torchvision and PIL do it, image by image."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = [transforms.RandomResizedCrop(view.size, view.scale, view.ratio, bicubic)]
+    steps += [transforms.RandomHorizontalFlip(view.flip)] if view.flip else []
+    steps += [transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_p)] if any(view.jitter) else []
+    steps += [transforms.RandomGrayscale(view.grey)] if view.grey else []
+    steps += [transforms.RandomApply([transforms.GaussianBlur(9, view.blur_sigma)], view.blur)] if view.blur else []
+    steps += [transforms.RandomSolarize(128, view.solarise)] if view.solarise else []
+    return transforms.Compose([*steps, transforms.ToTensor()])
 
-    def __init__(self, images: np.ndarray):
-        self.images, self.labels = images, np.zeros(len(images), np.int64)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-def plain(method, images: np.ndarray, size: int, batch: int, steps: int):
-    """Yields the seconds of each step of the same method as a first version would do it."""
-    augment = transforms.Compose([
-        transforms.RandomResizedCrop(size, (0.4, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor()])  # fmt: skip
+def plain(method, images: np.ndarray, views: dict, batch: int, steps: int, device: torch.device):
+    """Takes the steps of the same method as a first version would, one at each `next`."""
+    pipelines = {name: pipeline(view) for name, view in views.items()}
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-4, foreach=False)
     for step in range(steps):
-        start = time.perf_counter()
         chosen = np.random.default_rng(step).choice(len(images), batch, replace=False)
-        view = torch.stack([augment(Image.fromarray(images[i])) for i in chosen])
-        rows = torch.arange(batch)
-        progress = Progress(step, steps, 0.0, 0, rows, view.device)
-        loss = method({"view": view, "index": rows, "row": rows}, progress)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield time.perf_counter() - start
+        made = {name: torch.stack([do(Image.fromarray(images[i])) for i in chosen]).to(device)
+                for name, do in pipelines.items()}  # fmt: skip
+        rows = torch.arange(batch, device=device)
+        advance(method, {**made, "index": rows, "row": rows}, Progress(step, steps, 0.0, 0, rows, device), optimizer)
+        yield
+
+
+def timed(side, device: torch.device) -> float:
+    start = time.perf_counter()
+    next(side)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(name: str, size: str, args, device: torch.device) -> list:
+    """One row of the table."""
+    s = SIZES[size]
+    side, batch = s["image"], args.batch or s["batch"]
+    split = Memory(max(1024 if side < 100 else 256, batch), side if side < 100 else round(side * 1.15))
+    method, views = subject(name, size, args.published)
+    method.to(device)
+    for target in vars(method).values():  # targets lie in lists, out of the module's sight
+        if isinstance(target, list) and target and isinstance(target[0], torch.nn.Module):
+            target[0].to(device)
+    batches = Batches(split, views, batch, 0, workers=args.workers)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused counts scores twice
+        next(plain(method, split.images, views, 2, 1, device))
+    per_image = counter.get_total_flops() / 2
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    right, fast, slow = ours(method, batches, args.steps, device), [], []
+    left = None if args.ours else plain(method, split.images, views, batch, args.steps, device)
+    for _ in range(args.steps):
+        if left:
+            slow.append(timed(left, device))
+        fast.append(timed(right, device))
+    warm = min(2, args.steps - 1)
+    mine = statistics.median(fast[warm:])
+    loader = seconds(lambda: batches.batch(1), 2)
+    kind = precision.choose("auto", device, method).name
+    used = per_image * batch / mine / flops.matrix_rate(device, kind)
+    gigabytes = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if device.type == "cuda" else "-"
+    theirs = statistics.median(slow[warm:]) if slow else None
+    return [name, f"{size}, batch {batch}", f"{1e3 * theirs:.0f}" if theirs else "-", f"{1e3 * mine:.0f}",
+            f"{theirs / mine:.2f}" if theirs else "-", f"{batch / mine:.0f}", f"{used:.0%}", gigabytes,
+            f"{batch / loader:.0f}", f"{mine / loader:.1f}"]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, nargs="*", default=list(SIZES))
+    parser.add_argument("--methods", nargs="*", default=trainable())
+    parser.add_argument("--size", choices=SIZES, nargs="*", default=["small", "large"])
+    parser.add_argument("--batch", type=int, help="images per step (default: the size's)")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--workers", type=int, default=1, help="loader threads")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--published", action="store_true", help="the published settings of methods for 224 px")
+    parser.add_argument("--ours", action="store_true", help="without the plain side")
+    parser.add_argument("--name", default="step", help="of the file under docs/benchmarks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.steps} steps\n")
-    print("| method | size | plain, ms | mimlab, ms | plain / mimlab | loader, images/s | step / loader |")
-    print("|---|---|---|---|---|---|---|")
-    for name in args.size:
-        size = SIZES[name]
-        stored = round(size["image"] * 1.15) if name == "large" else size["image"]
-        shape = (1024 if name == "small" else 256, stored, stored, 3)
-        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        for method_name in ("mae", "beitv2"):
-            method, views, _ = subject(method_name, size)
-            timed = {"plain": [], "ours": []}
-            left = plain(method, images, size["image"], size["batch"], args.steps)
-            right = ours(method, views, images, size["batch"], args.steps)
-            for _ in range(args.steps):
-                timed["plain"].append(next(left))
-                start = time.perf_counter()  # with the wait for the loader
-                next(right)
-                timed["ours"].append(time.perf_counter() - start)
-            slow, fast = (statistics.median(v[2:]) for v in (timed["plain"], timed["ours"]))
-            batches = Batches(Memory(images), views, size["batch"], 0, micro=None, workers=1)
-            start = time.perf_counter()
-            for step in range(4):
-                batches.batch(step)
-            loader = (time.perf_counter() - start) / 4
-            print(f"| {method_name} | {name} | {1e3 * slow:.0f} | {1e3 * fast:.0f} | {slow / fast:.2f} "
-                  f"| {size['batch'] / loader:.0f} | {fast / loader:.1f} |", flush=True)  # fmt: skip
+    memory.keep_freed()
+    device = torch.device(args.device)
+    columns = ["method", "size", "plain, ms", "mimlab, ms", "plain / mimlab", "images/s", "utilisation", "GPU memory, GB",
+               "loader, images/s", "step / loader"]  # fmt: skip
+    rows = [measure(name, size, args, device) for size in args.size for name in args.methods]
+    write(args.name, columns, rows, f"A training step with its data, {args.steps} steps, on {args.device}.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""What the benchmarks share: models to measure, images of noise, both sides in turn, and one way to write a table."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from stages import methods, targets  # noqa: E402
+from stages.kit import encoder  # noqa: E402
+from stages.kit.spec import Spec  # noqa: E402
+from stages.kit.teacher import Teacher  # noqa: E402
+
+OUT = Path(os.environ.get("MIMLAB_BENCH", ROOT / "docs" / "benchmarks"))
+SIZES = {
+    "tiny": {"image": 32, "patch": 8, "dim": 32, "depth": 2, "heads": 2, "batch": 8},  # to try a benchmark out
+    "small": {"image": 32, "patch": 4, "dim": 192, "depth": 12, "heads": 3, "batch": 256},
+    "large": {"image": 224, "patch": 16, "dim": 384, "depth": 12, "heads": 6, "batch": 32},
+    "base": {"image": 224, "patch": 16, "dim": 768, "depth": 12, "heads": 12, "batch": 256},
+}
+# As published at 224 px; the defaults are for small images.
+PUBLISHED = {"mae": {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
+             "beitv2": {"min_block": 16, "head_depth": 2, "early_layer": 9, "mask_ratio": 0.3827}}  # fmt: skip
+
+
+def trainable() -> list[str]:
+    """Every method that trains without labels: the files of stages/methods."""
+    names = sorted(p.stem for p in (ROOT / "stages" / "methods").glob("[a-z]*.py"))
+    return [n for n in names if methods.find(n).TRAINS and not methods.find(n).LABELS]
+
+
+def subject(name: str, size: str, published: bool = False) -> tuple:
+    """(module, its views) of a method; its target has the student's size and is not trained."""
+    s, module = SIZES[size], methods.find(name)
+    model = {"name": "vit_tiny_patch16_224", "patch_size": s["patch"], "embed_dim": s["dim"], "depth": s["depth"],
+             "num_heads": s["heads"], "mlp_ratio": 4.0, "args": {}}  # fmt: skip
+    spec = Spec(s["image"], model, (0.5,) * 3, (0.25,) * 3, 10, 1024)
+    config = module.Config(**(PUBLISHED.get(name, {}) if published else {}))
+    torch.manual_seed(0)
+    target = None
+    if module.TARGET == "ids":
+        kind = targets.find("vqkd")
+        target = targets.pin(kind.Target(kind.Config(codes=8192, code_dim=32) if published else kind.Config(), spec))
+    elif module.TARGET == "features":
+        target = Teacher(encoder.create(spec), spec)
+    return module.Method(config, spec, target).train(), module.views(config, spec)
+
+
+class Memory:
+    """A split of noise that lies in memory, with what Batches asks of store.Split."""
+
+    def __init__(self, count: int, size: int):
+        self.images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+        self.labels = np.zeros(count, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def seconds(work, times: int = 3) -> float:
+    """Median time of `work`, after one run that is not counted."""
+    work()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def write(name: str, columns: list[str], rows: list[list], note: str) -> None:
+    """Prints a table and writes it, with the machine that it comes from, to docs/benchmarks/<name>.md."""
+    head = [f"| {' | '.join(columns)} |", "|" + "|".join(["---", *["---:"] * (len(columns) - 1)]) + "|"]
+    body = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    machine = f"{cpu()}, {os.cpu_count()} cores{gpu}; torch {torch.__version__}, {torch.get_num_threads()} threads"
+    text = "\n".join([note, "", *head, *body, "", f"On {machine}.", ""])
+    print(text, flush=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"{name}.md").write_text(text)
+
+
+def cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
