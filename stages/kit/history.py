@@ -87,7 +87,7 @@ class History:
     def state(self) -> dict:
         """For a checkpoint; call it on every rank. Sums are kept rank by rank, for the bits of their total."""
         sums = [
-            [list(names), dist.gather(vector[None]).cpu(), weight]
+            [list(names), dist.gather(vector[None].clone()).cpu(), weight]
             for names, (vector, weight) in self._sums.items()
         ]
         return {"text": self.text, "sums": sums}
@@ -106,7 +106,7 @@ class History:
         """This rank's [sums (K,), weight] from those of the ranks that saved, (R,K) and the weight of each."""
         ranks, world = len(vectors), dist.world()
         if ranks == world:
-            return [vectors[dist.rank()].to(self.device), weight]
+            return [vectors[dist.rank()].to(self.device, copy=True), weight]
         return [vectors.sum(dim=0).to(self.device) / world, weight * ranks / world]
 
     def _scalar(self, value) -> torch.Tensor:
