@@ -13,7 +13,7 @@ INTERVAL = 10.0  # seconds between lines when stderr is a file
 
 
 class Display:
-    """Shows step, loss, images/s, time left, and FLOP/s (with the share of the device's peak where that is
+    """Shows step, loss, images/s, time left, and FLOP/s (with the share of the device's matrix rate where that is
     known).
     """
 

@@ -62,9 +62,11 @@ def beitv2(image: int, patch: int, width: int, depth: int, hidden: int, codes: i
 def matrix_rate(device: torch.device | str, precision: str = "bf16", seconds: float = 0.1) -> float:
     """FLOP/s of large square matrix products here and now, with the threads that torch uses: the best of a few.
 
-    The measure of utilisation on a CPU, and what a GPU reaches of its data sheet (kit/precision.peak_flops).
+    What utilisation is measured against; 0 on devices other than CPU and CUDA.
     """
     kind = torch.device(device)
+    if kind.type not in ("cpu", "cuda"):
+        return 0.0
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     side = 8192 if kind.type == "cuda" else 1024
     a = torch.ones(side, side, dtype=dtype, device=kind)

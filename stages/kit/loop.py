@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.kit import attention, dist, droppath, keyed, memory, optim, precision
+from stages.kit import attention, dist, droppath, flops, keyed, memory, optim, precision
 from stages.kit.checkpoint import Checkpoint
 from stages.kit.display import Display
 from stages.kit.files import JobError, write_atomic
@@ -49,7 +49,8 @@ def fit(module: nn.Module, batches, recipe: Recipe, run, seed: int, name: str = 
     there.
 
     Fills run.summary with final_loss, images_seen, views_seen, effective_epochs, steps, train_s, images_per_s,
-    flops_per_image (of a training step, in FLOPs), precision. `name` tells several trainings of one stage
+    flops_per_image (of a training step, in FLOPs), utilisation (of what large matrix products reach here, see
+    kit/flops.py), precision. `name` tells several trainings of one stage
     apart: files <name>-history.jsonl and so on, and the summary under that key. SystemExit(143 or 130) after
     SIGTERM or SIGINT, with a checkpoint written; NonFiniteError with step, term and dumped batch;
     ValueError if the module cannot be trained on a batch that is cut as `batches` does (see `refuse_cuts`).
@@ -84,6 +85,7 @@ class _Fit:
         self.every = max(1, -(-recipe.steps // ROWS))
         self.seconds = self.flops = 0.0  # training time over all restarts; FLOPs per image
         self.skipped: list[int] = []  # steps left out, because they gave NaN or infinity
+        self.peak = 0.0  # FLOP/s of large matrix products on all devices of the job
         self.last_save = time.monotonic()
 
     def train(self) -> None:
@@ -104,8 +106,8 @@ class _Fit:
     def steps_from(self, start: int, stepper: nn.Module, signals: _Signals) -> None:
         """All steps from `start` to the end."""
         recipe = self.recipe
-        peak = precision.peak_flops(self.device)
-        display = Display(self.label, recipe.steps, start, recipe.batch_size, peak, dist.is_main())
+        self.peak = dist.world() * flops.matrix_rate(self.device, self.precision.name)
+        display = Display(self.label, recipe.steps, start, recipe.batch_size, self.peak, dist.is_main())
         stream = self.batches.stream(start, recipe.steps)
         with contextlib.closing(stream), contextlib.closing(display):
             for step, micros in enumerate(stream, start):
@@ -309,6 +311,8 @@ class _Fit:
             "images_per_s": round(seen / max(self.seconds, 1e-9), 2),
             "flops_per_image": self.flops,
         }
+        if self.peak and self.seconds:
+            summary["utilisation"] = round(self.flops * seen / self.seconds / self.peak, 4)
         if self.skipped:
             summary["skipped_steps"] = self.skipped
         if self.name:

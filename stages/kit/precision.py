@@ -85,23 +85,3 @@ def width(module: nn.Module) -> int:
     return max(
         (min(layer.weight.shape) for layer in module.modules() if isinstance(layer, nn.Linear)), default=0
     )
-
-
-# Dense bf16 tensor-core FLOP/s by the vendors' data sheets.
-_PEAK = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 FLOP/s of a GPU, for model FLOP utilisation; None if unknown."""
-    if torch.device(device).type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((value for key, value in _PEAK.items() if key in name), None)

@@ -32,7 +32,7 @@ class Teacher(nn.Module):
     def load(cls, folder: Path, spec, device: torch.device | str = "cpu") -> Teacher:
         """The teacher in an exported encoder's folder, on `device`. FileNotFoundError if there is none."""
         teacher = cls(kit.load(folder), spec)
-        if torch.device(device).type == "cpu":  # see kit/precision.plain_attention
+        if torch.device(device).type == "cpu":  # torch's fused kernel is slow there in bf16, see kit/attention.py
             for layer in teacher.modules():
                 if hasattr(layer, "fused_attn"):
                     layer.fused_attn = False

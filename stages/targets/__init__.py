@@ -46,7 +46,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> torch.nn.Modul
         target.load_state_dict(load_file(path / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path / WEIGHTS}: does not fit the target described beside it: {error}") from error
-    if torch.device(device).type == "cpu":  # see kit/precision.plain_attention
+    if torch.device(device).type == "cpu":  # torch's fused kernel is slow there in bf16, see kit/attention.py
         for layer in target.modules():
             if hasattr(layer, "fused_attn"):
                 layer.fused_attn = False
