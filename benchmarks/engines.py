@@ -71,13 +71,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "grid"
         count = grid(folder, args.jobs)
-        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+        dvc = str(scripts / "dvc")
+        for record in (["git", "init", "-q"], [python, "-m", "workflow.plan"], [dvc, "commit", "-f", "-q"]):
+            subprocess.run(record, cwd=folder, check=True, stdout=subprocess.DEVNULL)  # as after a run
         untrained = [python, "-c", "from stages import pretrain"]
         for what, command, goal in (
             ("a stage's imports", untrained, "6 s"),
             (f"workflow.plan, {count} jobs", [python, "-m", "workflow.plan"], "-"),
             (f"snakemake -n, {count} jobs", [str(scripts / "snakemake"), "-n", "-q"], "4 s"),
-            (f"dvc status, {count} jobs", [str(scripts / "dvc"), "status", "-q"], "6 s"),
+            (f"dvc status, {count} jobs", [dvc, "status", "-q"], "6 s"),
         ):
             wall, cpu, status = timed(command, folder, args.times)
             rows.append([what, f"{wall:.1f}", f"{cpu:.1f}", goal, status])
