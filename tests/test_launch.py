@@ -133,7 +133,7 @@ def test_each_slurm_job_counts_its_own_gpus(monkeypatch):
 
 def test_gpus_for_snakemake(monkeypatch):
     monkeypatch.setattr(ledger.Path, "glob", lambda self, _: [1, 2, 3, 4])
-    assert ledger.gpus_here() == 4 and [ledger.gpus(d) for d in ("auto", "cuda", "cpu", "mps")] == [1, 1, 0, 0]
+    assert ledger.gpus_here() == 4 and [ledger.gpus(d) for d in ("auto", "cuda", "cpu")] == [1, 1, 0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
     assert ledger.gpus_here() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

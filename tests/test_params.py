@@ -115,8 +115,8 @@ BAD = [  # changes to good parameters, and what the message must contain
     ({"grid__runs__../x": {"method": "mae"}}, ["grid.runs.../x", "'../x'", "lower-case"]),
     ({"grid__runs": {}, "grid__seeds": []}, ["grid.seeds", "at least 1"]),
     (
-        {"compute__device": "gpu"},
-        ["compute.device: must be auto, cpu, mps, cuda or cuda:<number> (found 'gpu')"],
+        {"compute__device": "mps"},
+        ["compute.device: must be auto, cpu, cuda or cuda:<number> (found 'mps')"],
     ),
     ({"compute__workers": -1}, ["compute.workers", "-1"]),
     ({"experiment": "My experiment"}, ["experiment: 'My experiment' must be lower-case"]),

@@ -24,6 +24,7 @@ import torch
 
 from stages import data, methods, targets, tasks
 from stages.kit import encoder, keyed
+from stages.kit.device import resolved
 from stages.kit.loader import Batches
 from stages.kit.loop import Recipe, fit
 from stages.kit.provenance import peak_mb
@@ -97,7 +98,7 @@ def measure(plan, job, counts: dict, steps: int) -> dict:
     params = job.params
     spec = Spec(params["image_size"], params["model"], (0.5,) * 3, (0.25,) * 3, counts["classes"], counts["train"])
     with tempfile.TemporaryDirectory() as folder:
-        run = SimpleNamespace(job=job, out=Path(folder), work=Path(folder), device=device(plan), summary={})
+        run = SimpleNamespace(job=job, out=Path(folder), work=Path(folder), device=torch.device(resolved(plan.compute["device"])), summary={})
         if job.stage == "transfer":
             return task(plan, run, spec, counts, steps)
         kind, find = ("target", targets.find) if job.stage == "target" else ("method", methods.find)
@@ -109,11 +110,6 @@ def measure(plan, job, counts: dict, steps: int) -> dict:
             return {}
         trained = getattr(module, name)(config, spec, above).to(run.device)
         return training(run, trained, module.views(config, spec), config, params["train"], bool(module.LABELS), steps, plan)
-
-
-def device(plan) -> torch.device:
-    wanted = plan.compute["device"]
-    return torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def training(run, module, views, config, train: dict, labels: bool, steps: int, plan) -> dict:

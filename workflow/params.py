@@ -108,7 +108,7 @@ class Grid(Section):
 class Compute(Section):
     """How to run, never what: no key here is part of a fingerprint."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     workers: int = Field(1, ge=0, description="threads that prepare batches")
     threads: int | None = Field(None, ge=1, description="CPU threads of a job")
     processes: int = Field(1, ge=1, description="processes that train one job, each with a GPU where there are any")
@@ -706,7 +706,7 @@ def _sentence(error: dict, prefix: str, allowed) -> str:
             f"; did you mean {near[0]!r}?" if near else ""
         )
     if kind == "string_pattern_mismatch":
-        return f"{where}: must be auto, cpu, mps, cuda or cuda:<number> (found {shown})"
+        return f"{where}: must be auto, cpu, cuda or cuda:<number> (found {shown})"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return f"{where}: must be a section with keys{_options(allowed(tuple(loc)))} (found {shown})"
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")

@@ -38,7 +38,7 @@ def _opened(path: Path):
 
 
 def choose_device(wanted: str, held: contextlib.ExitStack):
-    """The torch.device for `wanted` ("auto", "cpu", "mps", "cuda", "cuda:1"). JobError when it is not there.
+    """The torch.device for `wanted` ("auto", "cpu", "cuda", "cuda:1"). JobError when it is not there.
 
     With CUDA, each job takes a device of its own and gives it back when `held` closes: the first one that no
     other job has locked, waiting if all are. The processes of torchrun share those that their launcher has
@@ -47,8 +47,6 @@ def choose_device(wanted: str, held: contextlib.ExitStack):
 
     wanted = resolved(wanted)
     if not wanted.startswith("cuda"):
-        if wanted == "mps" and not torch.backends.mps.is_available():
-            raise JobError("compute.device: mps is not available here; use auto or cpu")
         return torch.device(wanted)
     count = cuda_count(wanted)
     if "LOCAL_RANK" in os.environ:
@@ -76,12 +74,12 @@ def choose_device(wanted: str, held: contextlib.ExitStack):
 
 
 def resolved(wanted: str) -> str:
-    """What "auto" means here: cuda, mps or cpu; anything else stays."""
+    """What "auto" means here: cuda or cpu; anything else stays. Apple's MPS has no float64, which a training needs."""
     import torch
 
     if wanted != "auto":
         return wanted
-    return "cuda" if torch.cuda.device_count() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.device_count() else "cpu"
 
 
 def cuda_count(wanted: str) -> int:

@@ -31,7 +31,7 @@ def spread(plan, job, argv: list[str] | None = None) -> None:
     if processes == 1:
         return
     device = resolved(plan.compute["device"])
-    if device.startswith("cuda:") or device == "mps":
+    if device.startswith("cuda:"):
         raise JobError(f"compute.processes: {processes} processes cannot share {device}; use device cuda, cpu or auto")
     held = contextlib.ExitStack()
     if device == "cuda":
