@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import tiny_content, write_params
 
 from workflow import cost
 from workflow.plan import load
@@ -67,11 +68,23 @@ def test_seeds_share_a_measurement_and_finished_jobs_are_compared(plan):
     assert list(costs) == list(plan.jobs)
     assert "pretrain/mae-s0" in asked and "pretrain/mae-s1" not in asked
     assert costs["pretrain/mae-s0"] == costs["pretrain/mae-s1"]
-    folder = plan.jobs["pretrain/mae-s0"].output
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"wall_s": 2 * (costs["pretrain/mae-s0"].seconds - cost.START_S)}))
+    took = 2 * (costs["pretrain/mae-s0"].seconds - cost.START_S)
+    for seed, fingerprint in enumerate([plan.jobs["pretrain/mae-s0"].fingerprint, "of other parameters"]):
+        folder = plan.jobs[f"pretrain/mae-s{seed}"].output
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"wall_s": took, "fingerprint": fingerprint}))
     text = cost.table(plan, costs)
     assert "not known: not asked" in text and "of 1 finished jobs" in text and text.endswith("ratio 0.50")
+
+
+def test_students_of_different_targets_are_measured_apart(tmp_path):
+    runs = {f"dmjd-{t}": {"method": "dmjd", "target": t} for t in ("hog", "pixels", "same")}
+    kinds = {t: {"kind": "pixels" if t == "pixels" else "hog"} for t in ("hog", "pixels", "same")}
+    content = tiny_content(methods__dmjd={}, targets=kinds)
+    content["grid"]["runs"] = runs
+    plan = load(write_params(tmp_path, content), tmp_path / "results")
+    kinds = [cost.kind(plan.jobs[f"pretrain/{run}-s0"], plan.jobs) for run in runs]
+    assert kinds[0] == kinds[2] != kinds[1]
 
 
 @pytest.mark.parametrize("job", ["pretrain/beitv2-s0", "transfer/mae-s0/linear"])

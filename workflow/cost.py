@@ -46,12 +46,13 @@ def cost(stage: str, params: dict, found: dict) -> Cost:
     return Cost(0, None, START_S, memory)
 
 
-def kind(job) -> str:
-    """What a measurement depends on: the job's parameters but for seed and names."""
+def kind(job, jobs: dict) -> str:
+    """What a measurement depends on: the parameters of the job and of the targets above it, but for seed and names."""
     params = {key: value for key, value in job.params.items() if key not in ("seed", "run", "stage")}
     if job.stage == "target":
         params["target"] = {k: v for k, v in params["target"].items() if k != "name"}
-    return json.dumps([job.stage, params, [i.split("/")[0] + "/" for i in job.inputs][:2]], sort_keys=True, default=str)
+    above = [kind(jobs[i], jobs) if i.startswith("target/") else i.split("/")[0] for i in job.inputs[:2]]
+    return json.dumps([job.stage, params, above], sort_keys=True, default=str)
 
 
 def estimate(plan, results: str, steps: int = 8, measured=None) -> dict[str, Cost]:
@@ -60,7 +61,7 @@ def estimate(plan, results: str, steps: int = 8, measured=None) -> dict[str, Cos
     known: dict[str, dict] = {}
     costs = {}
     for id, job in plan.jobs.items():
-        if (key := kind(job)) not in known:
+        if (key := kind(job, plan.jobs)) not in known:
             print(f"measuring {id} ...", file=sys.stderr, flush=True)
             known[key] = measured(job)
         costs[id] = cost(job.stage, job.params, known[key])
@@ -78,8 +79,8 @@ def _measured(plan, job, results: str, steps: int) -> dict:
 
 
 def table(plan, costs: dict[str, Cost]) -> str:
-    """The costs as lines of text; beside what finished jobs took, as their manifests say, if any."""
-    took = {id: (plan.manifest(id) or {}).get("wall_s") for id in costs}
+    """The costs as lines of text; beside what jobs took that are finished and up to date, as their manifests say."""
+    took = {id: plan.manifest(id)["wall_s"] if plan.fresh(id) else None for id in costs}
     width = max(map(len, costs))
     lines = [f"{'job':<{width}} {'images':>12} {'TFLOP':>10} {'time':>9} {'MB':>7} {'took':>9}"]
     for id, c in costs.items():

@@ -98,7 +98,8 @@ def measure(plan, job, counts: dict, steps: int) -> dict:
     params = job.params
     spec = Spec(params["image_size"], params["model"], (0.5,) * 3, (0.25,) * 3, counts["classes"], counts["train"])
     with tempfile.TemporaryDirectory() as folder:
-        run = SimpleNamespace(job=job, out=Path(folder), work=Path(folder), device=torch.device(resolved(plan.compute["device"])), summary={})
+        where = torch.device(resolved(plan.compute["device"]))
+        run = SimpleNamespace(job=job, out=Path(folder), work=Path(folder), device=where, summary={})
         if job.stage == "transfer":
             return task(plan, run, spec, counts, steps)
         kind, find = ("target", targets.find) if job.stage == "target" else ("method", methods.find)
