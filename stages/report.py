@@ -175,7 +175,7 @@ def target(folder: Path, manifest: dict, charts: dict) -> dict:
             "labels": bool(described.get("labels")),
             "numbers": {k: v for k, v in health.items() if isinstance(v, (int, float))},
             "problems": health.get("problems", []),
-            "seconds": manifest["wall_s"], "images": manifest["summary"].get("images_seen"),
+            "seconds": lineage.seconds(manifest), "images": manifest["summary"].get("images_seen"),
             "pictures": figures.pictures(folder)}
 
 
@@ -186,7 +186,7 @@ def trail(manifests: dict, rows: dict, cells: dict) -> list[dict]:
     return [{"id": id, "anchor": "job-" + id.replace("/", "-"), "score": scores.get(id),
              "fingerprint": m["fingerprint"], "git": m.get("git") or {},
              "code": hashlib.sha256(json.dumps(m["code"], sort_keys=True).encode()).hexdigest()[:12],
-             "seconds": m["wall_s"],
+             "seconds": lineage.seconds(m),
              "device": m.get("device", ""), "created": m.get("created", ""), "files": m["code"],
              "params": json.dumps(m["params"], indent=1, sort_keys=True)} for id, m in manifests.items()]
 

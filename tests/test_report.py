@@ -208,6 +208,13 @@ def chains(tmp_path_factory):
     return run
 
 
+def test_a_job_that_was_killed_on_the_way_costs_its_whole_training():
+    resumed = {"wall_s": 20.0, "summary": {"train_s": 300.0}}
+    assert report.lineage.seconds(resumed) == 300
+    assert report.lineage.seconds({"wall_s": 320.0, "summary": {"train_s": 300.0}}) == 320
+    assert report.lineage.seconds({"wall_s": 5.0, "summary": {}}) == 5
+
+
 def test_a_stage_costs_what_all_before_it_cost(chains):
     rows = {r["run"]: r for r in rows_of(chains) if r["task"] == "knn"}
     for name, images, seconds in (("mae", 1, 140), ("dbot-1", 1, 140 + 3), ("dbot-2", 2, 2 * 140 + 3),

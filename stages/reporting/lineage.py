@@ -24,11 +24,11 @@ def cost(row, manifests: Mapping[str, dict], data: dict) -> dict:
         return mean([sum(what(manifests[id]) for id in ids) for ids in groups]) or 0
 
     count = data["splits"]["train"]["count"]
-    seconds, target_seconds = total(trained, _seconds), total(targets, _seconds)
+    taught_seconds, target_seconds = total(trained, seconds), total(targets, seconds)
     return {"images": total(trained, _images), "own_images": mean([_images(m) for m in own]),
             "target_images": total(targets, _images), "epochs": total(trained, _views) / count if count else None,
-            "seconds": seconds, "own_seconds": mean([_seconds(m) for m in own]), "target_seconds": target_seconds,
-            "all_seconds": seconds + target_seconds,
+            "seconds": taught_seconds, "own_seconds": mean([seconds(m) for m in own]), "target_seconds": target_seconds,
+            "all_seconds": taught_seconds + target_seconds,
             "all_flops": total(trained, _flops) + total(targets, _flops) or None,
             "flops": mean([m["summary"].get("flops_per_image") for m in own]) or None,
             "before": [manifests[id]["params"].get("run", id) for id in reversed(trained[0][1:])],
@@ -55,8 +55,9 @@ def _views(manifest: dict) -> float:
     return manifest["summary"].get("views_seen", _images(manifest))
 
 
-def _seconds(manifest: dict) -> float:
-    return manifest["wall_s"]
+def seconds(manifest: dict) -> float:
+    """What a job took: the wall time of its last start, or its whole training's if it was killed on the way."""
+    return max(manifest["wall_s"], manifest["summary"].get("train_s") or 0)
 
 
 def _flops(manifest: dict) -> float:
