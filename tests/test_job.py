@@ -103,6 +103,18 @@ def test_inputs_come_from_finished_jobs_only(plan):
     assert plan.manifest("pretrain/mae-s0")["inputs"] == {"data": plan.jobs["data"].fingerprint}
 
 
+def test_the_processes_of_a_job_share_its_threads(monkeypatch):
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: seen.append((number, os.environ["OMP_NUM_THREADS"])))
+    seen = []
+    for processes in ("1", "2", "16"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        jobs._set_threads(8)
+    assert seen == [(8, "8"), (4, "4"), (1, "1")]
+
+
 def test_commands_are_those_of_the_engines(plan):
     assert jobs.command(plan.jobs["report"]) == "python -m stages.report"
     assert jobs.command(plan.jobs["target/vqkd"]) == "python -m stages.target --name vqkd"

@@ -243,7 +243,9 @@ def _barrier() -> None:
 
 
 def _set_threads(wanted: int | None) -> None:
+    """`wanted` are those of the job; its processes share them."""
     if wanted:
+        wanted = max(1, wanted // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         os.environ["OMP_NUM_THREADS"] = str(wanted)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(wanted)
