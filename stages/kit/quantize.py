@@ -133,7 +133,7 @@ class Learner(nn.Module):
     def _drawn(self, key: int) -> Tensor:
         """One of the step's vectors for each code (K,D), the same on every rank however the batch was cut."""
         mine, codes = torch.cat(self._vectors), len(self.codebook.vectors)
-        places = (keyed.uniform(key, torch.arange(codes)) * (len(mine) * dist.world())).long().to(mine.device)
+        places = (keyed.uniform(key, torch.arange(codes, device=mine.device)) * (len(mine) * dist.world())).long()
         places = places - len(mine) * dist.rank()
         here = (places >= 0) & (places < len(mine))
         return dist.total(torch.where(here[:, None], mine[places.clamp(0, len(mine) - 1)], 0))
