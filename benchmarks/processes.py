@@ -51,7 +51,8 @@ def main() -> None:
         return
     rows, first = [], None
     with tempfile.TemporaryDirectory() as folder:
-        for count in args.processes:
+        most = torch.cuda.device_count() or max(args.processes)
+        for count in (n for n in args.processes if n <= most):
             out = Path(folder) / f"{count}.json"
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--"] if count > 1 else []
             command = [sys.executable, *launch, __file__, "--one", str(out), "--size", args.size, "--steps", str(args.steps)]
