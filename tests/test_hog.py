@@ -65,6 +65,17 @@ def test_against_a_pixel_by_pixel_calculation(cell, bins):
     np.testing.assert_allclose(found.numpy(), np.array(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bins", [4, 6, 8, 9, 11, 12, 18, 22, 36])
+def test_an_angle_on_a_border_opens_the_next_bin(bins):
+    """Multiples of 45 degrees of every sign and length: bin floor(bins * quarters / 4), also where float32 rounds down."""
+    for down, along, quarters in ((0, 1, 0), (1, 1, 1), (1, 0, 2), (1, -1, 3)):
+        for length in (*range(1, 8), 60, -1, -7, -60):
+            row, column = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
+            image = (down * row + along * column) * length
+            found = hog.hog(image.expand(1, 1, 12, 12), 4, bins)[0, 0, 1, 1]  # 16 pixels: vectorised as large images are
+            assert found.nonzero().flatten().tolist() == [bins * quarters // 4], (down, along, length)
+
+
 def test_borders_have_no_gradient_of_their_own():
     """On the first and last row only differences along the columns count, and the other way round."""
     image = torch.zeros(1, 1, 8, 8)

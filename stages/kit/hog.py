@@ -37,7 +37,8 @@ def _hog(images: torch.Tensor, cell: int, bins: int) -> torch.Tensor:
     torch.sub(images[..., 2:, :], images[..., :-2, :], out=down[..., 1:-1, :])
     torch.sub(images[..., 2:], images[..., :-2], out=along[..., 1:-1])
     magnitude = (down.square() + along.square()).sqrt()
-    place = torch.atan2(down, along).mul_(bins / math.pi).floor_()  # -bins..bins
+    # the addition makes good for rounding, which can put angles of 0, 45 and 90 degrees below the bin that they begin
+    place = torch.atan2(down, along).mul_(bins / math.pi).add_(bins * 2**-22).floor_()  # -bins..bins
     place = (place - bins * (place / bins).floor_()).long()  # many times faster than remainder or where
     rows, columns = images.shape[-2] // cell, images.shape[-1] // cell
 
