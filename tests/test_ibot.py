@@ -512,3 +512,19 @@ def test_exported_features_are_the_teachers(tmp_path):
     model, x = method(), torch.randn(2, 3, 16, 16)
     kit.save(model.encoder, tmp_path, model.spec)
     assert torch.equal(kit.load(tmp_path).eval().forward_features(x), model.teacher.encoder.forward_features(x))
+
+
+@pytest.mark.parametrize("weights, silent", [({"patch_weight": 0.0}, "patch"), ({"cls_weight": 0.0}, "class")])
+def test_what_no_loss_trains_may_stay_silent(monkeypatch, weights, silent):
+    """Ablations without one of the losses: the untrained layer tells nothing, and that is no collapse."""
+    monkeypatch.setattr("stages.kit.collapse.LEAST_STEPS", 2)
+    model = method(shared_head=False, **weights)
+    layers = {"patch": (model.patch_watch, model.watch), "class": (model.watch, model.patch_watch)}[silent]
+    untrained, trained = layers
+    for step in range(4):
+        untrained.count(torch.full((4, 24), 1 / 24))
+        untrained.step(progress(step, 4))
+    with pytest.raises(RuntimeError, match="collapsed"):
+        for step in range(4):
+            trained.count(torch.full((4, 24), 1 / 24))
+            trained.step(progress(step, 4))

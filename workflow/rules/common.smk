@@ -26,7 +26,9 @@ if workflow.is_main_process:
         write_runs(plan)
     if workflow.nodes is not None:  # a cluster
         if plan.compute["device"] == "auto" and not gpus_here():
-            warnings.warn("no GPU here, so that jobs on the cluster get none; compute.device: cuda asks for them")
+            warnings.warn(
+                "no GPU here, so that jobs on the cluster get none; compute.device: cuda asks for them"
+            )
     elif "gpu" not in workflow.global_resources:
         # Snakemake counts no GPUs by itself; --resources gpu=N lets jobs have fewer
         workflow.register_resource("gpu", max(1, gpus_here()))
