@@ -117,10 +117,10 @@ class Method(SelfDistillation):
         super().__init__(config, spec, patch_layer=not config.shared_head)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.embed_dim))  # the student's alone
         self.patch_centre = Centre(config.prototypes, config.centre_momentum)
-        # a layer that no loss trains may stay silent
-        self.patch_watch = Watch(config.prototypes, config.min_information * (config.patch_weight > 0), "assignments of patches")
-        if not config.cls_weight:
-            self.watch.least = 0.0
+        self.patch_watch = Watch(config.prototypes, config.min_information, "assignments of patches")
+        for watch, weight in ((self.watch, config.cls_weight), (self.patch_watch, config.patch_weight)):
+            if not weight:
+                watch.least = 0.0  # a layer that no loss trains may stay silent
         self.grid = (spec.grid, spec.grid)
         self.most = int(spec.grid**2 * config.mask_ratio[1])  # patches that can be hidden in a view
 
