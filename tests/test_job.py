@@ -103,6 +103,15 @@ def test_inputs_come_from_finished_jobs_only(plan):
     assert plan.manifest("pretrain/mae-s0")["inputs"] == {"data": plan.jobs["data"].fingerprint}
 
 
+def test_an_input_of_another_plan_is_refused(plan, tmp_path):
+    finish(plan, "data")
+    later = load(write_params(tmp_path, tiny_content(data__seed=1)), tmp_path / "results")
+    before, after = (p.jobs["data"].fingerprint[:12] for p in (plan, later))
+    said = f"needs data, but .*out of date .fingerprint {before}, expected {after}.: run .*python -m stages.data"
+    with pytest.raises(JobError, match=said), running(later.jobs["pretrain/mae-s0"], later) as run:
+        run.input("data")
+
+
 def test_the_processes_of_a_job_share_its_threads(monkeypatch):
     import torch
 
@@ -126,7 +135,8 @@ def test_commands_are_those_of_the_engines(plan):
 # ------------------------------------------------------------------------------------------------- real kills
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
 sys.path.insert(0, {root!r})
 from workflow.plan import load
 from stages.kit.job import running, write_atomic

@@ -103,9 +103,10 @@ def make_run(tmp_path, images, id, params, inputs=()) -> Run:
     params = {"image_size": 16, "model": MODEL, "train": TRAIN, "seed": 0, **params}
     job = SimpleNamespace(id=id, stage=stage, name=name, inputs=tuple(inputs), params=params)
     jobs = {
-        name: SimpleNamespace(output=path, manifest=images / "data.json") for name, path in inputs.items()
+        name: SimpleNamespace(output=path, manifest=images / "data.json", fingerprint="f") for name, path in inputs.items()
     }
-    run = Run(job, SimpleNamespace(jobs=jobs, params_file="params.yaml"), tmp_path / "out", tmp_path / "work",
+    plan = SimpleNamespace(jobs=jobs, params_file="params.yaml", manifest=lambda id: {"fingerprint": "f"})
+    run = Run(job, plan, tmp_path / "out", tmp_path / "work",
               {"device": "cpu", "workers": 0, "threads": 1, "tracking": False})  # fmt: skip
     for folder in (run.out, run.work):
         folder.mkdir(parents=True)
@@ -153,7 +154,7 @@ def test_a_target_with_training_is_trained_and_gets_its_upstream(monkeypatch, tm
     target.make(first)
     second = target_run(tmp_path / "second", images)
     second.job.inputs += ("target/first",)
-    second.plan.jobs["target/first"] = SimpleNamespace(output=first.out, manifest=first.out / "target.json")
+    second.plan.jobs["target/first"] = SimpleNamespace(output=first.out, fingerprint="f")
     target.make(second)
     assert given[0] is None and torch.equal(given[1].book, targets.load(first.out).book)
     assert not given[1].book.requires_grad

@@ -78,12 +78,16 @@ class Run:
         return choose_device(self.compute["device"], self._held)
 
     def input(self, id: str) -> Path:
-        """The output folder of an input job. JobError when that job has not finished."""
+        """The output folder of an input job. JobError when that job has not finished, or was another one than this plan's:
+        the manifest to be written says that the input is this plan's."""
         if id not in self.job.inputs:
             raise KeyError(f"{id} is not among the inputs {self.job.inputs} of {self.job.id}")
         source = self.plan.jobs[id]
-        if not source.manifest.is_file():
-            raise JobError(f"{self.job.id} needs {id}, but {source.manifest} does not exist: run "
+        found = (self.plan.manifest(id) or {}).get("fingerprint")
+        if found != source.fingerprint:
+            state = f"is out of date (fingerprint {str(found)[:12]}, expected {source.fingerprint[:12]})"
+            raise JobError(f"{self.job.id} needs {id}, but {source.manifest} "
+                           f"{state if source.manifest.is_file() else 'does not exist'}: run "
                            f"`snakemake --cores all {source.manifest}` or "
                            f"`{command(source)}` first")  # fmt: skip
         return source.output
