@@ -33,7 +33,7 @@ def one(size: str, steps: int, out: Path) -> None:
     device = torch.device("cuda", dist.rank()) if torch.cuda.is_available() else torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         job = SimpleNamespace(id="bench")
-        run = SimpleNamespace(job=job, out=Path(folder), work=Path(folder), device=device, summary={})
+        run = SimpleNamespace(job=job, out=Path(folder), work=Path(folder), device=device, compute={}, summary={})
         fit(method, batches, Recipe(1, batch, steps, 1e-4, save_minutes=1e9), run, 0)
     if dist.is_main():
         out.write_text(json.dumps(batch * steps / run.summary["train_s"]))

@@ -119,6 +119,7 @@ BAD = [  # changes to good parameters, and what the message must contain
         ["compute.device: must be auto, cpu, cuda or cuda:<number> (found 'mps')"],
     ),
     ({"compute__workers": -1}, ["compute.workers", "-1"]),
+    ({"compute__compile": "always"}, ["compute.compile: must be 'auto', True or False (found 'always')"]),
     ({"experiment": "My experiment"}, ["experiment: 'My experiment' must be lower-case"]),
 ]
 

@@ -118,7 +118,7 @@ def test_the_same_params_give_the_same_fingerprints(tmp_path):
     one, two = plan_of(tmp_path / "a"), plan_of(tmp_path / "b")
     assert not changed(one, two)
     explicit = plan_of(
-        tmp_path / "c", methods__mae={"mask_ratio": 0.75}, compute={"workers": 3, "tracking": True}
+        tmp_path / "c", methods__mae={"mask_ratio": 0.75}, compute={"workers": 3, "tracking": True, "compile": True}
     )
     assert not changed(one, explicit), "writing a default, or how to run, changes nothing"
 

@@ -99,7 +99,7 @@ def measure(plan, job, counts: dict, steps: int) -> dict:
     spec = Spec(params["image_size"], params["model"], (0.5,) * 3, (0.25,) * 3, counts["classes"], counts["train"])
     with tempfile.TemporaryDirectory() as folder:
         where = torch.device(resolved(plan.compute["device"]))
-        run = SimpleNamespace(job=job, out=Path(folder), work=Path(folder), device=where, summary={})
+        run = SimpleNamespace(job=job, out=Path(folder), work=Path(folder), device=where, compute=plan.compute, summary={})
         if job.stage == "transfer":
             return task(plan, run, spec, counts, steps)
         kind, find = ("target", targets.find) if job.stage == "target" else ("method", methods.find)

@@ -112,6 +112,9 @@ class Compute(Section):
     workers: int = Field(1, ge=0, description="threads that prepare batches")
     threads: int | None = Field(None, ge=1, description="CPU threads of a job")
     processes: int = Field(1, ge=1, description="processes that train one job, each with a GPU where there are any")
+    compile: Literal["auto", True, False] = Field(
+        "auto", description="forward and backward by torch.compile; auto: in long trainings on CUDA"
+    )
     tracking: bool = True
     tracking_uri: str | None = Field(
         None, description="MLflow server or store (null: MLFLOW_TRACKING_URI or SQLite)"

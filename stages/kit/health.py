@@ -103,6 +103,7 @@ class UnitRange:
     def __init__(self, who: str):
         self.who, self.calls = who, 0
 
+    @torch.compiler.disable  # it counts, and looks at values
     def __call__(self, images: Tensor) -> None:
         if images.device.type == "cpu" or self.calls % 256 == 0:
             check_unit_range(images, self.who)

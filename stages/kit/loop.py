@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.kit import attention, dist, droppath, flops, keyed, memory, optim, precision
+from stages.kit import attention, compiled, dist, droppath, flops, keyed, memory, optim, precision
 from stages.kit.checkpoint import Checkpoint
 from stages.kit.display import Display
 from stages.kit.files import JobError, write_atomic
@@ -138,12 +139,15 @@ class _Fit:
         return start
 
     def wrapped(self) -> nn.Module:
-        """The module as it is called: forward under autocast, and DDP when there are several processes.
+        """The module as it is called: forward, compiled if wanted, under autocast, and DDP for several processes.
 
         Buffers are not sent around: whatever moves them (codebooks, centres) is summed over the ranks. A module says
         `leaves_parameters_out = True` if some get no gradient in some steps; to look for them costs a walk through the graph.
         """
-        stepper = _Stepper(self.module, self.precision)
+        call = self.module.__call__
+        if compiled.wanted(self.run.compute.get("compile", "auto"), self.device, self.recipe.steps):
+            call = compiled.forward(self.module, self.say)
+        stepper = _Stepper(self.module, call, self.precision)
         if dist.world() == 1:
             return stepper
         devices = [self.device] if self.device.type == "cuda" else None
@@ -350,17 +354,17 @@ def refuse_cuts(module: nn.Module, accumulate: int, world: int) -> None:
 
 
 class _Stepper(nn.Module):
-    """Forward under autocast, returning only what the loop needs: DDP must not look for gradients of logged
-    scalars.
+    """Forward, which is `call`, under autocast, returning only what the loop needs: DDP must not look for gradients of
+    logged scalars.
     """
 
-    def __init__(self, module: nn.Module, arithmetic: precision.Precision):
+    def __init__(self, module: nn.Module, call: Callable, arithmetic: precision.Precision):
         super().__init__()
-        self.module, self.arithmetic = module, arithmetic
+        self.module, self.call, self.arithmetic = module, call, arithmetic
 
     def forward(self, batch: dict, progress: Progress) -> tuple[torch.Tensor, dict]:
         with self.arithmetic.autocast():
-            scalars = self.module(batch, progress)
+            scalars = self.call(batch, progress)
         if "loss" not in scalars:
             raise KeyError(f"{type(self.module).__name__}.forward returned {sorted(scalars)} without 'loss'")
         loss = scalars["loss"].float()

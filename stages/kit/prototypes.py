@@ -80,7 +80,7 @@ class Centre(nn.Module):
             self.value.lerp_(sums[:-1] / sums[-1], 1 - self.momentum)
             self._sum = None
 
-    def sharpen(self, logits: Tensor, temperature: float) -> Tensor:
+    def sharpen(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
         """The teacher's distribution softmax((logits - centre) / temperature), without gradient."""
         return ((logits.detach().float() - self.value) / temperature).softmax(dim=-1)
 

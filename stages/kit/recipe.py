@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,7 +26,12 @@ _BY_NAME = (
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is. `rows` (b,) are the rows of this micro batch in the global batch, on `device`."""
+    """Where a training is. `rows` (b,) are the rows of this micro batch in the global batch, on `device`.
+
+    A compiled forward (kit/compiled.py) is compiled again whenever a number that it read is another. In a forward
+    `step`, `epoch` and `fraction` are therefore read under torch.compiler.disable, as `scheduled` does; what is drawn
+    takes the step from `clock`, a tensor.
+    """
 
     step: int
     steps: int
@@ -33,25 +39,47 @@ class Progress:
     seed: int
     rows: torch.Tensor
     device: torch.device
+    clock: torch.Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "clock", torch.tensor(self.step, device="cpu"))
 
     @property
     def fraction(self) -> float:
         """Of the training that is done, in [0, 1)."""
         return self.step / self.steps
 
+    @torch.compiler.disable
+    def scheduled(self, schedule: Callable[[float], float]) -> torch.Tensor:
+        """schedule(fraction), a float64 scalar on the CPU, which works in arithmetic as the number does."""
+        return torch.tensor(schedule(self.fraction), dtype=torch.float64, device="cpu")
+
     def uniform(self, name: str, *shape: int) -> torch.Tensor:
         """(b, *shape) in [0, 1) on the device; row i depends on (seed, step, name, rows[i]) only."""
-        return keyed.uniform(keyed.key(self.seed, self.step, name), self.rows, *shape, device=self.device)
+        return _drawn("uniform", self.seed, self.clock, name, self.rows, shape, self.device)
 
     def normal(self, name: str, *shape: int) -> torch.Tensor:
         """(b, *shape) standard normal, keyed as `uniform`."""
-        return keyed.normal(keyed.key(self.seed, self.step, name), self.rows, *shape, device=self.device)
+        return _drawn("normal", self.seed, self.clock, name, self.rows, shape, self.device)
 
+    @torch.compiler.disable
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator for (seed, step, name): the same on every rank and in every micro batch of the
         step.
         """
         return keyed.generator(self.seed, self.step, name)
+
+
+@torch.library.custom_op("mimlab::drawn", mutates_args=())
+def _drawn(kind: str, seed: int, clock: torch.Tensor, name: str, rows: torch.Tensor, shape: Sequence[int],
+           device: torch.device) -> torch.Tensor:
+    """keyed.uniform or keyed.normal; to a compiler one operation, since it cannot follow the hash of a key."""
+    return getattr(keyed, kind)(keyed.key(seed, int(clock), name), rows, *shape, device=device)
+
+
+@_drawn.register_fake
+def _(kind, seed, clock, name, rows, shape, device):
+    return rows.new_empty((len(rows), *shape), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

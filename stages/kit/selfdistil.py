@@ -137,7 +137,7 @@ class SelfDistillation(nn.Module):
 
         The logits are the raw ones; they are counted for the centre, which moves after the step.
         """
-        assigned = self.teacher.centre.sharpen(teacher, self.temperature(progress.fraction))
+        assigned = self.teacher.centre.sharpen(teacher, progress.scheduled(self.temperature))
         self.teacher.centre.count(teacher)
         self.watch.count(assigned)
         local = [batch[name] for name in batch if name.startswith("local")]

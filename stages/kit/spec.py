@@ -75,8 +75,13 @@ class Spec:
         return images / inverse + mean
 
 
-@lru_cache(maxsize=32)  # a copy from the host every step would be a synchronisation on a GPU
+@torch.compiler.assume_constant_result
 def _constants(mean: tuple, std: tuple, device: torch.device, dtype: torch.dtype):
+    return _copied(mean, std, device, dtype)
+
+
+@lru_cache(maxsize=32)  # a copy from the host every step would be a synchronisation on a GPU
+def _copied(mean: tuple, std: tuple, device: torch.device, dtype: torch.dtype):
     mean = torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1)
     inverse = 1 / torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
     return mean.to(device, dtype), inverse.to(device, dtype)

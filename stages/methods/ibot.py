@@ -19,6 +19,7 @@ n_local small crops of each image: compare it with single-view methods by the cr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -177,7 +178,8 @@ class Method(SelfDistillation):
         ids = hidden_ids(mask, self.most)  # hidden ones first; the rest, where fewer are hidden, has weight 0
         hidden = mask.gather(1, ids).float()
         weight = hidden / hidden.sum(dim=1, keepdim=True).clamp(min=1) / len(mask)
-        assigned = self.patch_centre.sharpen(take(teacher, ids), self.temperature(progress.fraction, "patch_temp_end"))
+        temperature = progress.scheduled(partial(self.temperature, end="patch_temp_end"))
+        assigned = self.patch_centre.sharpen(take(teacher, ids), temperature)
         self.patch_watch.count(assigned)
         loss = cross_entropy(self.student.patch_logits(take(tokens, ids)), assigned, self.config.student_temp)  # (V,n)
         entropy = torch.special.entr(assigned).sum(dim=-1)

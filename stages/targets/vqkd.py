@@ -156,6 +156,7 @@ class Training(nn.Module):
             "perplexity": measure.perplexity(hits).float(),
         }
 
+    @torch.compiler.disable  # it reads the step
     def clusters(self, progress) -> bool:
         """Whether this step's vectors are for k-means. It runs as soon as it has enough of them, and from the middle of the
         training on with whatever it has; the codes are used from the next step on."""

@@ -153,11 +153,15 @@ class Classifier(nn.Module):
 
     def forward(self, batch: dict, progress) -> dict:
         images, labels = batch["view"], batch["label"]
-        share = kept(self.config, *images.shape[-2:], progress.seed, progress.step).to(images.device)
-        images, target = mixed(images, labels, self.classes, share, self.config.smoothing)
+        images, target = mixed(images, labels, self.classes, self.share(images, progress), self.config.smoothing)
         logits = self.logits(images)
         loss = -(target * F.log_softmax(logits, 1)).sum(1).mean()
         return {"loss": loss, "agreement": (logits.argmax(1) == target.argmax(1)).float().mean()}
+
+    @torch.compiler.disable  # it reads the step
+    def share(self, images: torch.Tensor, progress) -> torch.Tensor:
+        """`kept` of this step, on the images' device."""
+        return kept(self.config, *images.shape[-2:], progress.seed, progress.step).to(images.device)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         # Relative-position tables: decayed as in BEiT's official fine-tuning, though timm would spare them; a
