@@ -113,7 +113,7 @@ class Compute(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads of a job")
     processes: int = Field(1, ge=1, description="processes that train one job, each with a GPU where there are any")
     compile: Literal["auto", True, False] = Field(
-        "auto", description="forward and backward by torch.compile; auto: in long trainings on CUDA"
+        False, description="forward and backward by torch.compile; auto: in long trainings on CUDA"
     )
     tracking: bool = True
     tracking_uri: str | None = Field(

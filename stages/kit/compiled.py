@@ -1,8 +1,8 @@
 """`compute.compile`: a module's forward and backward through torch.compile, with a fallback that says why.
 
-`auto` is a fixed rule, never a timing: on for CUDA and trainings of at least `STEPS` steps, where fused elementwise
-operations are known to pay; off elsewhere. docs/benchmarks.md has what was measured on a CPU: the time of compiling
-comes back after thousands of steps only, so there it is on request.
+Off unless asked for: on a CPU the time of compiling comes back after thousands of steps only, and on a GPU it has not been
+measured yet. `auto` is a fixed rule, never a timing: on for CUDA and trainings of at least `STEPS` steps, where fused
+elementwise operations should pay; off elsewhere.
 
 Compiled and eager arithmetic differ in rounding. A training that is resumed with another setting is therefore equal
 up to rounding, not to the byte.

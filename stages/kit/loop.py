@@ -145,7 +145,7 @@ class _Fit:
         `leaves_parameters_out = True` if some get no gradient in some steps; to look for them costs a walk through the graph.
         """
         call = self.module.__call__
-        if compiled.wanted(self.run.compute.get("compile", "auto"), self.device, self.recipe.steps):
+        if compiled.wanted(self.run.compute.get("compile", False), self.device, self.recipe.steps):
             call = compiled.forward(self.module, self.say)
         stepper = _Stepper(self.module, call, self.precision)
         if dist.world() == 1:
