@@ -17,7 +17,7 @@ import torch
 
 from stages import data, pretrain, tasks, transfer
 from stages.kit import encoder as encoders
-from stages.kit import features, loader, store
+from stages.kit import attention, features, loader, store
 from stages.kit.job import JobError
 from stages.kit.spec import Spec
 
@@ -307,6 +307,15 @@ def test_features_are_extracted_once_without_gradient_and_in_eval_mode(tmp_path,
     assert not torch.equal(other["cls"][0], other["cls"][1])
     frozen(lab, "test", run, precision="bf16")
     assert len(calls) == 6
+
+
+def test_attention_is_multiplied_out_in_bf16_only(tmp_path, monkeypatch):
+    lab, calls = world(tmp_path), []
+    monkeypatch.setattr(attention, "attend", lambda *given, real=attention.attend: calls.append(1) or real(*given))
+    exact = frozen(lab)["patch"]
+    assert not calls
+    low = frozen(lab, precision="bf16")["patch"]
+    assert calls and 0 < (low - exact).norm() < 0.02 * exact.norm()
 
 
 def test_augmented_features_depend_on_the_seed_alone(tmp_path, lab):

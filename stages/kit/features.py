@@ -23,10 +23,10 @@ import torch
 from numpy.lib.format import open_memmap
 
 from stages.kit import encoder as encoders
-from stages.kit import hybrid, keyed, loader, store, views
+from stages.kit import attention, hybrid, keyed, loader, store, views
 
 KEEP_BYTES = 16 << 30
-CODE = (encoders, hybrid, keyed, loader, store, views)
+CODE = (attention, encoders, hybrid, keyed, loader, store, views)
 
 
 def frozen(
@@ -98,7 +98,8 @@ def _extract(encoder_dir: Path, images, folder: Path, device: torch.device, prec
     files: dict[str, np.ndarray] = {}
     for place, batch in batches:
         batch = (batch.to(device, non_blocking=True) - mean) / std
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        with attention.multiplied_out(device), low:
             tokens = encoders.features(encoder, batch)
         for name, values in (("cls", tokens["cls"].float()), ("patch", tokens["patch"].float().mean(1))):
             if name not in files:
