@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from stages import data, pretrain, tasks, transfer
-from stages.kit import encoder as encoders
 from stages.kit import attention, features, loader, store
+from stages.kit import encoder as encoders
 from stages.kit.job import JobError
 from stages.kit.spec import Spec
 

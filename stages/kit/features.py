@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
-from stages.kit import encoder as encoders
 from stages.kit import attention, hybrid, keyed, loader, store, views
+from stages.kit import encoder as encoders
 
 KEEP_BYTES = 16 << 30
 CODE = (attention, encoders, hybrid, keyed, loader, store, views)
