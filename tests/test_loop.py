@@ -211,12 +211,15 @@ def test_a_finished_training_is_not_repeated(tmp_path):
     run = make_run(tmp_path)
     first = Toy()
     fit(first, ToyBatches(), recipe(), run, seed=5)
-    before = (run.out / "history.jsonl").read_bytes()
+    before, summary = (run.out / "history.jsonl").read_bytes(), dict(run.summary)
     (run.out / "history.jsonl").unlink()
+    run.summary.clear()
     second = Toy()
     fit(second, ToyBatches(), recipe(), run, seed=5)
     assert second.seen == [] and state_bytes(second) == state_bytes(first)
     assert (run.out / "history.jsonl").read_bytes() == before
+    assert "utilisation" in summary and set(run.summary) == set(summary)
+    assert run.summary["train_s"] == summary["train_s"]
 
 
 def test_several_trainings_of_one_stage_keep_apart(tmp_path):

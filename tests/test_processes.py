@@ -21,6 +21,8 @@ from torch import nn
 from warm import Workers
 
 from stages.kit import dist
+from stages.kit.checkpoint import Checkpoint
+from stages.kit.files import JobError
 from stages.kit.history import History
 from stages.kit.loader import Batches
 from stages.kit.loop import Recipe, fit, refuse_cuts
@@ -169,6 +171,35 @@ def test_half_a_row_of_history_changes_hands(alone, pair, tmp_path):
     rows = [row for workers in (alone, pair) for state in (one, two) for _, row in workers.call(noted, str(tmp_path), state)]
     assert len(rows) == 6 and all(row["fixed"] == 2 for row in rows)
     np.testing.assert_allclose([row["loss"] for row in rows], (0.8 + 10.8) / 2, rtol=1e-12)
+
+
+def loaded(folder: str) -> int | str | None:
+    """The step that this rank would continue with, from a folder of its own; the error's message."""
+    dist.start()
+    try:
+        state = Checkpoint(Path(folder) / os.environ["RANK"]).load()
+    except JobError as error:
+        return str(error)
+    return state and state["step"]
+
+
+def test_all_processes_continue_from_the_same_checkpoint_or_none_does(pair, tmp_path):
+    """A folder for each, as on two machines; the second is damaged bit by bit."""
+    assert pair.call(loaded, str(tmp_path)) == [None, None]
+    for rank in "01":
+        for step in (1, 2):
+            Checkpoint(tmp_path / rank).save({"step": step})
+    second = Checkpoint(tmp_path / "1")
+    assert pair.call(loaded, str(tmp_path)) == [2, 2]
+    second.path.write_bytes(b"torn")
+    assert pair.call(loaded, str(tmp_path)) == [1, 1]
+    second.path.unlink()
+    assert pair.call(loaded, str(tmp_path)) == [1, 1]
+    second.previous.unlink()
+    for message in pair.call(loaded, str(tmp_path)):
+        assert "not every process can read this checkpoint" in message
+    second.save({"step": 3})
+    assert all("they found different ones" in message for message in pair.call(loaded, str(tmp_path)))
 
 
 class Sometimes(nn.Module):

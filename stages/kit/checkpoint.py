@@ -2,7 +2,7 @@
 
 A file is written beside its place, flushed to the disk and renamed; the one before becomes
 `<name>.previous.pt`. It carries a CRC of every number in it, so that a torn, truncated or flipped file is
-noticed and the previous one is taken instead.
+noticed and the previous one is taken instead. Several processes take the same one, or none goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from pathlib import Path
 
 import torch
 
+from stages.kit import dist
+from stages.kit.files import JobError
+
 FORMAT = 1
+MISSING, BROKEN = -1, -2  # in the place of a checksum
 
 
 class Checkpoint:
@@ -43,38 +47,51 @@ class Checkpoint:
             temporary.unlink(missing_ok=True)
 
     def load(self) -> dict | None:
-        """The newest readable state with its tensors on the CPU; None if there is none. Warns about each
-        broken file.
+        """The newest state that every rank can read, with its tensors on the CPU; None if there is none. Warns
+        about each broken file. JobError, on every rank, if some could go on and others could not.
         """
         for stale in self.path.parent.glob(f"{self.path.stem}.*.tmp"):  # a killed writer's
             stale.unlink(missing_ok=True)
+        differ = False
         for path in (self.path, self.previous):
-            if path.exists():
-                try:
-                    return read(path)
-                except Exception as error:  # any damage may surface as any error of zip, pickle or torch
-                    reason = str(error).split("\n")[0][:200]
-                    warnings.warn(
-                        f"{path}: unreadable checkpoint ignored ({type(error).__name__}: {reason})",
-                        stacklevel=2,
-                    )
+            state, mark = self._try(path)
+            largest, smallest = dist.agree(mark), -dist.agree(-mark)
+            if largest == smallest and state is not None:
+                return state
+            differ |= largest != smallest
+        if differ:
+            raise JobError(
+                f"{self.path}: not every process can read this checkpoint, or they found different ones. The folder "
+                "has to be the same for all of them: put it on a disk that they share, or delete it to begin anew"
+            )
         return None
+
+    def _try(self, path: Path) -> tuple[dict | None, int]:
+        """The state and its checksum; None and MISSING or BROKEN."""
+        if not path.exists():
+            return None, MISSING
+        try:
+            return read(path)
+        except Exception as error:  # any damage may surface as any error of zip, pickle or torch
+            reason = str(error).split("\n")[0][:200]
+            warnings.warn(f"{path}: unreadable checkpoint ignored ({type(error).__name__}: {reason})", stacklevel=3)
+            return None, BROKEN
 
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)
         self.previous.unlink(missing_ok=True)
 
 
-def read(path: Path) -> dict:
-    """The state in one file, read without executing anything (weights_only); ValueError if it is not what was
-    written.
+def read(path: Path) -> tuple[dict, int]:
+    """The state in one file and its checksum, read without executing anything (weights_only); ValueError if it is
+    not what was written.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"not a checkpoint of format {FORMAT}")
     if crc(content["state"]) != content["crc"]:
         raise ValueError("its numbers do not match their checksum")
-    return content["state"]
+    return content["state"], content["crc"]
 
 
 def crc(value, start: int = 0) -> int:

@@ -22,10 +22,6 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0)) if world() > 1 else 0
-
-
 def is_main() -> bool:
     return rank() == 0
 

@@ -86,11 +86,12 @@ class _Fit:
         self.every = max(1, -(-recipe.steps // ROWS))
         self.seconds = self.flops = 0.0  # training time over all restarts; FLOPs per image
         self.skipped: list[int] = []  # steps left out, because they gave NaN or infinity
-        self.peak = 0.0  # FLOP/s of large matrix products on all devices of the job
         self.last_save = time.monotonic()
 
     def train(self) -> None:
         start, stepper = self.restore(), self.wrapped()
+        # FLOP/s of large matrix products on all devices of the job
+        self.peak = dist.world() * flops.matrix_rate(self.device, self.precision.name)
         self.clock = time.perf_counter() - self.seconds
         if self.recipe.nan_skips and start == 0:
             self.save(0, must=True)  # there must be something to go back to
@@ -107,7 +108,6 @@ class _Fit:
     def steps_from(self, start: int, stepper: nn.Module, signals: _Signals) -> None:
         """All steps from `start` to the end."""
         recipe = self.recipe
-        self.peak = dist.world() * flops.matrix_rate(self.device, self.precision.name)
         display = Display(self.label, recipe.steps, start, recipe.batch_size, self.peak, dist.is_main())
         stream = self.batches.stream(start, recipe.steps)
         with contextlib.closing(stream), contextlib.closing(display):
