@@ -321,7 +321,8 @@ class Cuda:
         self.count, self.chosen = count, None
 
     def device_count(self):
-        return self.count
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return self.count if seen is None else min(self.count, len(seen.split(",")))
 
     def is_initialized(self):
         return False
@@ -386,6 +387,7 @@ def test_named_devices_and_launchers(cuda, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
         jobs.choose_device("cuda", held)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")  # as torchrun's processes see them
         monkeypatch.setenv("LOCAL_RANK", "1")
         assert str(jobs.choose_device("auto", held)) == "cuda:1"
 

@@ -56,7 +56,6 @@ def free(name: str) -> bool:
 # ------------------------------------------------------------------------------------------------------ locks
 
 
-
 def test_the_gpu_of_a_killed_job_is_free_at_once(tmp_path):
     job = start(tmp_path, 'h = contextlib.ExitStack(); print(*device.hold(["0"], 1, h), flush=True); time.sleep(100)')
     assert job.stdout.readline() == "0\n" and not free("0")
@@ -118,6 +117,57 @@ def test_another_users_lock_is_respected(tmp_path, monkeypatch):
     job.kill()
     job.communicate()
     assert free("0")
+
+
+@pytest.fixture
+def private():
+    """A umask that gives new files to their maker alone."""
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+def test_locks_are_for_every_user_whatever_the_umask(tmp_path, private):
+    with contextlib.ExitStack() as held:
+        device.hold(["0"], 1, held)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {
+        "mimlab-gpu-0.lock": "0o666", "mimlab-gpu-door.lock": "0o666"}  # fmt: skip
+    assert os.umask(0o077) == 0o077
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_second_user_waits_for_a_gpu_and_then_has_it(private, monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, contextlib.ExitStack() as held, contextlib.ExitStack() as theirs:
+        os.chmod(folder, 0o1777)
+        monkeypatch.setattr(tempfile, "gettempdir", lambda: folder)
+        device.hold(["0"], 1, held)
+        os.seteuid(65534)
+        try:
+            assert not free("0")
+            held.close()
+            assert device.hold(["0"], 1, theirs) == ["0"]
+        finally:
+            os.seteuid(0)
+        assert not free("0")
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_job_is_on_the_gpu_that_it_has_locked(started, monkeypatch):
+    """Also where torch counts devices by starting CUDA, which has then read CUDA_VISIBLE_DEVICES: no NVML, or MIG."""
+    import torch
+
+    def count() -> int:
+        return 3 if started else len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    monkeypatch.setattr(torch.cuda, "device_count", count)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with contextlib.ExitStack() as other, contextlib.ExitStack() as held:
+        device.hold(["2"], 1, other)
+        found = device.choose_device("cuda", held)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "5" and not free("5")
+        assert found == torch.device("cuda", 1 if started else 0) and current == [found]
 
 
 def test_each_slurm_job_counts_its_own_gpus(monkeypatch):

@@ -67,8 +67,10 @@ def choose_device(wanted: str, held: contextlib.ExitStack):
     elif torch.cuda.is_initialized():  # too late to choose: CUDA has read CUDA_VISIBLE_DEVICES
         device = torch.device("cuda", 0)
     else:
-        take_gpus(count, 1, held)
-        device = torch.device("cuda", 0)
+        names = visible(count)
+        [name] = take_gpus(count, 1, held)
+        # Without NVML torch counts by starting CUDA, which then goes on to see all of them.
+        device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else names.index(name))
     torch.cuda.set_device(device)
     return device
 
@@ -83,7 +85,7 @@ def resolved(wanted: str) -> str:
 
 
 def cuda_count(wanted: str) -> int:
-    """How many CUDA devices torch sees, without starting CUDA in this process. JobError when there is none."""
+    """How many CUDA devices torch sees. JobError when there is none."""
     import torch
 
     if count := torch.cuda.device_count():
@@ -93,11 +95,13 @@ def cuda_count(wanted: str) -> int:
     )
 
 
-def take_gpus(count: int, wanted: int, held: contextlib.ExitStack) -> None:
-    """Lock `wanted` of the `count` GPUs that are visible, and make them the only ones, before CUDA starts."""
+def take_gpus(count: int, wanted: int, held: contextlib.ExitStack) -> list[str]:
+    """Lock `wanted` of the `count` GPUs that are visible, and make them the only ones where CUDA has not started yet."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(hold(visible(count), wanted, held))
+    names = hold(visible(count), wanted, held)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     held.callback(_restore, "CUDA_VISIBLE_DEVICES", before)
+    return names
 
 
 def visible(count: int) -> list[str]:
@@ -131,9 +135,19 @@ def hold(names: list[str], wanted: int, held: contextlib.ExitStack) -> list[str]
 
 
 def _lock_file(name: str) -> Path:
-    """One file per GPU of this machine. Slurm may call each job's own GPU 0: there, one per GPU of the job."""
+    """One file per GPU of this machine, made if missing, for every user whatever the umask of the first one is.
+
+    Slurm may call each job's own GPU 0: there, one per GPU of the job."""
     place = "-".join(["mimlab", *filter(None, [os.environ.get("SLURM_JOB_ID")]), "gpu", name])
-    return Path(tempfile.gettempdir()) / f"{re.sub(r'[^A-Za-z0-9.-]', '_', place)}.lock"
+    path = Path(tempfile.gettempdir()) / f"{re.sub(r'[^A-Za-z0-9.-]', '_', place)}.lock"
+    umask = os.umask(0)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except FileExistsError:
+        pass
+    finally:
+        os.umask(umask)
+    return path
 
 
 def _restore(name: str, value: str | None) -> None:
