@@ -21,8 +21,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 GROUP_ROWS, GROUP_BYTES = 256, 16 << 20  # a row group, and with it the writer's memory, ends at either
 SHARD_BYTES = 256 << 20
+OPEN_SHARDS = 512  # at a time; a process may often open 1024 files
 
 
 def info(data_dir: Path | str) -> dict:
@@ -63,7 +66,8 @@ class Split:
         self.images = self._map("images") if self.mode == "memmap" else None
         self.masks = self._map("masks")
         self._index = None if self.mode == "memmap" else np.load(self.data_dir / name / "index.npy")
-        self._shards: dict[int, np.memmap] = {}
+        files = self.files()
+        self._shard = lru_cache(OPEN_SHARDS)(lambda shard: open(files[shard], "rb", buffering=0))  # noqa: SIM115
 
     @classmethod
     def open(cls, data_dir: Path | str, name: str) -> Split:
@@ -98,9 +102,10 @@ class Split:
                 f"{self.data_dir}: encoded bytes are indexed in mode 'shards' only; read the parquet file"
             )
         shard, offset, length = (int(v) for v in self._index[i])
-        if shard not in self._shards:
-            self._shards[shard] = np.memmap(self.files()[shard], np.uint8, "r")
-        return self._shards[shard][offset : offset + length].tobytes()
+        # Not mapped: pages once read would count as this process's memory, up to the size of the set. The name keeps
+        # the file open where threads that open the same one, or the next ones, drive it out of the cache.
+        file = self._shard(shard)
+        return os.pread(file.fileno(), length, offset)
 
     def decode(self, i: int) -> np.ndarray:
         """Row i as stored, (H, W, 3) uint8: the S x S square of mode "memmap", the whole original in mode
