@@ -51,7 +51,7 @@ def write(run) -> None:
                              autoescape=jinja2.select_autoescape(("html.j2",)),
                              trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     env.filters |= {"pct": figures.percent, "short": figures.short, "seconds": figures.seconds,
-                    "p": figures.p_value}
+                    "p": figures.p_value, "points": figures.points}
     write_atomic(run.out / "index.html", env.get_template("index.html.j2").render(page))
     write_atomic(run.out / "summary.md", env.get_template("summary.md.j2").render(page))
     write_atomic(run.out / "summary.csv", table(page))
@@ -75,6 +75,8 @@ def gather(params: dict, folders: dict[str, Path]) -> dict:
     cells = {(name, task): cell(row, task, folders) for name, row in rows.items() for task in tasks}
     racing = [n for n, r in rows.items() if r.kind == "ssl"]
     verdicts = {task: stats.rank({n: cells[n, task].scores for n in racing}) for task in tasks}
+    contrasts = {(name, task): stats.contrast(*([cells[run, task].scores for run in sides[key]] for key in ("of", "against")))
+                 for name, sides in params["contrasts"].items() for task in tasks}
     costs = {name: lineage.cost(row, manifests, data) for name, row in rows.items()}
     chains, charts, stages = lineage.chains(rows), {}, {}
     for task in tasks:
@@ -99,7 +101,7 @@ def gather(params: dict, folders: dict[str, Path]) -> dict:
                if id.startswith("target/")}
     return {"experiment": params["experiment"], "rows": rows, "tasks": tasks, "cells": cells,
             "verdicts": verdicts, "costs": costs, "headline": stats.headline(tasks, verdicts),
-            "racing": racing, "targets": targets, "stages": stages,
+            "racing": racing, "contrasts": contrasts, "contrasted": params["contrasts"], "targets": targets, "stages": stages,
             "data": data, "samples": figures.samples(folders["data"], data),
             "charts": {name: svg for name, svg in charts.items() if svg},
             "details": details(rows, tasks, cells),

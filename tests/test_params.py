@@ -87,6 +87,11 @@ BAD = [  # changes to good parameters, and what the message must contain
     ({"targets__vqkd__seed": -1}, ["targets.vqkd.seed: must be a whole number", "-1"]),
     ({"targets__vqkd__lr": "fast"}, ["targets.vqkd.lr", "found 'fast'"]),
     ({"targets__Teacher": {"kind": "dino"}}, ["targets.Teacher", "lower-case"]),
+    (
+        {"grid__contrasts": {"gain": {"of": ["maee"], "against": ["mae"]}}},
+        ["grid.contrasts.gain.of: there is no run 'maee'", "did you mean 'mae'"],
+    ),
+    ({"grid__contrasts": {"gain": {"of": ["mae"]}}}, ["grid.contrasts.gain.against", "required"]),
     ({"tasks__knnn": {}}, ["tasks.knnn: there is no task 'knnn'", "did you mean 'knn'"]),
     ({"tasks__linear__epoch": 3}, ["tasks.linear.epoch: unknown key", "did you mean 'epochs'"]),
     ({"tasks__knn__micro_batch": 8}, ["tasks.knn.micro_batch: unknown key"]),

@@ -41,7 +41,7 @@ def put(path: Path, value) -> None:
 
 def fabricate(folder: Path, runs=RUNS, seeds=(0, 1, 2), tasks=("knn", "linear", "finetune"), images=400,
               across=0, pictures=True,
-              labelled=True):
+              labelled=True, contrasts=None):
     """A finished experiment below `folder`: a run as kit/job.py gives it to the report stage."""
     rng = np.random.default_rng(0)
     seeds = seeds if isinstance(seeds, dict) else dict.fromkeys(runs, tuple(seeds))
@@ -129,7 +129,7 @@ def fabricate(folder: Path, runs=RUNS, seeds=(0, 1, 2), tasks=("knn", "linear", 
             manifest(f"transfer/{job}/{task}", {"top1": top1}, 4.2)
     out = results / "report"
     out.mkdir()
-    params = {"experiment": "synthetic", "runs": table, "tasks": list(tasks)}
+    params = {"experiment": "synthetic", "runs": table, "tasks": list(tasks), "contrasts": contrasts or {}}
     job = SimpleNamespace(id="report", params=params, inputs=tuple(inputs))
     return SimpleNamespace(job=job, out=out, summary={}, input=lambda id: results / id, results=results)
 
@@ -186,6 +186,24 @@ def test_costs_include_targets(lab):
     assert float(row["flops"]) == pytest.approx(2.5e8 * 80000 + 2 * 3e8 * 48000)
     assert float(row["effective_epochs"]) == pytest.approx(80000 / 60)
     assert next(r for r in rows_of(lab) if r["run"] == "mae")["target_seconds"] == "0"
+
+
+def test_declared_contrasts_are_shown_with_both_intervals(tmp_path):
+    declared = {"tokens against pixels": {"of": ["beitv2"], "against": ["mae"]},
+                "nothing": {"of": ["mae", "beitv2"], "against": ["beitv2", "mae"]}}
+    run = fabricate(tmp_path, tasks=("knn",), contrasts=declared)
+    report.write(run)
+    page, summary = page_of(run), (run.out / "summary.md").read_text()
+    differences = [metric(run, f"beitv2-s{s}", "knn") - metric(run, f"mae-s{s}", "knn") for s in (0, 1, 2)]
+    want = stats.t_interval(differences)
+    shown = [figures.points(x) for x in (want.mean, want.low, want.high)]
+    assert f"<strong>{shown[0]}</strong>" in page and f"seeds {shown[1]} to {shown[2]}" in page and "images +" in page
+    assert f"| tokens against pixels | {shown[0]}, seeds {shown[1]} to {shown[2]}, images +" in summary
+    assert "beitv2 \N{MINUS SIGN} mae" in page and "| nothing | +0.0, " in summary and "<strong>+0.0" not in page
+
+
+def test_without_contrasts_there_is_no_such_table(lab):
+    assert "Contrasts" not in page_of(lab) and "contrast" not in (lab.out / "summary.md").read_text()
 
 
 def student(teacher: str | None, stage: int, target: str | None = None, seen=()) -> dict:

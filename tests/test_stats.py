@@ -120,3 +120,36 @@ def test_p_values_are_uniform_under_equality():
     rng = np.random.default_rng(4)
     p = [stats.paired_images(rng.random((3, 300)) < 0.6, rng.random((3, 300)) < 0.6) for _ in range(300)]
     assert sp.kstest(p, "uniform").pvalue > 0.001
+
+
+def test_a_contrast_is_the_mean_difference_paired_by_seed_and_image():
+    """Two runs against one, two seeds, four images, by hand: seed 0 (3/4 + 1/4)/2 - 1/4, seed 1 (4/4 + 2/4)/2 - 1/4."""
+    def scores(*rows):
+        hits = {seed: np.array(row, float) for seed, row in enumerate(rows)}
+        return stats.Scores({seed: row.mean() for seed, row in hits.items()}, hits)
+
+    a, b = scores([1, 1, 1, 0], [1, 1, 1, 1]), scores([1, 0, 0, 0], [1, 1, 0, 0])
+    base = scores([1, 0, 0, 0], [0, 0, 1, 0])
+    got = stats.contrast([a, b], [base])
+    assert got.seeds == stats.t_interval([0.25, 0.5])
+    images = [1 - 0.5, 0.75 - 0, 0.5 - 0.5, 0.25 - 0]  # means over runs and seeds
+    assert got.images == stats.t_interval(images)
+    assert not got.sure  # two seeds that differ by 0.25 say little
+    same = stats.contrast([base], [base])
+    assert same.seeds.mean == 0 and not same.sure
+
+
+def test_a_contrast_takes_common_seeds_and_says_what_it_cannot_tell():
+    a, b = stats.Scores({0: 0.7, 1: 0.8, 2: 0.9}), stats.Scores({1: 0.5, 2: 0.7, 3: 0.1})
+    assert stats.contrast([a], [b]) == stats.Contrast(stats.t_interval([0.8 - 0.5, 0.9 - 0.7]), None)
+    assert stats.contrast([a], [stats.Scores({7: 0.5})]) is None
+    one = stats.contrast([stats.Scores({0: 0.7})], [stats.Scores({0: 0.5})])
+    assert one.seeds.low is None and not one.sure
+
+
+def test_a_sure_contrast_needs_seeds_and_images():
+    right, wrong = np.r_[np.ones(90), np.zeros(10)], np.r_[np.zeros(30), np.ones(30), np.zeros(40)]
+    a = stats.Scores({k: right.mean() + k / 1000 for k in range(3)}, {k: right for k in range(3)})
+    b = stats.Scores({k: wrong.mean() for k in range(3)}, {k: wrong for k in range(3)})
+    assert stats.contrast([a], [b]).sure
+    assert not stats.contrast([stats.Scores(a.scores)], [b]).sure

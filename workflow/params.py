@@ -100,9 +100,17 @@ class Run(Section):
     )
 
 
+class Contrast(Section):
+    of: list[str] = Field(min_length=1, description="runs")
+    against: list[str] = Field(min_length=1, description="the runs whose mean score is subtracted")
+
+
 class Grid(Section):
     seeds: list[int] = Field([0], min_length=1)
     runs: dict[str, Run] = Field(min_length=1)
+    contrasts: dict[str, Contrast] = Field(
+        default_factory=dict, description="differences that the report shall give, declared before they are seen"
+    )
 
 
 class Compute(Section):
@@ -497,6 +505,10 @@ def _check_runs(
     params: Params, targets: dict[str, Target], section, root: Path, problems: list[str]
 ) -> dict[str, Student]:
     runs = _unrolled(params.grid.runs, problems)
+    for name, contrast in params.grid.contrasts.items():
+        for side, members in (("of", contrast.of), ("against", contrast.against)):
+            problems += [f"grid.contrasts.{name}.{side}: there is no run {member!r}{nearest(member, runs)}"
+                         for member in members if member not in runs]  # fmt: skip
     teachers = {name: _teacher(run.target) for name, (_, run) in runs.items()}
     settings: dict[str, Settings | None] = {}
     for name, (key, run) in runs.items():

@@ -335,7 +335,12 @@ def _jobs(
     yield job(
         "report",
         inputs=tuple(everything),
-        params={"experiment": p.experiment, "runs": table, "tasks": list(p.tasks)},
+        params={
+            "experiment": p.experiment,
+            "runs": table,
+            "tasks": list(p.tasks),
+            "contrasts": {name: contrast.model_dump() for name, contrast in p.grid.contrasts.items()},
+        },
         keys=("experiment", "grid", "tasks"),
         code=REPORT_CODE,
         origins={"runs": "grid.runs"},

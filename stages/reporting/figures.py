@@ -379,6 +379,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value * 100:.1f}"
 
 
+def points(value: float) -> str:
+    """A difference of two shares in percentage points, with its sign."""
+    return f"{value * 100:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
 def short(value) -> str:
     return "–" if value is None else number(value) if isinstance(value, (int, float)) else str(value)
 

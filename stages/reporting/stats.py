@@ -6,6 +6,8 @@ images*. They answer different questions, so they are never mixed into one numbe
 - `t_interval`: how far the mean over seeds would move if the experiment were repeated with other seeds
   (Student's t; nothing is said for a single seed).
 - `wilson`: how far the accuracy of one trained network would move on other test images (Wilson 1927).
+- `contrast`: the size of a difference that was declared beforehand (`grid.contrasts`), with an interval of either kind. It is
+  not corrected for the number of contrasts.
 - `paired_seeds`: are two methods apart when they share seeds? Paired t test on the differences; at least
   three seeds.
 - `paired_images`: are two sets of trained networks apart on the same test images? One seed: McNemar's exact
@@ -101,6 +103,39 @@ def paired_images(a: np.ndarray, b: np.ndarray) -> float:
             return 1.0
         return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
     return _t_test((a - b).mean(0))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One group of runs minus another, in units of accuracy: over seeds, and over test images where hits are known."""
+
+    seeds: Interval
+    images: Interval | None
+
+    @property
+    def sure(self) -> bool:
+        """Both intervals exclude zero."""
+        return all(i is not None and i.low is not None and i.low * i.high > 0 for i in (self.seeds, self.images))
+
+
+def contrast(of: Sequence[Scores], against: Sequence[Scores]) -> Contrast | None:
+    """Mean score of the runs `of` minus that of the runs `against`, paired by seed and by image; None without a common seed.
+
+    The interval over images takes each image as one cluster of its seeds and runs, as `paired_images` does.
+    """
+    common = sorted(set.intersection(*(set(s.scores) for s in (*of, *against))))
+    if not common:
+        return None
+    seeds = t_interval([_mean(s.scores[k] for s in of) - _mean(s.scores[k] for s in against) for k in common])
+    hits = [[s.hits[k] for s in side for k in common if k in s.hits] for side in (of, against)]
+    whole = [len(h) == len(side) * len(common) for h, side in zip(hits, (of, against), strict=True)]
+    if not all(whole) or len({len(h) for h in hits[0] + hits[1]}) != 1:
+        return Contrast(seeds, None)
+    return Contrast(seeds, t_interval(np.mean(hits[0], axis=0) - np.mean(hits[1], axis=0)))
+
+
+def _mean(values) -> float:
+    return float(np.mean(list(values)))
 
 
 def _t_test(d: np.ndarray) -> float:
