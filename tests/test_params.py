@@ -91,6 +91,10 @@ BAD = [  # changes to good parameters, and what the message must contain
         {"grid__contrasts": {"gain": {"of": ["maee"], "against": ["mae"]}}},
         ["grid.contrasts.gain.of: there is no run 'maee'", "did you mean 'mae'"],
     ),
+    (
+        {"grid__contrasts": {"gain": {"of": ["mae"], "against": ["x-*"]}}},
+        ["grid.contrasts.gain.against: there is no run 'x-*'"],
+    ),
     ({"grid__contrasts": {"gain": {"of": ["mae"]}}}, ["grid.contrasts.gain.against", "required"]),
     ({"tasks__knnn": {}}, ["tasks.knnn: there is no task 'knnn'", "did you mean 'knn'"]),
     ({"tasks__linear__epoch": 3}, ["tasks.linear.epoch: unknown key", "did you mean 'epochs'"]),
@@ -377,3 +381,11 @@ def test_command_line(tmp_path):
     assert good.returncode == 0 and "4 runs, 2 targets, 3 tasks" in good.stdout
     bad = run(write_params(tmp_path, tiny_content(methods__mae__mask_ratoi=1)))
     assert bad.returncode == 1 and "mask_ratoi" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_contrasts_name_runs_by_pattern():
+    from workflow.params import Contrast
+
+    contrast = Contrast(of=["hog-*", "mae"], against=["*-one"])
+    runs = ["mae", "hog-one", "hog-two", "pixels-one"]
+    assert contrast.sides(runs) == {"of": ["mae", "hog-one", "hog-two"], "against": ["hog-one", "pixels-one"]}

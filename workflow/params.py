@@ -14,7 +14,9 @@ import importlib.util
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,8 +103,13 @@ class Run(Section):
 
 
 class Contrast(Section):
-    of: list[str] = Field(min_length=1, description="runs")
+    of: list[str] = Field(min_length=1, description="runs, or patterns of their names such as hog-*")
     against: list[str] = Field(min_length=1, description="the runs whose mean score is subtracted")
+
+    def sides(self, runs: Iterable[str]) -> dict[str, list[str]]:
+        """{"of", "against": those of `runs` that are named}."""
+        both = {"of": self.of, "against": self.against}
+        return {side: [run for run in runs if any(fnmatchcase(run, p) for p in patterns)] for side, patterns in both.items()}
 
 
 class Grid(Section):
@@ -506,9 +513,9 @@ def _check_runs(
 ) -> dict[str, Student]:
     runs = _unrolled(params.grid.runs, problems)
     for name, contrast in params.grid.contrasts.items():
-        for side, members in (("of", contrast.of), ("against", contrast.against)):
-            problems += [f"grid.contrasts.{name}.{side}: there is no run {member!r}{nearest(member, runs)}"
-                         for member in members if member not in runs]  # fmt: skip
+        for side, patterns in (("of", contrast.of), ("against", contrast.against)):
+            problems += [f"grid.contrasts.{name}.{side}: there is no run {p!r}{nearest(p, runs)}"
+                         for p in patterns if not any(fnmatchcase(run, p) for run in runs)]  # fmt: skip
     teachers = {name: _teacher(run.target) for name, (_, run) in runs.items()}
     settings: dict[str, Settings | None] = {}
     for name, (key, run) in runs.items():

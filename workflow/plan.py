@@ -339,7 +339,7 @@ def _jobs(
             "experiment": p.experiment,
             "runs": table,
             "tasks": list(p.tasks),
-            "contrasts": {name: contrast.model_dump() for name, contrast in p.grid.contrasts.items()},
+            "contrasts": {name: contrast.sides(experiment.runs) for name, contrast in p.grid.contrasts.items()},
         },
         keys=("experiment", "grid", "tasks"),
         code=REPORT_CODE,
