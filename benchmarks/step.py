@@ -5,7 +5,7 @@
 
 Plain: eager fp32, unfused AdamW, one image after the other through PIL and torchvision. mimlab: batched views in a
 loader thread, precision `auto`, fused AdamW. Both run alternately in this one process on the same images, so that
-a noisy machine disturbs both; medians. Utilisation: FLOPs of a step as torch counts them in an eager fp32 step, per
+a noisy machine disturbs both; medians. Utilisation: FLOPs counted in an eager fp32 step, per
 second of it, over what large bf16 products reach here (kit/flops.matrix_rate). `--ours` leaves the plain side out.
 """
 
@@ -20,8 +20,6 @@ import numpy as np
 import torch
 from _common import SIZES, Memory, seconds, subject, trainable, write
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from stages.kit import flops, memory, optim, precision
@@ -100,7 +98,7 @@ def measure(name: str, size: str, args, device: torch.device) -> list:
         if isinstance(target, list) and target and isinstance(target[0], torch.nn.Module):
             target[0].to(device)
     batches = Batches(split, views, batch, 0, workers=args.workers)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused counts scores twice
+    with flops.counting() as counter:
         next(plain(method, split.images, views, 2, 1, device))
     per_image = counter.get_total_flops() / 2
     if device.type == "cuda":

@@ -1,9 +1,11 @@
-"""kit/flops.py: every formula against torch.utils.flop_counter on the model that it speaks of."""
+"""kit/flops.py: what is counted in a step, against formulas of transformers.
+
+Backward costs two products for each of the forward pass, but for the first layer, whose input needs no gradient.
+"""
 
 import pytest
 import torch
 from timm.models.vision_transformer import Block
-from torch.utils.flop_counter import FlopCounterMode
 
 from stages import methods, targets
 from stages.kit import encoder, flops
@@ -15,16 +17,53 @@ MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 32, "dept
 SPEC = Spec(32, MODEL, (0.5,) * 3, (0.25,) * 3, 10, 64)
 
 
-def unfused(module):
-    """Fused attention computes its scores again in the backward pass, which the counter counts and MFU does not."""
-    for layer in module.modules():
-        if hasattr(layer, "fused_attn"):
-            layer.fused_attn = False
-    return module
+def block(tokens: int, width: int, mlp_ratio: float = 4.0) -> float:
+    """Forward of one block on one sequence: qkv and projection, the two products of attention, the MLP."""
+    linear = 2 * tokens * width * width * (4 + 2 * mlp_ratio)
+    attention = 4 * tokens * tokens * width
+    return linear + attention
+
+
+def embedding(patches: int, patch: int, width: int, channels: int = 3) -> float:
+    """Forward of the patch embedding of `patches` patches of patch x patch pixels."""
+    return 2 * patches * patch * patch * channels * width
+
+
+def linear(tokens: int, width: int, out: int) -> float:
+    """Forward of a linear layer."""
+    return 2 * tokens * width * out
+
+
+def vit(image: int, patch: int, width: int, depth: int, mlp_ratio: float = 4.0, prefix: int = 1) -> float:
+    """Forward of a ViT without head on one image."""
+    patches = (image // patch) ** 2
+    return embedding(patches, patch, width) + depth * block(patches + prefix, width, mlp_ratio)
+
+
+def trained(forward: float, first: float = 0.0) -> float:
+    """Forward and backward of what takes `forward` FLOPs, of which `first` go into layers on the input itself."""
+    return 3 * forward - first
+
+
+def mae(image: int, patch: int, width: int, depth: int, keep: int, dim: int, layers: int, prefix: int = 1) -> float:
+    """A training step of MAE on one image: `keep` visible patches, a decoder of `layers` blocks of width `dim`."""
+    patches = (image // patch) ** 2
+    first = embedding(keep, patch, width)
+    encoder = first + depth * block(keep + prefix, width)
+    decoder = linear(keep + prefix, width, dim) + layers * block(patches + prefix, dim)
+    return trained(encoder + decoder + linear(patches, dim, 3 * patch * patch), first)
+
+
+def beitv2(image: int, patch: int, width: int, depth: int, hidden: int, codes: int, heads: int, tokenizer: float) -> float:
+    """A training step of BEiT v2 on one image: `heads` aggregation blocks (0: none), `tokenizer` FLOPs of its target."""
+    patches = (image // patch) ** 2
+    outputs = (2 if heads else 1) * linear(hidden, width, codes)
+    forward = vit(image, patch, width, depth) + heads * block(patches + 1, width) + outputs
+    return trained(forward, embedding(patches, patch, width)) + tokenizer
 
 
 def counted(run) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with flops.counting() as counter:
         run()
     return counter.get_total_flops()
 
@@ -39,35 +78,35 @@ def step(method, batch: int) -> int:
 
 @pytest.mark.parametrize("tokens, width, ratio", [(17, 32, 4.0), (5, 48, 2.0)])
 def test_block(tokens, width, ratio):
-    layer, x = unfused(Block(width, 2, mlp_ratio=ratio)), torch.rand(1, tokens, width, requires_grad=True)
-    assert counted(lambda: layer(x)) == flops.block(tokens, width, ratio)
-    assert counted(lambda: layer(x).sum().backward()) == flops.trained(flops.block(tokens, width, ratio))
+    layer, x = Block(width, 2, mlp_ratio=ratio), torch.rand(1, tokens, width, requires_grad=True)
+    assert counted(lambda: layer(x)) == block(tokens, width, ratio)
+    assert counted(lambda: layer(x).sum().backward()) == trained(block(tokens, width, ratio))
 
 
 def test_vit_forward_and_training():
-    vit, images = unfused(encoder.create(SPEC).train()), torch.rand(2, 3, 32, 32)
-    forward = flops.vit(32, 8, 32, 3)
-    assert counted(lambda: vit.forward_features(images)) == 2 * forward
-    total = counted(lambda: vit.forward_features(images).sum().backward())
-    assert total == 2 * flops.trained(forward, flops.embedding(16, 8, 32))
+    model, images = encoder.create(SPEC).train(), torch.rand(2, 3, 32, 32)
+    forward = vit(32, 8, 32, 3)
+    assert counted(lambda: model.forward_features(images)) == 2 * forward
+    total = counted(lambda: model.forward_features(images).sum().backward())
+    assert total == 2 * trained(forward, embedding(16, 8, 32))
 
 
 def test_mae():
     module = methods.find("mae")
     config = module.Config(decoder_dim=24, decoder_depth=2, decoder_heads=2)
-    method = unfused(module.Method(config, SPEC).train())
-    assert step(method, 3) == flops.mae(32, 8, 32, 3, keep=4, dim=24, layers=2)
+    method = module.Method(config, SPEC).train()
+    assert step(method, 3) == mae(32, 8, 32, 3, keep=4, dim=24, layers=2)
 
 
 @pytest.mark.parametrize("heads", [0, 1])
 def test_beitv2_with_its_tokenizer(heads):
     kind, module = targets.find("vqkd"), methods.find("beitv2")
-    tokenizer = unfused(targets.pin(kind.Target(kind.Config(codes=16, code_dim=8), SPEC)))
+    tokenizer = targets.pin(kind.Target(kind.Config(codes=16, code_dim=8), SPEC))
     target = counted(lambda: tokenizer(torch.rand(1, 3, 32, 32)))
-    assert target > flops.vit(32, 8, 32, 3)  # and its head and look-up
+    assert target > vit(32, 8, 32, 3)  # and its head and look-up
     config = module.Config(head_depth=heads)
-    method = unfused(module.Method(config, SPEC, tokenizer).train())
-    expected = flops.beitv2(32, 8, 32, 3, hidden=6, codes=16, heads=heads, tokenizer=target)
+    method = module.Method(config, SPEC, tokenizer).train()
+    expected = beitv2(32, 8, 32, 3, hidden=6, codes=16, heads=heads, tokenizer=target)
     assert step(method, 3) == pytest.approx(expected, rel=1e-9)
 
 

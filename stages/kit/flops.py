@@ -1,9 +1,4 @@
-"""FLOPs of transformers by formula, and how many a machine does: for model FLOP utilisation (MFU).
-
-Counted are matrix products, 2 m n k each, as torch.utils.flop_counter counts them; norms, activations and softmax
-are left out, as is usual. Backward costs two products for each of the forward pass, but for the first layer,
-whose input needs no gradient. torch's counter adds the scores that fused attention computes a second time.
-"""
+"""What model FLOP utilisation (MFU) is made of: the FLOPs of a step, and how many a machine does in a second."""
 
 from __future__ import annotations
 
@@ -11,51 +6,21 @@ import time
 from functools import lru_cache
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
-def block(tokens: int, width: int, mlp_ratio: float = 4.0) -> float:
-    """Forward of one block on one sequence: qkv and projection, the two products of attention, the MLP."""
-    linear = 2 * tokens * width * width * (4 + 2 * mlp_ratio)
-    attention = 4 * tokens * tokens * width
-    return linear + attention
+def counting() -> FlopCounterMode:
+    """Counts the matrix products inside of it, 2 m n k each; norms, activations and softmax are left out, as is usual.
+
+    So are the scores that fused attention computes again in its backward pass: the model does not ask for them.
+    """
+    names = [op for op in flop_registry if "scaled_dot_product" in str(op) and str(op).endswith("backward")]
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(names, _attention_backward))
 
 
-def embedding(patches: int, patch: int, width: int, channels: int = 3) -> float:
-    """Forward of the patch embedding of `patches` patches of patch x patch pixels."""
-    return 2 * patches * patch * patch * channels * width
-
-
-def linear(tokens: int, width: int, out: int) -> float:
-    """Forward of a linear layer."""
-    return 2 * tokens * width * out
-
-
-def vit(image: int, patch: int, width: int, depth: int, mlp_ratio: float = 4.0, prefix: int = 1) -> float:
-    """Forward of a ViT without head on one image."""
-    patches = (image // patch) ** 2
-    return embedding(patches, patch, width) + depth * block(patches + prefix, width, mlp_ratio)
-
-
-def trained(forward: float, first: float = 0.0) -> float:
-    """Forward and backward of what takes `forward` FLOPs, of which `first` go into layers on the input itself."""
-    return 3 * forward - first
-
-
-def mae(image: int, patch: int, width: int, depth: int, keep: int, dim: int, layers: int, prefix: int = 1) -> float:
-    """A training step of MAE on one image: `keep` visible patches, a decoder of `layers` blocks of width `dim`."""
-    patches = (image // patch) ** 2
-    first = embedding(keep, patch, width)
-    encoder = first + depth * block(keep + prefix, width)
-    decoder = linear(keep + prefix, width, dim) + layers * block(patches + prefix, dim)
-    return trained(encoder + decoder + linear(patches, dim, 3 * patch * patch), first)
-
-
-def beitv2(image: int, patch: int, width: int, depth: int, hidden: int, codes: int, heads: int, tokenizer: float) -> float:
-    """A training step of BEiT v2 on one image: `heads` aggregation blocks (0: none), `tokenizer` FLOPs of its target."""
-    patches = (image // patch) ** 2
-    outputs = (2 if heads else 1) * linear(hidden, width, codes)
-    forward = vit(image, patch, width, depth) + heads * block(patches + 1, width) + outputs
-    return trained(forward, embedding(patches, patch, width)) + tokenizer
+def _attention_backward(grad, query, key, value, *rest, **options) -> int:
+    """Two products for each of the two of the forward pass; the arguments are shapes, (B,H,N,D) those of query."""
+    return 4 * query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
 
 
 @lru_cache(maxsize=8)

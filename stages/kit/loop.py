@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 from stages.kit import attention, compiled, dist, droppath, flops, keyed, memory, optim, precision
 from stages.kit.checkpoint import Checkpoint
@@ -174,7 +173,7 @@ class _Fit:
             )
             self.drop_by(progress)
             last = index == len(micros) - 1
-            counter = FlopCounterMode(display=False) if step == 0 and index == 0 else contextlib.nullcontext()
+            counter = flops.counting() if step == 0 and index == 0 else contextlib.nullcontext()
             hold = contextlib.nullcontext() if last or dist.world() == 1 else stepper.no_sync()
             with counter, hold:
                 loss, scalars = stepper(batch, progress)
