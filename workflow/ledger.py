@@ -26,6 +26,16 @@ def gpus(device: str) -> int:
     return int(device.startswith("cuda") or (device == "auto" and gpus_here() > 0))
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(wanted: int | None, cores: int) -> int:
+    """How many threads a job gets: `compute.threads`, or the cores shared by four jobs, or by one for each GPU."""
+    return wanted or max(1, cores // max(4, gpus_here()))
+
+
 def stage_name(job: Job, plan: Plan) -> str:
     """The name of a job's stage in dvc.yaml."""
     if job.stage == "data":

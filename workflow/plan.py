@@ -615,7 +615,7 @@ def main(argv=None) -> int:
     if args.cost:
         from workflow import cost
 
-        print(cost.table(plan, cost.estimate(plan, args.results)))
+        print(cost.table(plan, cost.estimate(plan)))
         return 0
     if args.prune:
         for folder in prune(plan):

@@ -4,7 +4,7 @@ import subprocess
 import warnings
 from pathlib import Path
 
-from workflow.ledger import gpus, gpus_here, record
+from workflow.ledger import gpus, gpus_here, record, threads
 from workflow.plan import load, write_runs
 from workflow.plugins import ParamsError
 
@@ -33,7 +33,7 @@ if workflow.is_main_process:
         # Snakemake counts no GPUs by itself; --resources gpu=N lets jobs have fewer
         workflow.register_resource("gpu", max(1, gpus_here()))
 
-THREADS = plan.compute["threads"] or max(1, (workflow.cores or 4) // max(4, gpus_here()))
+THREADS = threads(plan.compute["threads"], workflow.cores or 4)
 
 
 def training_gpus(id):
