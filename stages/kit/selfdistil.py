@@ -12,6 +12,7 @@ Follows facebookresearch/dino. Departures:
 - position embeddings for local crops are resized by timm, with antialiasing, which the official code does not use; the class
   token starts as timm's does, with deviation 1e-6 instead of 0.02 (it has a position, which starts with that);
 - the order of operations in a view is kit/views.py's: crop, flip, colours, grey, blur, solarise;
+- paths are dropped by kit/droppath.py: local crops of the global ones' size (local_size 1) drop those that these drop;
 - a teacher that stays silent stops the training (kit/collapse.py).
 """
 
