@@ -11,7 +11,10 @@ import pytest
 import yaml
 from conftest import tiny_content, write_params
 
-from workflow.params import check, read, schema, schema_text
+from workflow.params import check, read
+from workflow.params.reading import read_yaml
+from workflow.params.schema import schema, schema_text
+from workflow.params.sections import Contrast
 from workflow.plugins import ROOT, ParamsError, plugin, plugin_names
 
 BAD = [  # changes to good parameters, and what the message must contain
@@ -335,7 +338,6 @@ def test_every_params_file_of_the_project_is_good_and_fits_the_schema(path):
     assert (
         (ROOT / path).parent / text.partition("=")[2]
     ).resolve() == ROOT / "workflow/schemas/params.schema.json"
-    from workflow.params import read_yaml
 
     content = read_yaml(ROOT / path)
     jsonschema.Draft202012Validator(schema()).validate(content)
@@ -384,8 +386,6 @@ def test_command_line(tmp_path):
 
 
 def test_contrasts_name_runs_by_pattern():
-    from workflow.params import Contrast
-
     contrast = Contrast(of=["hog-*", "mae"], against=["*-one"])
     runs = ["mae", "hog-one", "hog-two", "pixels-one"]
     assert contrast.sides(runs) == {"of": ["mae", "hog-one", "hog-two"], "against": ["hog-one", "pixels-one"]}

@@ -100,12 +100,17 @@ def _declared(path: str, text: str) -> Plugin:
         raise ParamsError(f"{path}: Config cannot be read: {error}") from None
     if not dataclasses.is_dataclass(space["Config"]):
         raise ParamsError(f"{path}: Config must be decorated with @dataclass(frozen=True)")
-    space["Config"].__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    space["Config"].__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     return Plugin(path, space["Config"], literals)
 
 
-def nearest(word: str, words) -> str:
-    words = list(words)
-    near = difflib.get_close_matches(str(word), words, 1, 0.5)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{guess} (allowed: {', '.join(sorted(words))})" if words else f"{guess} (none is defined)"
+def did_you_mean(word, words) -> str:
+    """The nearest of `words`, for the end of a message; nothing if none is near."""
+    near = difflib.get_close_matches(str(word), list(words), 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def nearest(word, words) -> str:
+    """The nearest of `words` and all of them, for the end of a message."""
+    allowed = f" (allowed: {', '.join(sorted(words))})" if words else " (none is defined)"
+    return did_you_mean(word, words) + allowed
