@@ -46,6 +46,11 @@ BAD = [  # changes to good parameters, and what the message must contain
         {"model__name": "vit_tinny_patch16_224"},
         ["model.name: timm has no model", "did you mean 'vit_tiny_patch16_224'"],
     ),
+    ({"model__name": "vit9000"}, ["model.name: timm has no model 'vit9000'; expected a ViT such as vit_tiny_patch16_224"]),
+    ({"model__name": "resnet50"}, ["model.name: 'resnet50' is a ResNet, expected a ViT such as vit_tiny_patch16_224"]),
+    ({"model__name": 7}, ["model.name: must be text (found 7)"]),
+    ({"model__depth": "2"}, ["params.yaml:\n  model.depth: must be a valid integer or a list (found '2')"]),
+    ({"model__depth": [2, "a"]}, ["params.yaml:\n  model.depth.1: must be a valid integer (found 'a')"]),
     ({"model__depth": 0}, ["model.depth", "greater than or equal to 1", "found 0"]),
     (
         {"train__batch_size": 10, "train__micro_batch": 4},
@@ -60,8 +65,15 @@ BAD = [  # changes to good parameters, and what the message must contain
         {"train__precision": "fp8"},
         ["train.precision: must be 'auto', 'fp32', 'bf16' or 'fp16' (found 'fp8')"],
     ),
+    ({"train__epochs": -3}, ["train.epochs: must be greater than or equal to 1 (found -3)"]),
+    ({"train__epochs": None}, ["train.epochs: must be a valid integer (found nothing)"]),
+    ({"train__save_minutes": float("inf")}, ["train.save_minutes: must be a finite number (found inf)"]),
     ({"train__epochs": True}, ["train.epochs", "integer", "found True"]),
     ({"methods__mae__mask_ratio": 1.0}, ["methods.mae.mask_ratio", "1.0"]),
+    ({"methods__mae__mask_ratio": 1.5}, ["methods.mae.mask_ratio: found 1.5, expected a share in (0, 1)"]),
+    ({"methods__mae__lr": float("nan")}, ["methods.mae.lr: must be a finite number (found nan)"]),
+    ({"methods__mae__betas": 0.9}, ["methods.mae.betas: must be a list (found 0.9)"]),
+    ({"methods__mae__betas": [0.9, 0.9, 0.9]}, ["methods.mae.betas: must have at most 2 items"]),
     ({"methods__mae__mask_ratio": "0.5"}, ["methods.mae.mask_ratio", "number", "found '0.5'"]),
     (
         {"methods__mae__mask_ratoi": 0.5},
@@ -84,6 +96,10 @@ BAD = [  # changes to good parameters, and what the message must contain
     (
         {"targets__vqkd__upstream": None},
         ["targets.vqkd.upstream: kind vqkd needs an upstream target that produces features", "'teacher'"],
+    ),
+    (
+        {"targets__vqkd__upstream": ["teacher"]},
+        ["targets.vqkd.upstream: kind vqkd needs an upstream target", "such as 'teacher' (found ['teacher'])"],
     ),
     ({"targets__teacher__upstream": "vqkd"}, ["targets.teacher.upstream: kind dino takes no upstream"]),
     ({"targets__vqkd__upstream": "vqkd"}, ["targets.vqkd.upstream", "circle: vqkd -> vqkd"]),
@@ -125,7 +141,25 @@ BAD = [  # changes to good parameters, and what the message must contain
     ({"grid__runs__mae__seeds": [1, 1]}, ["grid.runs.mae.seeds: [1, 1] must be different"]),
     ({"grid__runs__mae-s0": {"method": "mae"}}, ["grid.runs.mae-s0", "ends like a seed"]),
     ({"grid__runs__../x": {"method": "mae"}}, ["grid.runs.../x", "'../x'", "lower-case"]),
-    ({"grid__runs": {}, "grid__seeds": []}, ["grid.seeds", "at least 1"]),
+    ({"grid__seeds": []}, ["grid.seeds: must have at least 1 item (found [])"]),
+    ({"grid__seeds": 0}, ["grid.seeds: must be a list (found 0)"]),
+    ({"grid__runs": None}, ["grid.runs: must be a section with keys and values (found nothing)"]),
+    ({"grid__runs__mae": None}, ["grid.runs.mae: must be a section with keys method, target", "(found nothing)"]),
+    ({"grid__runs__mae__set": 3}, ["grid.runs.mae.set: must be a section with keys and values (found 3)"]),
+    ({"grid__contrasts": {"gain": 3}}, ["grid.contrasts.gain: must be a section with keys of, against (found 3)"]),
+    ({"grid__runs__mae__stages": 0}, ["grid.runs.mae.stages: must be greater than or equal to 1 (found 0)"]),
+    (
+        {"grid__runs__mae__stages": 2},
+        ["grid.runs.mae.stages: method mae takes no target, expected one that learns from features", "(found 2)"],
+    ),
+    (
+        {"grid__runs__x": {"method": "dbot", "target": "techer"}, "methods__dbot": {}},
+        ["grid.runs.x.target: no target is called 'techer'; did you mean 'teacher'?", "or run:NAME"],
+    ),
+    (
+        {"grid__runs__x": {"method": "dbot", "target": "run:randm"}, "methods__dbot": {}},
+        ["grid.runs.x.target: no run is called 'randm'; did you mean 'random'?"],
+    ),
     (
         {"compute__device": "mps"},
         ["compute.device: must be auto, cpu, cuda or cuda:<number> (found 'mps')"],
@@ -202,6 +236,10 @@ def test_combinations_with_the_model_are_checked_for_the_runs_that_use_them():
         ("just words", ["holds a str"]),
         ("a: [1, 2", ["is not YAML"]),
         ("a: !!python/object/apply:os.system [ls]\n", ["is not YAML"]),
+        ("data:\n\timage_size: 8\n", ["params.yaml, line 2, column 1: is not YAML", "spaces, not with tabs"]),
+        ("data:\n  seed:0\n  image_size: 8\n", ["line 3, column 13: is not YAML", "a space missing after a colon"]),
+        ("data: {{root}}\n", ["line 1: found brackets as a key, expected a word"]),
+        ("1: a\n'1': b\n", ["line 2: key '1' is given twice"]),
         ("experiment: a\nexperiment: b\n", ["line 2: key 'experiment' is given twice (first in line 1)"]),
         ("data: {image_size: 8, image_size: 16}\n", ["line 1: key 'image_size' is given twice"]),
         ("experiment: x\n", ["data: required", "model: required", "grid: required"]),
@@ -217,10 +255,18 @@ def test_files_that_are_no_params(tmp_path, text, words):
         assert word in str(caught.value)
 
 
+def test_keys_are_read_as_they_are_written_and_merged_ones_are_not_twice_there(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("base: &b {on: 0}\na: {in: &x {<<: *b, on: 1}}\nb: {<<: *x, on: 2}\n1e3: 4\n")
+    assert read_yaml(path) == {"base": {"on": 0}, "a": {"in": {"on": 1}}, "b": {"on": 2}, "1e3": 4}
+
+
 def test_a_missing_file_names_its_neighbours(tmp_path):
     write_params(tmp_path, tiny_content())
     with pytest.raises(ParamsError, match=r"parms.yaml: no such file; did you mean 'params.yaml'"):
         read(tmp_path / "parms.yaml")
+    with pytest.raises(ParamsError, match="no such file$"):
+        read(tmp_path / "elsewhere" / "params.yaml")
 
 
 @pytest.mark.parametrize("number", ["1e-3", "1E-3", "+1e-3", "1.0e-03", ".1e-2", "0.001"])
