@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import tiny_content, write_params
 from workflow.plan import load
+from workflow.plan.explain import explain
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +39,7 @@ def run_all(params: Path, results: Path) -> dict[str, dict]:
     for job in plan.jobs.values():
         stage = importlib.import_module(f"stages.{job.stage}")
         assert stage.main([*arguments(job), "--params", str(params), "--results", str(results)]) == 0
-        assert plan.fresh(job.id), plan.explain(job.id)
+        assert plan.fresh(job.id), explain(plan, job.id)
     return {id: plan.manifest(id) for id in plan.jobs}
 
 

@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import tiny_content, write_params
 
-from workflow import plan as planning
-from workflow.plan import STALE, code_files, load, runs_text
+from workflow.plan import load
+from workflow.plan.__main__ import main
+from workflow.plan.code import Code, code_files
+from workflow.plan.explain import explain
+from workflow.plan.manifests import leftovers, prune
+from workflow.plan.runs import loops, runs_text
+from workflow.plan.times import STALE, reconcile
 from workflow.plugins import ROOT, ParamsError
 
 MAE = {
@@ -251,11 +256,11 @@ def test_a_change_runs_the_stages_from_there_on(tmp_path):
     assert changed(before, first) == changed(before, method)
     finish(before)
     plan = load(tmp_path / "c/params.yaml", tmp_path / "a/results")
-    assert plan.explain("pretrain/dbot-1-s0") == (
+    assert explain(plan, "pretrain/dbot-1-s0") == (
         "pretrain/dbot-1-s0 would run because pretrain/mae-s0 is its input now; "
         "pretrain/random-s0 is no longer its input."
     )
-    said = load(tmp_path / "b/params.yaml", tmp_path / "a/results").explain("pretrain/dbot-3-s0")
+    said = explain(load(tmp_path / "b/params.yaml", tmp_path / "a/results"), "pretrain/dbot-3-s0")
     assert "grid.runs.dbot.set.epochs changed from 1 to 2" in said
     assert "its input pretrain/dbot-2-s0 would run" in said
 
@@ -282,9 +287,9 @@ def test_weights_in_a_folder_are_part_of_the_fingerprint(tmp_path):
     second = plan()
     assert {i for i in changed(first, second) if "mae" not in i} == changed(first, second)
     assert {"target/weights", "pretrain/dbot-s0", "report"} < changed(first, second)
-    assert "what targets.weights.weights names changed" in second.explain("target/weights")
-    assert planning.runs(second)["plan"]["targets"]["weights"]["files"], "so that DVC knows, too"
-    assert planning.runs(second)["plan"]["watch"]
+    assert "what targets.weights.weights names changed" in explain(second, "target/weights")
+    assert loops(second)["plan"]["targets"]["weights"]["files"], "so that DVC knows, too"
+    assert loops(second)["plan"]["watch"]
     shutil.rmtree(folder)
     with pytest.warns(UserWarning, match="is not there"):
         assert not changed(first, plan()), "a finished target stays usable without the weights that it was made from"
@@ -441,18 +446,18 @@ def test_reconcile_orders_fresh_ones_and_ages_stale_ones(tmp_path):
     ):  # as a checkout may leave them: outputs before inputs
         for file in job.files:
             os.utime(file, ns=(now, now + number * 10**9 + 1))
-    plan.reconcile()
+    reconcile(plan)
     times = stamps(plan)
     assert all(times[i] >= times[d] for i, j in plan.jobs.items() for d in j.inputs)
     assert all(f.stat().st_mtime_ns >= times["data"] for f in plan.jobs["report"].files)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    plan.reconcile()
+    reconcile(plan)
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}, "twice is once"
 
     other = plan_of(tmp_path, methods__mae__mask_ratio=0.5)
-    other.reconcile()
+    reconcile(other)
     assert {i for i, t in stamps(other).items() if t == STALE} == MAE
-    plan.reconcile()
+    reconcile(plan)
     times = stamps(plan)
     assert STALE not in times.values() and all(
         times[i] >= times[d] for i, j in plan.jobs.items() for d in j.inputs
@@ -466,7 +471,7 @@ def test_reconcile_leaves_contents_and_unfinished_jobs_alone(tmp_path):
     running.mkdir(parents=True)
     (running / "history.jsonl").write_text("{}")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in running.rglob("*")}
-    plan.reconcile()
+    reconcile(plan)
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in running.rglob("*")} == before
 
 
@@ -474,15 +479,15 @@ def test_leftovers_are_listed_and_pruned_only_on_request(tmp_path):
     plan = plan_of(tmp_path)
     finish(plan)
     smaller = plan_of(tmp_path, grid={"runs": {"random": {"method": "random"}}}, tasks={"knn": {}})
-    names = {str(p.relative_to(tmp_path / "results")) for p in smaller.leftovers}
+    names = {str(p.relative_to(tmp_path / "results")) for p in leftovers(smaller)}
     assert {
         "target/vqkd",
         "pretrain/mae-s0",
         "transfer/mae-s0/knn",
     } <= names and "pretrain/random-s0" not in names
-    smaller.reconcile()
+    reconcile(smaller)
     assert plan.jobs["pretrain/mae-s0"].manifest.exists()
-    planning.prune(smaller)
+    prune(smaller)
     assert (
         not plan.jobs["pretrain/mae-s0"].output.exists() and plan.jobs["pretrain/random-s0"].manifest.exists()
     )
@@ -493,12 +498,12 @@ def test_leftovers_are_listed_and_pruned_only_on_request(tmp_path):
 
 def test_explain_says_which_key_file_or_input(tmp_path, root):
     plan = plan_of(tmp_path, root)
-    assert "pretrain/mae-s0 would run because it has not been run" in plan.explain("pretrain/mae-s0")
+    assert "pretrain/mae-s0 would run because it has not been run" in explain(plan, "pretrain/mae-s0")
     finish(plan)
-    assert all(plan.explain(i) == f"{i} is up to date." for i in plan.jobs)
+    assert all(explain(plan, i) == f"{i} is up to date." for i in plan.jobs)
 
     def say(id, **changes):
-        return plan_of(tmp_path, root, **changes).explain(id)
+        return explain(plan_of(tmp_path, root, **changes), id)
 
     assert (
         say("pretrain/mae-s0", methods__mae__mask_ratio=0.5)
@@ -532,7 +537,7 @@ def test_explain_knows_an_input_made_anew(tmp_path):
     other = plan_of(tmp_path, methods__mae__mask_ratio=0.5)
     finish(other, "pretrain/mae-s0")
     assert (
-        other.explain("transfer/mae-s0/knn")
+        explain(other, "transfer/mae-s0/knn")
         == "transfer/mae-s0/knn would run because its input pretrain/mae-s0 is a newer one."
     )
 
@@ -558,7 +563,7 @@ def test_the_files_of_a_source_are_part_of_the_fingerprint(tmp_path):
     assert changed(first, second) == set(first.jobs)
     finish(second)
     (tmp_path / "images/a/2.png").write_bytes(b"22")
-    assert f"what folder:{tmp_path / 'images'} holds changed" in source_plan(tmp_path).explain("data")
+    assert f"what folder:{tmp_path / 'images'} holds changed" in explain(source_plan(tmp_path), "data")
     shutil.rmtree(tmp_path / "images")
     with pytest.warns(UserWarning, match="is not there"):
         assert not changed(second, source_plan(tmp_path)), "pulled results stay usable without their source"
@@ -571,15 +576,15 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     path = str(write_params(tmp_path, tiny_content()))
     files = ["--params", path, "--results", str(tmp_path / "results")]
     before = (ROOT / "workflow/runs.json").read_bytes()
-    assert planning.main(files) == 0
+    assert main(files) == 0
     assert "pretrain/mae-s0" in capsys.readouterr().out
     finish(load(path, tmp_path / "results"), "data")
-    planning.main(files)
+    main(files)
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert lines["data"][0] == "fresh" and lines["report"][:2] == ["to", "run"]
-    assert planning.main([*files, "--explain", "data"]) == 0
+    assert main([*files, "--explain", "data"]) == 0
     assert capsys.readouterr().out == "data is up to date.\n"
-    assert planning.main([*files, "--explain", "dat"]) == 1
+    assert main([*files, "--explain", "dat"]) == 1
     assert "did you mean 'data'" in capsys.readouterr().err
     assert (ROOT / "workflow/runs.json").read_bytes() == before, "other params files leave runs.json alone"
 
@@ -596,6 +601,4 @@ def test_code_files_skip_bytecode_and_other_things(tmp_path):
         (kit / name).write_text("x")
     assert code_files("stages/kit/", tmp_path) == ["stages/kit/a.py"]
     with pytest.raises(ParamsError, match="stages/methods/mae.py: part of the code is missing"):
-        plan = object.__new__(planning.Plan)
-        plan.root, plan._files = tmp_path, {}
-        plan._hashes(("stages/methods/mae.py",))
+        Code(tmp_path).hashes(("stages/methods/mae.py",))

@@ -1,11 +1,13 @@
-# The plan and what the rules share. No science here: params.yaml says what, workflow/plan.py how it hangs together.
+# The plan and what the rules share. No science here: params.yaml says what, workflow/plan how it hangs together.
 import os
 import subprocess
 import warnings
 from pathlib import Path
 
 from workflow.ledger import gpus, gpus_here, record, threads
-from workflow.plan import load, write_runs
+from workflow.plan import load
+from workflow.plan.runs import write_runs
+from workflow.plan.times import reconcile
 from workflow.plugins import ParamsError
 
 PARAMS, RESULTS, PYTHON = config["params"], config["results"], sys.executable
@@ -21,7 +23,7 @@ except ParamsError as error:
     raise WorkflowError(str(error)) from None
 
 if workflow.is_main_process:
-    plan.reconcile()
+    reconcile(plan)
     if DEFAULT:
         write_runs(plan)
     if workflow.nodes is not None:  # a cluster

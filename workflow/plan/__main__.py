@@ -1,0 +1,72 @@
+"""The command: check params.yaml, list its jobs and their state, say why one would run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+
+from workflow.plan import load
+from workflow.plan.explain import explain
+from workflow.plan.manifests import leftovers, prune
+from workflow.plan.runs import RUNS, write_runs
+from workflow.plugins import ParamsError
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m workflow.plan", description="The jobs of a params file and their state."
+    )
+    parser.add_argument("--params", default="params.yaml", help="params file (default: params.yaml)")
+    parser.add_argument("--results", default="results", help="folder of the results (default: results)")
+    parser.add_argument("--explain", metavar="JOB", help="say why a job would run, e.g. pretrain/mae-s0")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help=f"fail when {RUNS} does not follow from params.yaml (and write it)",
+    )
+    parser.add_argument(
+        "--prune", action="store_true", help="delete outputs of jobs that are no longer in the plan"
+    )
+    parser.add_argument(
+        "--cost", action="store_true", help="measure a few steps of each kind of job and tell what all will take"
+    )
+    args = parser.parse_args(argv)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        plan = load(args.params, args.results)
+        if args.explain:
+            print(explain(plan, args.explain.removeprefix(f"{args.results}/").removesuffix("/manifest.json")))
+            return 0
+    except ParamsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if args.cost:
+        from workflow import cost
+
+        print(cost.table(plan, cost.estimate(plan)))
+        return 0
+    if args.prune:
+        for folder in prune(plan):
+            print(f"deleted {folder}")
+        return 0
+    default = (args.params, args.results) == ("params.yaml", "results")
+    changed = default and write_runs(plan)
+    if args.check:
+        if changed:
+            print(
+                f"{RUNS} did not follow from {args.params}; it does now. Please run `dvc repro` again.",
+                file=sys.stderr,
+            )
+        return int(changed)
+    width = max(map(len, plan.jobs))
+    for id, job in plan.jobs.items():
+        state = "fresh" if plan.fresh(id) else "stale" if plan.manifest(id) else "to run"
+        print(f"{id:<{width}}  {state:<6}  {job.fingerprint[:12]}")
+    for folder in leftovers(plan):
+        print(f"{folder} belongs to no job of {args.params} (delete such folders with --prune)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
