@@ -269,13 +269,26 @@ def test_names_without_weight_decay_exist(name):
         assert set(method.no_weight_decay()) <= {key for key, _ in method.named_parameters()} | optional
 
 
-def test_the_untrained_encoder_is_maes():
+@pytest.mark.parametrize(("family", "name"), [("vit", "mae"), ("beit", "beitv2"), ("beit", "simmim")])
+def test_the_untrained_encoder_is_that_of_the_methods(family, name):
     torch.manual_seed(4)
-    untrained = MODULES["random"].Method(MODULES["random"].Config(), SPEC).encoder
+    untrained = MODULES["random"].Method(MODULES["random"].Config(family=family), SPEC).encoder
+    module = MODULES[name]
+    target = Target(module.TARGET) if module.TARGET else None
     torch.manual_seed(4)
-    mae = MODULES["mae"].Method(MODULES["mae"].Config(), SPEC).encoder
-    untrained, mae = untrained.state_dict(), mae.state_dict()
-    assert all(torch.equal(untrained[key], mae[key]) for key in untrained | mae)
+    method = module.Method(module.Config(), SPEC, target)
+    untrained, trained = untrained.state_dict(), method.encoder.state_dict()
+    assert all(torch.equal(untrained[key], trained[key]) for key in untrained | trained)
+
+
+@pytest.mark.parametrize(("config", "model", "message"), [
+    ({"family": "beit"}, {"name": "swin_tiny_patch4_window7_224", "depth": [2, 2]}, "family: found 'beit', expected 'vit'"),
+    ({"family": "beit"}, {"name": "convvit_tiny", "depth": 2}, "family: found 'beit', expected 'vit'"),
+    ({"family": "beit", "depth": 1}, {"name": "vit_tiny_patch16_224", "depth": 2}, "depth: cuts an encoder of family vit"),
+])
+def test_random_refuses_a_family_that_the_model_has_not(config, model, message):
+    with pytest.raises(ValueError, match=message):
+        MODULES["random"].Config(**config).check(32, {"embed_dim": 16, **model})
 
 
 # --- supervised -------------------------------------------------------------------------------------------

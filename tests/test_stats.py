@@ -149,7 +149,7 @@ def test_a_contrast_takes_common_seeds_and_says_what_it_cannot_tell():
 
 def test_a_sure_contrast_needs_seeds_and_images():
     right, wrong = np.r_[np.ones(90), np.zeros(10)], np.r_[np.zeros(30), np.ones(30), np.zeros(40)]
-    a = stats.Scores({k: right.mean() + k / 1000 for k in range(3)}, {k: right for k in range(3)})
-    b = stats.Scores({k: wrong.mean() for k in range(3)}, {k: wrong for k in range(3)})
+    a = stats.Scores({k: right.mean() + k / 1000 for k in range(3)}, dict.fromkeys(range(3), right))
+    b = stats.Scores({k: wrong.mean() for k in range(3)}, dict.fromkeys(range(3), wrong))
     assert stats.contrast([a], [b]).sure
     assert not stats.contrast([stats.Scores(a.scores)], [b]).sure

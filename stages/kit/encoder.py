@@ -108,6 +108,15 @@ def sincos_vit(spec, **kw) -> VisionTransformer:
     return encoder
 
 
+def beit_vit(spec, **kw) -> Beit:
+    """BEiT's encoder (arXiv 2106.08254): shared relative positions, cut normal weights, block n's outputs over sqrt(2 n)."""
+    encoder = create(spec, "beit", **kw)
+    trunc_init(encoder)
+    scale_by_depth(encoder.blocks)
+    nn.init.trunc_normal_(encoder.cls_token, std=0.02, a=-0.02, b=0.02)
+    return encoder
+
+
 def xavier_init(module: nn.Module) -> None:
     """Xavier-uniform weights (a fused qkv as one matrix) and zero biases below `module`; norms at 1 and 0."""
     for layer in module.modules():

@@ -102,8 +102,7 @@ class Method(nn.Module):
         self.config, self.spec = config, spec
         self.tokenizer = [target]  # in a list: frozen, neither trained nor saved with the student
         self.grid, self.count = (spec.grid, spec.grid), hidden_count(spec.grid**2, config.mask_ratio)
-        self.encoder = kit.create(spec, "beit", init_values=config.layer_scale,
-                                  drop_path_rate=config.drop_path)
+        self.encoder = kit.beit_vit(spec, init_values=config.layer_scale, drop_path_rate=config.drop_path)
         width, depth = self.encoder.embed_dim, len(self.encoder.blocks)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.head = nn.Linear(width, target.codes)
@@ -119,13 +118,11 @@ class Method(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal weights of deviation 0.02, cut there; zero biases; block n's outputs over sqrt(2 n)."""
-        for part in (self.encoder, self.head, self.aggregation_head):
+        """As the encoder: normal weights of deviation 0.02, cut there; zero biases; block n's outputs over sqrt(2 n)."""
+        for part in (self.head, self.aggregation_head):
             if part is not None:
                 kit.trunc_init(part)
-        for token in (self.encoder.cls_token, self.mask_token):
-            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
-        kit.scale_by_depth(self.encoder.blocks)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         kit.scale_by_depth(self.aggregation, first=self.early + 1)
 
     def no_weight_decay(self) -> set[str]:

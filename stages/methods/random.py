@@ -1,14 +1,16 @@
-"""The untrained encoder, the floor that every pretraining must beat: exactly MAE's encoder at initialisation.
+"""The untrained encoder, the floor that every pretraining must beat.
 
-A ViT with xavier weights and fixed sin-cos positions (arXiv 2111.06377), or a Swin with its own initial weights
-(arXiv 2103.14030); only the seed of the run differs. Nothing is trained, so this file has no views and no loss.
-With `depth`, the first blocks only; 0 leaves projected patches and positions, which is dBOT's first teacher of large
-students (arXiv 2209.03917).
+By default exactly MAE's encoder at initialisation: a ViT with xavier weights and fixed sin-cos positions (arXiv
+2111.06377), or a Swin with its own initial weights (arXiv 2103.14030). With `family: beit` that of BEiT v2 and SimMIM,
+which knows no absolute positions and starts far lower: compare these two with it. Nothing is trained, so this file has
+no views and no loss. With `depth`, the first blocks only; 0 leaves projected patches and positions, which is dBOT's first
+teacher of large students (arXiv 2209.03917).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -22,12 +24,19 @@ TRAINS = False
 
 @dataclass(frozen=True)
 class Config:
+    family: Literal["vit", "beit"] = "vit"  # of a ViT: whose positions and initial weights
+    layer_scale: float = 0.1  # of family beit
     depth: int | None = None  # blocks; None: all of model.depth
 
     def check(self, image_size: int, model: dict) -> None:
         if self.depth is not None and not (isinstance(model["depth"], int) and 0 <= self.depth <= model["depth"]):
             raise ValueError(f"depth: found {self.depth}, expected 0 to model.depth {model['depth']} of a ViT")
-        if model["embed_dim"] % 4 and isinstance(model["depth"], int):
+        if self.family == "beit":
+            if not isinstance(model["depth"], int) or model["name"].startswith("convvit"):
+                raise ValueError(f"family: found 'beit', expected 'vit' with model.name {model['name']}")
+            if self.depth is not None:
+                raise ValueError("depth: cuts an encoder of family vit, found family 'beit'")
+        elif model["embed_dim"] % 4 and isinstance(model["depth"], int):
             raise ValueError(f"model.embed_dim: found {model['embed_dim']}, expected a multiple of 4 "
                              "(sin-cos positions)")
 
@@ -35,7 +44,10 @@ class Config:
 class Method(nn.Module):
     def __init__(self, config: Config, spec, target=None):
         super().__init__()
-        self.encoder = kit.create(spec) if spec.hierarchical else kit.sincos_vit(spec)
+        if config.family == "beit":
+            self.encoder = kit.beit_vit(spec, init_values=config.layer_scale)
+        else:
+            self.encoder = kit.create(spec) if spec.hierarchical else kit.sincos_vit(spec)
         if config.depth is not None:
             whole, self.encoder = self.encoder.state_dict(), kit.create(spec, depth=config.depth)
             self.encoder.load_state_dict({key: whole[key] for key in self.encoder.state_dict()})

@@ -100,18 +100,15 @@ class Method(nn.Module):
         self.units = spec.image_size // unit  # per side
         self.cell = unit // self.patch  # patches per side of a unit
         self.count = unit_count(self.units**2, config.mask_ratio)
-        scale = {} if spec.hierarchical else {"init_values": config.layer_scale}
-        self.encoder = kit.create(spec, "beit", drop_path_rate=config.drop_path, **scale)
+        if spec.hierarchical:
+            self.encoder = kit.create(spec, drop_path_rate=config.drop_path)
+        else:
+            self.encoder = kit.beit_vit(spec, drop_path_rate=config.drop_path, init_values=config.layer_scale)
         self.encoder.norm.requires_grad_(config.final_norm)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.embed_dim))
         self.head = nn.Conv2d(self.encoder.num_features, 3 * spec.stride**2, kernel_size=1)  # torch's initial weights
-        if spec.hierarchical:
-            nn.init.trunc_normal_(self.mask_token, std=0.02)
-        else:
-            kit.trunc_init(self.encoder)
-            kit.scale_by_depth(self.encoder.blocks)
-            for token in (self.encoder.cls_token, self.mask_token):
-                nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+        cut = 2.0 if spec.hierarchical else 0.02
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-cut, b=cut)
 
     def no_weight_decay(self) -> set[str]:
         """Besides one-dimensional parameters. As run officially, a ViT's mask token and all relative-position tables
