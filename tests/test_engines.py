@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from workflow.ledger import stage_name
+from workflow.params.reading import read_yaml
 from workflow.plan import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -384,6 +385,16 @@ def test_plan_dvc_and_snakemake_list_the_same(lab):
         assert {p.strip() for p in block[1].split(",")} == (
             {f"{i}/manifest.json" for i in inputs} or {"stages/data.py"}
         )
+
+
+@pytest.mark.parametrize("path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.stem)
+def test_dvc_reads_params_as_the_plan_does(path):
+    """By the compiled parser, which is fast and wants quotes around a text with a colon within braces."""
+    from dvc.utils.serialize import parse_yaml
+    from ruamel.yaml.main import CParser
+
+    assert CParser is not None
+    assert parse_yaml(path.read_text(), str(path)) == read_yaml(path)
 
 
 def test_dvc_does_not_watch_the_tracker_and_bytecode(lab):
