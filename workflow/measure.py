@@ -234,9 +234,10 @@ class Job:
         return found
 
     def finetune(self, task, config, folder: Path, spec: Spec) -> dict:
-        batch = min(config.batch_size, self.counts["train"])
+        world, images = self.plan.processes(self.job.id), self.counts["train"]
+        batch = min(config.batch_size, images - images % (2 * world))
         train = {**self.job.params["train"], "epochs": config.epochs, "batch_size": batch}
-        train["micro_batch"] = task.micro_batch(batch // self.plan.processes(self.job.id), train["micro_batch"])
+        train["micro_batch"] = task.micro_batch(batch // world, train["micro_batch"])
         classifier = task.Classifier(folder, config, spec.num_classes)
         found = self.training(classifier, {"view": task.view(config, spec.image_size)}, config, train, True)
         split, size = self.split(train["micro_batch"]), spec.image_size
@@ -245,7 +246,8 @@ class Job:
         return found | {"epochs": config.epochs, "batch_size": batch, "image_s": look / len(split)}
 
     def training(self, module, views, config, train: dict, labels: bool) -> dict:
-        """A few real steps of the loop, and what is done but once: before, after, and within them beyond the median."""
+        """A few real steps of the loop: their lower quartile, as other load also takes the caches from them; and what is
+        done but once, before, after and within them."""
         world = self.plan.processes(self.job.id)
         split = self.split(max(train["batch_size"], POOL))
         micro, workers = train["micro_batch"], self.compute["workers"]
@@ -256,7 +258,7 @@ class Job:
         recipe = Recipe.of(config, train, batches.steps_per_epoch)
         recipe = replace(recipe, epochs=1, steps_per_epoch=WARM + STEPS + 1, save_minutes=1e9)
         all_s = self.clocks.taken(lambda: fit(module, batches, recipe, self, 0))
-        step_s = self.clocks.alone(np.median(np.diff(batches.began, axis=0)[WARM:], axis=0))
+        step_s = self.clocks.alone(np.quantile(np.diff(batches.began, axis=0)[WARM:], 0.25, axis=0))
         found = {"step_s": step_s, "once_s": max(0.0, all_s - batches.done * step_s)}
         return found | {"flops_per_image": self.summary["flops_per_image"]}
 
