@@ -35,7 +35,8 @@ if workflow.is_main_process:
         # Snakemake counts no GPUs by itself; --resources gpu=N lets jobs have fewer
         workflow.register_resource("gpu", max(1, gpus_here()))
 
-THREADS = threads(plan.compute["threads"], workflow.cores or 4)
+# On a cluster Snakemake knows no number of cores (asking for it ends the run); the profile says how many a job gets.
+THREADS = threads(plan.compute["threads"], workflow.cores if workflow.nodes is None else 4)
 
 
 def training_gpus(id):
