@@ -16,6 +16,8 @@ DEFAULT = (PARAMS, RESULTS) == ("params.yaml", "results")
 # The command of a job is the same under both engines; other files than the default ones are named.
 FILES = "" if DEFAULT else f"--params {PARAMS!r} --results {RESULTS!r}"
 
+# Snakemake runs its files without a name, and Python drops the warnings of code that has none.
+__name__ = "Snakefile"
 warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
 try:
     plan = load(PARAMS, RESULTS)
