@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import json
 import multiprocessing
+import os
 import sys
 from dataclasses import dataclass
 
@@ -96,6 +97,8 @@ def estimate(plan, measured=None) -> dict[str, Cost]:
 
 def _measurements(plan):
     """`measured` of `estimate`, by workflow/measure.py in a fork each."""
+    # A thread that waits for another must sleep: spinning would count as work where other load delays that one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     from workflow import measure  # once for all: the imports take longer than most measurements
 
     fork, given = multiprocessing.get_context("fork"), threads(plan)
