@@ -23,6 +23,7 @@ import numpy as np
 from stages.kit.job import running, write_atomic
 from stages.reporting import figures, lineage, stats
 from workflow.plan import load
+from workflow.plan.manifests import seconds
 
 PRIMARY = ("top1", "miou", "ap", "auc")  # a task's headline: the first of these in its metrics.json
 TEMPLATES = Path(__file__).parent / "reporting" / "templates"
@@ -177,7 +178,7 @@ def target(folder: Path, manifest: dict, charts: dict) -> dict:
             "labels": bool(described.get("labels")),
             "numbers": {k: v for k, v in health.items() if isinstance(v, (int, float))},
             "problems": health.get("problems", []),
-            "seconds": lineage.seconds(manifest), "images": manifest["summary"].get("images_seen"),
+            "seconds": seconds(manifest), "images": manifest["summary"].get("images_seen"),
             "pictures": figures.pictures(folder)}
 
 
@@ -188,7 +189,7 @@ def trail(manifests: dict, rows: dict, cells: dict) -> list[dict]:
     return [{"id": id, "anchor": "job-" + id.replace("/", "-"), "score": scores.get(id),
              "fingerprint": m["fingerprint"], "git": m.get("git") or {},
              "code": hashlib.sha256(json.dumps(m["code"], sort_keys=True).encode()).hexdigest()[:12],
-             "seconds": lineage.seconds(m),
+             "seconds": seconds(m),
              "device": m.get("device", ""), "created": m.get("created", ""), "files": m["code"],
              "params": json.dumps(m["params"], indent=1, sort_keys=True)} for id, m in manifests.items()]
 

@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 
 from workflow import ledger
+from workflow.plan import manifests
 
 START_S = 4.0  # a process and its imports, which a manifest's wall_s does not count
 REPORT_S = START_S + 2.0
@@ -145,7 +146,7 @@ def schedule(plan, costs: dict[str, Cost], slots: int) -> float:
 
 def table(plan, costs: dict[str, Cost]) -> str:
     """The costs as lines of text; beside what jobs took that are finished and up to date, as their manifests say."""
-    took = {id: plan.manifest(id)["wall_s"] if plan.fresh(id) else None for id in costs}
+    took = {id: manifests.seconds(plan.manifest(id)) if plan.fresh(id) else None for id in costs}
     width = max(map(len, costs))
     lines = [f"{'job':<{width}} {'images':>12} {'TFLOP':>10} {'time':>9} {'MB':>7} {'took':>9}"]
     for id, c in costs.items():

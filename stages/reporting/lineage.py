@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from workflow.plan.manifests import seconds
+
 
 def cost(row, manifests: Mapping[str, dict], data: dict) -> dict:
     """What a run cost, as means over its seeds.
@@ -53,11 +55,6 @@ def _images(manifest: dict) -> float:
 
 def _views(manifest: dict) -> float:
     return manifest["summary"].get("views_seen", _images(manifest))
-
-
-def seconds(manifest: dict) -> float:
-    """What a job took: the wall time of its last start, or its whole training's if it was killed on the way."""
-    return max(manifest["wall_s"], manifest["summary"].get("train_s") or 0)
 
 
 def _flops(manifest: dict) -> float:

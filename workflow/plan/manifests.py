@@ -20,6 +20,11 @@ def read(path: Path) -> dict | None:
     return content if isinstance(content, dict) else None
 
 
+def seconds(manifest: dict) -> float:
+    """What a job took: the wall time of its last start, or its whole training's if it was killed on the way."""
+    return max(manifest["wall_s"], manifest["summary"].get("train_s") or 0)
+
+
 def leftovers(plan: Plan) -> list[Path]:
     """Output folders with a manifest that belong to no job of the plan."""
     known = {job.output for job in plan.jobs.values()}
