@@ -89,7 +89,7 @@ def test_seeds_share_a_measurement_and_finished_jobs_are_compared(plan):
     for seed, fingerprint in enumerate([plan.jobs["pretrain/mae-s0"].fingerprint, "of other parameters"]):
         folder = plan.jobs[f"pretrain/mae-s{seed}"].output
         folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(json.dumps({"wall_s": took, "fingerprint": fingerprint}))
+        (folder / "manifest.json").write_text(json.dumps({"wall_s": took, "summary": {}, "fingerprint": fingerprint}))
     text = cost.table(plan, costs)
     assert "not known: not asked" in text and "of 1 finished jobs" in text and text.endswith("ratio 0.50")
 
