@@ -236,6 +236,7 @@ def test_combinations_with_the_model_are_checked_for_the_runs_that_use_them():
         ("just words", ["holds a str"]),
         ("a: [1, 2", ["is not YAML"]),
         ("a: !!python/object/apply:os.system [ls]\n", ["is not YAML"]),
+        ("data: {source: folder:photos}\n", ["line 1: found folder:photos within brackets, expected quotes"]),
         ("data:\n\timage_size: 8\n", ["params.yaml, line 2, column 1: is not YAML", "spaces, not with tabs"]),
         ("data:\n  seed:0\n  image_size: 8\n", ["line 3, column 13: is not YAML", "a space missing after a colon"]),
         ("data: {{root}}\n", ["line 1: found brackets as a key, expected a word"]),

@@ -6,7 +6,7 @@ the whole image, at the hidden patches and at the class token. When a stage ends
 new one; the first teacher may be an untrained network. In params.yaml a chain is one run:
 
     random: {method: random}
-    dbot: {method: dbot, target: run:random, stages: 3}     # runs dbot-1, dbot-2, dbot-3
+    dbot: {method: dbot, target: "run:random", stages: 3}     # runs dbot-1, dbot-2, dbot-3
 
 Any other run's encoder, or any target that produces features, may be the first teacher instead. The features are the
 last block's, before the final norm. A target that gives patches only (not another run's encoder) is learnt at the

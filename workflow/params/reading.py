@@ -19,6 +19,13 @@ HINTS = {  # what PyYAML says -> what to do
 class _Loader(yaml.SafeLoader):
     """The safe loader, with numbers as in YAML 1.2 (as DVC reads them), and keys as they are written, none twice."""
 
+    def scan_plain(self):
+        token = super().scan_plain()
+        if self.flow_level and ":" in token.value:  # YAML allows it, but not the C parser that DVC reads params.yaml with
+            at = f"{token.start_mark.name}, line {token.start_mark.line + 1}"
+            raise ParamsError(f"{at}: found {token.value} within brackets, expected quotes around a text with a colon")
+        return token
+
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         lines = {}
