@@ -24,9 +24,9 @@ TRAINS = False
 
 @dataclass(frozen=True)
 class Config:
+    depth: int | None = None  # blocks; None: all of model.depth
     family: Literal["vit", "beit"] = "vit"  # of a ViT: whose positions and initial weights
     layer_scale: float = 0.1  # of family beit
-    depth: int | None = None  # blocks; None: all of model.depth
 
     def check(self, image_size: int, model: dict) -> None:
         if self.depth is not None and not (isinstance(model["depth"], int) and 0 <= self.depth <= model["depth"]):
