@@ -1,5 +1,5 @@
 # A Slurm of one node on the loopback address, for this user, in a folder of its own; source it.
-#   start_cluster FOLDER    munge, slurmctld and slurmd with two CPUs and two pretended GPUs; exports SLURM_CONF
+#   start_cluster FOLDER    munge, slurmctld and slurmd with two CPUs (or CLUSTER_CPUS) and two pretended GPUs; exports SLURM_CONF
 #   stop_cluster            cancels every job and ends what start_cluster started
 # Needs slurmctld, slurmd and munged (Debian: slurm-wlm, munge). No accounting database, no systemd, ports of its own.
 
@@ -43,7 +43,7 @@ ReturnToService=2
 KillWait=30
 GresTypes=gpu
 SlurmdParameters=config_overrides
-NodeName=$node NodeAddr=127.0.0.1 CPUs=2 RealMemory=64000 Gres=gpu:2
+NodeName=$node NodeAddr=127.0.0.1 CPUs=${CLUSTER_CPUS:-2} RealMemory=64000 Gres=gpu:2
 PartitionName=work Nodes=$node Default=YES PriorityTier=1 MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes=$node PriorityTier=2 PreemptMode=OFF MaxTime=INFINITE State=UP
 CONF
