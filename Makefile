@@ -33,7 +33,7 @@ test: install
 
 ui: install
 	@echo "MLflow at http://127.0.0.1:5000 (Ctrl-C ends it)"
-	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1 mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1 mlflow server --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri sqlite:///mlflow.db
 
 lint: install
 	ruff check .
