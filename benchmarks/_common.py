@@ -43,7 +43,9 @@ def subject(name: str, size: str, published: bool = False) -> tuple:
     model = {"name": "vit_tiny_patch16_224", "patch_size": s["patch"], "embed_dim": s["dim"], "depth": s["depth"],
              "num_heads": s["heads"], "mlp_ratio": 4.0, "args": {}}  # fmt: skip
     spec = Spec(s["image"], model, (0.5,) * 3, (0.25,) * 3, 10, 1024)
-    config = module.Config(**(PUBLISHED.get(name, {}) if published else {}))
+    # a quarter of the image, SimMIM's default, is no multiple of the patch at 224 px
+    settings = {"mask_unit": 2 * s["patch"]} if name == "simmim" else {}
+    config = module.Config(**settings, **(PUBLISHED.get(name, {}) if published else {}))
     torch.manual_seed(0)
     target = None
     if module.TARGET == "ids":
