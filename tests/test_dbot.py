@@ -248,6 +248,7 @@ def test_published_parameter_counts(width, depth, heads, encoder, decoder):
     count = {True: 0, False: 0}
     for name, parameter in method.named_parameters():
         count[name.startswith("encoder.")] += parameter.numel()
+    count[False] += method.decoder.pos.numel()  # fixed, but counted in these figures
     assert count[True] / 1e6 == pytest.approx(encoder, abs=0.05)
     assert count[False] / 1e6 == pytest.approx(decoder, abs=0.05)
     assert sum(count.values()) / 1e6 == pytest.approx(111.9, abs=0.05)
@@ -260,7 +261,7 @@ def test_drop_path_rises_in_encoder_and_decoder():
         return [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
 
     assert rates(method.encoder.blocks) == pytest.approx([0, 0.1, 0.2])
-    assert rates(method.decoder_blocks) == pytest.approx([0, 0.1, 0.2])
+    assert rates(method.decoder.blocks) == pytest.approx([0, 0.1, 0.2])
     assert not any(rates(method.teacher[0].encoder.blocks))
 
 
@@ -335,7 +336,7 @@ def test_a_stage_begins_with_the_old_student_as_teacher_and_a_new_student(chain,
     assert all(torch.equal(value, kept(now)[key]) for key, value in old.items())
     student, start = second.method.state_dict(), first.method.state_dict()
     drawn = [k for k, v in start.items() if v.ndim > 1 and v.std() > 0 and "pos" not in k]
-    assert {"mask_token", "decoder_pred.weight", "encoder.blocks.0.mlp.fc1.weight", "encoder.cls_token",
+    assert {"decoder.mask_token", "decoder.pred.weight", "encoder.blocks.0.mlp.fc1.weight", "encoder.cls_token",
             "encoder.patch_embed.proj.weight"} <= set(drawn)
     assert not any(torch.equal(student[k], start[k]) for k in drawn), "all re-drawn, the decoder too"
     assert not any(torch.equal(student[f"encoder.{k}"], old[k]) for k in old if f"encoder.{k}" in drawn)

@@ -169,17 +169,16 @@ def test_raster_pairs_as_the_released_code_does(monkeypatch):
     assert rows.tolist() == pytest.approx([1.4, 4.8, 8.2, 11.6], abs=0.1)
 
 
-def test_decoder_equals_one_that_restores_the_order():
-    """MAE's way (arXiv 2111.06377): mask tokens appended, un-shuffled, positions added; in float64."""
+def test_decoder_equals_one_that_keeps_the_order_of_the_lists():
+    """The official code's way: visible patches, then mask tokens, each with the position of its place; in float64."""
     method = made().double()
     ids_keep, ids_hide = masking(method)
     tokens = torch.randn(8, 24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     found = method.predict_hidden(tokens, ids_keep, ids_hide)
-    x = torch.cat([method.decoder_embed(tokens), method.mask_token.expand(8, 40, -1)], dim=1)
-    restore = torch.cat([ids_keep, ids_hide], dim=1).argsort(dim=1)
-    x = x.gather(1, restore[..., None].expand_as(x)) + sincos_2d(16, 8).double()
-    x = method.decoder_pred(method.decoder_norm(method.decoder_blocks(x)))
-    expected = x.gather(1, ids_hide[..., None].expand(-1, -1, x.shape[-1]))
+    decoder = method.decoder
+    x = torch.cat([decoder.embed(tokens), decoder.mask_token.expand(8, 40, -1)], dim=1)
+    x = decoder.blocks(x + sincos_2d(16, 8).double()[torch.cat([ids_keep, ids_hide], dim=1)])
+    expected = decoder.pred(decoder.norm(x[:, 24:]))
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
@@ -224,7 +223,7 @@ def test_published_parameter_counts(name, width, depth, heads, encoder, total, c
     positions = method.encoder.pos_embed.numel()  # fixed, but counted in some of the figures
     assert count["encoder"] / 1e6 == pytest.approx(encoder, abs=0.05 if width > 768 else 0.005)
     assert (count["encoder"] + positions + 1000 * (width + 1)) / 1e6 == pytest.approx(classifier, abs=0.05)
-    count["decoder"] += method.decoder_pos.numel()
+    count["decoder"] += method.decoder.pos.numel()
     if width == 768:
         expected = {"fusion": 4.33, "decoder": 42.56, "projector": 0.92, "predictor": 0.06}
         assert {key: round(count[key] / 1e6, 2) for key in expected} == expected
@@ -238,7 +237,7 @@ def test_initialisation():
             bound = (6 / sum(layer.weight.shape)) ** 0.5
             assert 0.9 * bound < layer.weight.abs().max() <= bound, name
             assert layer.bias.abs().max() == 0, name
-    assert 0.01 < method.mask_token.std() < 0.03
+    assert 0.01 < method.decoder.mask_token.std() < 0.03
     last = method.projector[-1]
     assert isinstance(last, nn.LayerNorm) and last.weight is None
     assert not hasattr(method, "no_weight_decay")  # the mask token is decayed
@@ -357,7 +356,7 @@ def test_images_and_effective_epochs_are_counted_separately(tiny_params, tmp_pat
     ({"mask_ratio": 0.0}, "mask_ratio"), ({"predict_ratio": 1.2}, "predict_ratio"),
     ({"predict_ratio": 0.5}, "predict_ratio"), ({"views": 0}, "views"), ({"cell": 0}, "cell"),
     ({"decoder_depth": 0}, "decoder_depth"), ({"vis_weight": -1.0}, "vis_weight"), ({"decoder_dim": 18}, "decoder_dim"),
-    ({"decoder_heads": 3}, "decoder_dim"), ({"crop_min": 0.0}, "crop_min"),
+    ({"decoder_heads": 3}, "decoder_heads"), ({"crop_min": 0.0}, "crop_min"),
 ])
 def test_bad_config(values, key):
     with pytest.raises(ValueError, match=f"^{key}"):

@@ -117,7 +117,7 @@ class Lab:
                 shutil.copy(source, to)
         kit = folder / "stages/kit"
         kit.mkdir(parents=True)
-        for name in ("job", "files", "device", "provenance"):
+        for name in ("job", "files", "device", "provenance", "checks"):
             shutil.copy(ROOT / f"stages/kit/{name}.py", kit)
         for name in ("store", "decode", "keyed", "dist", "track", "hybrid"):
             (kit / f"{name}.py").write_text(f"# {name}\n")

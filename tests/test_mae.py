@@ -56,7 +56,7 @@ def test_sequence_lengths_at_full_size():
     method = Method(SMALL, spec(size=224, patch=16, depth=1))
     seen = {}
     method.encoder.blocks[0].register_forward_hook(lambda m, args, out: seen.update(encoder=out.shape[1]))
-    method.decoder_blocks[0].register_forward_hook(lambda m, args, out: seen.update(decoder=out.shape[1]))
+    method.decoder.blocks[0].register_forward_hook(lambda m, args, out: seen.update(decoder=out.shape[1]))
     with torch.no_grad():
         method(batch(2, 224), progress(2))
     assert seen == {"encoder": 50, "decoder": 197}
@@ -67,9 +67,9 @@ def test_the_encoder_never_sees_the_mask_token(method):
     encoded = method.encode(spec().normalise(batch()["view"]), ids_keep)
     assert encoded.shape == (6, 5, 16)
     encoded.sum().backward(retain_graph=True)
-    assert method.mask_token.grad is None
+    assert method.decoder.mask_token.grad is None
     method.decode(encoded, ids_restore).square().sum().backward()
-    assert method.mask_token.grad.abs().sum() > 0
+    assert method.decoder.mask_token.grad.abs().sum() > 0
 
 
 def test_only_dropped_patches_have_a_loss(method, monkeypatch):
@@ -111,15 +111,15 @@ def test_dropped_pixels_do_not_reach_the_prediction(method):
 
 def test_tokens_return_to_their_places(method):
     """With the blocks taken out: the token of a kept patch, or the mask token, plus its own position."""
-    for name in ("decoder_blocks", "decoder_norm", "decoder_embed", "decoder_pred"):
-        setattr(method, name, nn.Identity())
+    for name in ("blocks", "norm", "embed", "pred"):
+        setattr(method.decoder, name, nn.Identity())
     ids_keep, ids_restore, mask = masking()
     tokens = torch.randn(6, 16, 16)
     encoded = torch.cat([torch.randn(6, 1, 16), tokens.gather(1, ids_keep[..., None].expand(-1, -1, 16))], 1)
     out = method.decode(encoded, ids_restore) - sincos_2d(16, 4)
-    expected = torch.where(mask.bool()[..., None], method.mask_token, tokens)
+    expected = torch.where(mask.bool()[..., None], method.decoder.mask_token, tokens)
     assert torch.allclose(out, expected, atol=1e-6)
-    assert torch.equal(method.decoder_pos[0, 0], torch.zeros(16))
+    assert torch.equal(method.decoder.pos[0], torch.zeros(16))
 
 
 def test_kept_tokens_carry_their_positions(method):
@@ -141,10 +141,11 @@ def test_published_parameter_counts(size, patch, width, depth, heads, encoder, d
     count = {True: 0, False: 0}
     for name, parameter in method.named_parameters():
         count[name.startswith("encoder.")] += parameter.numel()
+    count[False] += method.decoder.pos.numel()  # fixed, but counted in these figures
     assert count[True] / 1e6 == pytest.approx(encoder, abs=0.05)
     assert count[False] / 1e6 == pytest.approx(decoder, abs=0.05)
     frozen = {name for name, parameter in method.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"encoder.pos_embed", "decoder_pos"}
+    assert frozen == {"encoder.pos_embed"}
     if width == 768:
         assert count[True] == 85_798_656
         trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
@@ -168,14 +169,14 @@ def test_initialisation():
     assert projection.weight.abs().max() <= math.sqrt(6 / (64 + 48))
     assert projection.weight.abs().max() > 0.95 * math.sqrt(6 / (64 + 48))
     assert 0 < projection.bias.abs().max() <= 1 / math.sqrt(48)  # torch's own default
-    for token in (method.encoder.cls_token, method.mask_token):
+    for token in (method.encoder.cls_token, method.decoder.mask_token):
         assert 0.01 < token.std() < 0.03
     assert torch.equal(method.encoder.pos_embed[0, 1:], sincos_2d(64, 4))
 
 
 def test_tokens_are_decayed(method):
     assert not hasattr(method, "no_weight_decay")
-    assert method.mask_token.ndim == method.encoder.cls_token.ndim == 3
+    assert method.decoder.mask_token.ndim == method.encoder.cls_token.ndim == 3
 
 
 def test_masks_differ_between_steps_and_repeat_for_a_step(method):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stages.kit import keyed, masks
+from stages.kit.checks import keep_count
 
 
 def uniforms(rows: torch.Tensor, seed: int = 0):
@@ -39,7 +40,7 @@ def reference_block_mask(side: int, count: int, smallest: int, rng: random.Rando
 
 def test_random_masking_keeps_49_of_196():
     noise = torch.rand(6, 196, generator=torch.Generator().manual_seed(0))
-    ids_keep, ids_restore, mask = masks.random_masking(noise, masks.keep_count(196, 0.75))
+    ids_keep, ids_restore, mask = masks.random_masking(noise, keep_count(196, 0.75))
     assert ids_keep.shape == (6, 49)
     assert mask.sum(1).tolist() == [147] * 6
     assert not torch.equal(mask[0], mask[1])
@@ -57,28 +58,6 @@ def test_random_masking_is_uniform():
     _, _, mask = masks.random_masking(noise, 16)
     frequency = mask.mean(0)
     assert (frequency - 0.75).abs().max() < 4.5 * math.sqrt(0.75 * 0.25 / 4000)
-
-
-@pytest.mark.parametrize(("patches", "ratio", "keep"), [
-    (196, 0.75, 49), (64, 0.6, 25), (10, 0.9, 1), (100, 0.9, 10), (25, 0.75, 6), (256, 0.75, 64),
-    (1000, 0.999, 1),
-])
-def test_keep_count_is_exact(patches, ratio, keep):
-    assert masks.keep_count(patches, ratio) == keep
-
-
-@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, 0.99])
-def test_keep_count_refuses(ratio):
-    with pytest.raises(ValueError, match="mask_ratio"):
-        masks.keep_count(16, ratio)
-
-
-def test_hidden_count():
-    assert masks.hidden_count(196, 0.3827) == 75
-    assert masks.hidden_count(64, 0.39) == 25
-    for ratio in (0.0, 0.01, 0.99, 1.0):
-        with pytest.raises(ValueError, match="mask_ratio"):
-            masks.hidden_count(16, ratio)
 
 
 @pytest.fixture(scope="module")

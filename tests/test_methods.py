@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages.kit import checks
 from stages.kit import encoder as kit
 from stages.kit.loop import Progress
 from stages.kit.spec import Spec
@@ -110,7 +111,7 @@ def test_declarations(name):
     assert literals == {"TARGET": module.TARGET, "LABELS": module.LABELS, "TRAINS": module.TRAINS}
     config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
     space = {"dataclass": dataclasses.dataclass, "field": dataclasses.field, "Literal": Literal,
-             "__name__": "alone"}
+             "checks": checks, "__name__": "alone"}
     exec(compile(ast.Module([config], []), name, "exec", dont_inherit=True), space)
     alone = space["Config"]()
     assert dataclasses.asdict(alone) == dataclasses.asdict(module.Config())

@@ -70,7 +70,7 @@ BAD = [  # changes to good parameters, and what the message must contain
     ({"train__save_minutes": float("inf")}, ["train.save_minutes: must be a finite number (found inf)"]),
     ({"train__epochs": True}, ["train.epochs", "integer", "found True"]),
     ({"methods__mae__mask_ratio": 1.0}, ["methods.mae.mask_ratio", "1.0"]),
-    ({"methods__mae__mask_ratio": 1.5}, ["methods.mae.mask_ratio: found 1.5, expected a share in (0, 1)"]),
+    ({"methods__mae__mask_ratio": 1.5}, ["methods.mae.mask_ratio: found 1.5, expected a number in (0, 1)"]),
     ({"methods__mae__lr": float("nan")}, ["methods.mae.lr: must be a finite number (found nan)"]),
     ({"methods__mae__betas": 0.9}, ["methods.mae.betas: must be a list (found 0.9)"]),
     ({"methods__mae__betas": [0.9, 0.9, 0.9]}, ["methods.mae.betas: must have at most 2 items"]),

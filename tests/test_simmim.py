@@ -15,8 +15,9 @@ from test_end_to_end import run_all
 
 from stages.kit import encoder as kit
 from stages.kit import optim
+from stages.kit.checks import unit_count
 from stages.kit.loop import Progress
-from stages.kit.masks import unit_count, unit_masks
+from stages.kit.masks import unit_masks
 from stages.kit.recipe import Recipe
 from stages.kit.spec import Spec
 from stages.methods.simmim import Config, Method, local_statistics

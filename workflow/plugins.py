@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
+from stages.kit import checks
+
 ROOT = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
 FOLDERS = {"method": "methods", "target": "targets", "task": "tasks", "source": "sources"}
@@ -89,11 +91,11 @@ def _declared(path: str, text: str) -> Plugin:
                     ) from None
     if config is None:
         raise ParamsError(f"{path}: has no dataclass named Config for its settings")
-    space = {"dataclass": dataclass, "field": dataclasses.field, "Literal": Literal, "__name__": path}
+    space = {"dataclass": dataclass, "field": dataclasses.field, "Literal": Literal, "checks": checks, "__name__": path}
     try:
         exec(compile(ast.Module([config], []), path, "exec", dont_inherit=True), space)
     except NameError as error:
-        raise ParamsError(f"{path}: Config may use only builtins, Literal and field ({error})") from None
+        raise ParamsError(f"{path}: Config may use only builtins, Literal, field and checks ({error})") from None
     except (
         Exception
     ) as error:  # a wrong default, an unhashable one, ...: whatever Python says about that class

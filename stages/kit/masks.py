@@ -13,31 +13,11 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
+from stages.kit.checks import keep_count
+
 # Blocks per mask at most; of 20,000 masks of 14x14 (75 hidden) or 16x16 (98 hidden) none has more than 12.
 ROUNDS = 16
 TRIES = 10  # attempts per block, as in the official code
-
-
-def keep_count(patches: int, ratio: float) -> int:
-    """Patches that stay visible: patches * (1 - ratio) cut to an integer, exact for the decimal `ratio`.
-
-    In floats 10 * (1 - 0.9) is 0.9999..., which would keep nothing. Raises ValueError unless 0 < ratio < 1
-    leaves at least one patch visible and one hidden.
-    """
-    keep = int(patches * (1 - Fraction(str(ratio))))
-    if not (0 < ratio < 1 and 0 < keep < patches):
-        raise ValueError(f"mask_ratio: {ratio} of {patches} patches keeps {keep}, expected at "
-                         "least 1 visible and 1 hidden")
-    return keep
-
-
-def hidden_count(patches: int, ratio: float) -> int:
-    """Patches to hide: patches * ratio rounded to the nearest. Raises ValueError as `keep_count` does."""
-    count = round(patches * ratio)
-    if not (0 < ratio < 1 and 0 < count < patches):
-        raise ValueError(f"mask_ratio: {ratio} of {patches} patches hides {count}, expected at "
-                         "least 1 visible and 1 hidden")
-    return count
 
 
 def random_masking(noise: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -174,18 +154,6 @@ def disjoint_masking(noise: torch.Tensor, ratio: float, predict: float | None = 
     inside = torch.arange(cell, device=order.device)
     inside = (inside[:, None] * (side * cell) + inside).flatten()
     return tuple((ids[..., None, :] + inside[:, None]).flatten(-2) for ids in corner.split([keep, cells - keep], -1))
-
-
-def unit_count(units: int, ratio: float) -> int:
-    """Units to hide: units * ratio rounded up, exact for the decimal `ratio` (SimMIM, arXiv 2111.09886).
-
-    Raises ValueError as `keep_count` does.
-    """
-    count = math.ceil(units * Fraction(str(ratio)))
-    if not (0 < ratio < 1 and 0 < count < units):
-        raise ValueError(f"mask_ratio: {ratio} of {units} units hides {count}, expected at least 1 visible and "
-                         "1 hidden")
-    return count
 
 
 def unit_masks(noise: torch.Tensor, count: int, cell: int) -> torch.Tensor:

@@ -28,8 +28,9 @@ from timm.layers import LayerNorm
 from timm.models.beit import Block
 from torch import nn
 
+from stages.kit import checks
 from stages.kit import encoder as kit
-from stages.kit.masks import exact_block_masks, hidden_count, hidden_ids, take
+from stages.kit.masks import exact_block_masks, hidden_ids, take
 from stages.kit.patches import colour_codes, contact_sheet, paint
 from stages.kit.views import View
 
@@ -59,29 +60,18 @@ class Config:
     clip: float | None = 3.0
 
     def __post_init__(self):
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio: found {self.mask_ratio}, expected a share in (0, 1)")
-        if self.min_block < 1:
-            raise ValueError(f"min_block: found {self.min_block}, expected 1 or more patches")
-        if self.head_depth < 0:
-            raise ValueError(f"head_depth: found {self.head_depth}, expected 0 (no aggregation) or more")
-        if self.early_layer is not None and self.early_layer < 1:
-            raise ValueError(f"early_layer: found {self.early_layer}, expected a block number from 1")
-        if not 0 < self.crop_min <= 1:
-            raise ValueError(f"crop_min: found {self.crop_min}, expected a share in (0, 1]")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path: found {self.drop_path}, expected a probability in [0, 1)")
+        checks.within(self, "(0, 1)", "mask_ratio")
+        checks.within(self, "[1, inf)", "min_block", "early_layer")
+        checks.within(self, "[0, inf)", "head_depth")
+        checks.within(self, "(0, 1]", "crop_min")
+        checks.within(self, "[0, 1)", "drop_path")
 
     def early(self, depth: int) -> int:
         """The block, counted from 1, after which aggregation takes the patch tokens."""
         return max(1, 3 * depth // 4) if self.early_layer is None else self.early_layer
 
     def check(self, image_size: int, model: dict) -> None:
-        side = image_size // model["patch_size"]
-        count = round(side * side * self.mask_ratio)
-        if not 1 <= count < side * side:
-            raise ValueError(f"mask_ratio: {self.mask_ratio} of {side * side} patches hides {count}, "
-                             "expected at least one hidden and one visible")
+        count = checks.hidden_count((image_size // model["patch_size"]) ** 2, self.mask_ratio)
         if self.min_block > count:
             raise ValueError(f"min_block: found {self.min_block}, but only {count} patches are hidden")
         if self.head_depth and self.early(model["depth"]) >= model["depth"]:
@@ -101,7 +91,7 @@ class Method(nn.Module):
             raise ValueError(f"beitv2 needs a tokenizer (a target of ids), found {type(target).__name__}")
         self.config, self.spec = config, spec
         self.tokenizer = [target]  # in a list: frozen, neither trained nor saved with the student
-        self.grid, self.count = (spec.grid, spec.grid), hidden_count(spec.grid**2, config.mask_ratio)
+        self.grid, self.count = (spec.grid, spec.grid), checks.hidden_count(spec.grid**2, config.mask_ratio)
         self.encoder = kit.beit_vit(spec, init_values=config.layer_scale, drop_path_rate=config.drop_path)
         width, depth = self.encoder.embed_dim, len(self.encoder.blocks)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))

@@ -33,15 +33,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm
-from timm.models.vision_transformer import Block
 from torch import nn
 
+from stages.kit import checks
 from stages.kit import encoder as kit
+from stages.kit.decoder import Decoder
 from stages.kit.health import principal_colours
-from stages.kit.masks import keep_count, random_masking, take
+from stages.kit.masks import random_masking
 from stages.kit.patches import contact_sheet, normalise_patches, paint
-from stages.kit.positions import sincos_2d
 from stages.kit.views import View
 
 TARGET = "features"
@@ -71,31 +70,15 @@ class Config:
     clip: float | None = 3.0
 
     def __post_init__(self):
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio: found {self.mask_ratio}, expected a share in (0, 1)")
-        if self.beta <= 0:
-            raise ValueError(f"beta: found {self.beta}, expected a residual above 0")
-        if self.decoder_depth < 1:
-            raise ValueError(f"decoder_depth: found {self.decoder_depth}, expected 1 or more blocks")
-        if self.decoder_heads < 1 or self.decoder_dim % self.decoder_heads:
-            raise ValueError(f"decoder_heads: {self.decoder_heads} does not divide decoder_dim "
-                             f"{self.decoder_dim}")
-        if self.decoder_dim < 4 or self.decoder_dim % 4:
-            raise ValueError(f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 "
-                             "(sin-cos positions)")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path: found {self.drop_path}, expected a probability in [0, 1)")
-        if not 0 < self.crop_min <= 1:
-            raise ValueError(f"crop_min: found {self.crop_min}, expected a share in (0, 1]")
+        checks.within(self, "(0, 1)", "mask_ratio")
+        checks.within(self, "(0, inf)", "beta")
+        checks.within(self, "[0, 1)", "drop_path")
+        checks.within(self, "(0, 1]", "crop_min")
+        checks.decoder(self)
 
     def check(self, image_size: int, model: dict) -> None:
-        patches = (image_size // model["patch_size"]) ** 2
-        if not 1 <= int(patches * (1 - self.mask_ratio) + 1e-9) < patches:
-            raise ValueError(f"mask_ratio: {self.mask_ratio} of {patches} patches does not leave at least "
-                             "one visible and one hidden")
-        if model["embed_dim"] % 4:
-            raise ValueError(f"model.embed_dim: found {model['embed_dim']}, expected a multiple of 4 "
-                             "(sin-cos positions)")
+        checks.keep_count((image_size // model["patch_size"]) ** 2, self.mask_ratio)
+        checks.sincos(model)
 
 
 def views(config: Config, spec) -> dict[str, View]:
@@ -110,25 +93,13 @@ class Method(nn.Module):
         self.config, self.spec = config, spec
         self.teacher = [target]  # in a list: frozen, neither trained nor saved with the student
         self.patches = spec.grid**2
-        self.keep = keep_count(self.patches, config.mask_ratio)
+        self.keep = checks.keep_count(self.patches, config.mask_ratio)
         # drawn first: with the seed of an untrained run, its encoder
         self.encoder = kit.sincos_vit(spec, drop_path_rate=config.drop_path)
         self.prefix = self.encoder.num_prefix_tokens
         self.has_cls = self.encoder.cls_token is not None and getattr(target, "has_cls", False)
-        width, dim = self.encoder.embed_dim, config.decoder_dim
-        self.decoder_embed = nn.Linear(width, dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        positions = torch.cat([torch.zeros(self.prefix, dim, device="cpu"), sincos_2d(dim, spec.grid)])
-        self.decoder_pos = nn.Parameter(positions[None].to(self.mask_token.device), requires_grad=False)
-        rates = torch.linspace(0, config.drop_path, config.decoder_depth, device="cpu").tolist()
-        self.decoder_blocks = nn.Sequential(*[
-            Block(dim, config.decoder_heads, qkv_bias=True, drop_path=rate, norm_layer=LayerNorm)
-            for rate in rates])
-        self.decoder_norm = LayerNorm(dim)
-        self.decoder_pred = nn.Linear(dim, target.dim)
-        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
-            kit.xavier_init(part)
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.decoder = Decoder(self.encoder.embed_dim, target.dim, spec.grid, config.decoder_dim, config.decoder_depth,
+                               config.decoder_heads, prefix=self.prefix, drop_path=config.drop_path)
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss", "cosine"}, both over the class token and the dropped patches."""
@@ -161,12 +132,8 @@ class Method(nn.Module):
 
     def decode(self, encoded: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Encoded tokens (B, P+keep, D) -> predictions for the class token, if used, and all patches (B,C+N,dim)."""
-        x = self.decoder_embed(encoded)
-        hidden = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.keep, -1)
-        places = take(torch.cat([x[:, self.prefix:], hidden], dim=1), ids_restore)
-        x = self.decoder_blocks(torch.cat([x[:, :self.prefix], places], dim=1) + self.decoder_pos)
-        x = torch.cat([x[:, :int(self.has_cls)], x[:, self.prefix:]], dim=1)
-        return self.decoder_pred(self.decoder_norm(x))
+        x = self.decoder(encoded, ids_restore)
+        return torch.cat([x[:, :int(self.has_cls)], x[:, self.prefix:]], dim=1)
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:

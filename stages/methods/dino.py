@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from stages.kit import checks
 from stages.kit.patches import contact_sheet
 from stages.kit.selfdistil import SelfDistillation, feature_columns, views
 
@@ -68,22 +69,14 @@ class Config:
         return 2 + self.n_local * self.local_size**2
 
     def __post_init__(self):
-        for key, least in (("prototypes", 2), ("hidden", 1), ("bottleneck", 1), ("n_local", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: found {getattr(self, key)}, expected {least} or more")
-        for key in ("student_temp", "teacher_temp", "teacher_temp_end"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise ValueError(f"{key}: found {getattr(self, key)}, expected a temperature above 0")
-        for key in ("centre_momentum", "momentum", "min_information", "teacher_temp_warmup", "drop_path", "flip",
-                    "jitter_p", "grey", "solarise"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key}: found {getattr(self, key)}, expected a number in [0, 1]")
-        if not 0 < self.local_size <= 1:
-            raise ValueError(f"local_size: found {self.local_size}, expected a share in (0, 1]")
-        for key in ("global_scale", "local_scale"):
-            low, high = getattr(self, key)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{key}: found {low}, {high}, expected 0 < low <= high <= 1")
+        checks.within(self, "[2, inf)", "prototypes")
+        checks.within(self, "[1, inf)", "hidden", "bottleneck")
+        checks.within(self, "[0, inf)", "n_local")
+        checks.within(self, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end")
+        checks.within(self, "[0, 1]", "centre_momentum", "momentum", "min_information", "teacher_temp_warmup", "drop_path",
+                      "flip", "jitter_p", "grey", "solarise")
+        checks.within(self, "(0, 1]", "local_size")
+        checks.spans(self, "global_scale", "local_scale")
 
 
 class Method(SelfDistillation):

@@ -12,8 +12,6 @@ is MAE's encoder (arXiv 2111.06377), whose class token takes part in the encoder
 - Any number of views, and masks that are independent of each other for comparison (kit/masks.py).
 - The official rate counts what `predict_ratio` promises, ours what the masks hide: the same wherever views *
   mask_ratio reaches it, and MAE's plain rule for one view.
-- The decoder gets visible and mask tokens with their positions in the order of the mask's lists, not of the image, and
-  only the hidden ones are put out: the blocks do not know the order, so the values are the same.
 - A teacher's features are normalised per token (ours; the official code knows HOG only).
 - Defaults are for small images. As published, for ImageNet and ConvViT-B: decoder_dim 512, decoder_depth 8,
   decoder_heads 16, decoder_mlp_ratio 8, lr 6e-4 per 256 unique images in batches of 512, 400 epochs (800 effective
@@ -29,16 +27,14 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm
-from timm.models.vision_transformer import Block
 from torch import nn
 
+from stages.kit import checks, hybrid
 from stages.kit import encoder as kit
-from stages.kit import hybrid
+from stages.kit.decoder import Decoder
 from stages.kit.health import principal_colours
-from stages.kit.masks import disjoint_masking
+from stages.kit.masks import disjoint_masking, take
 from stages.kit.patches import contact_sheet, paint
-from stages.kit.positions import sincos_2d
 from stages.kit.views import View
 
 TARGET = "features"
@@ -74,21 +70,12 @@ class Config:
     clip: float | None = None
 
     def __post_init__(self):
-        for key in ("mask_ratio", "predict_ratio"):
-            if not 0 < getattr(self, key) <= 1:
-                raise ValueError(f"{key}: found {getattr(self, key)}, expected a share in (0, 1]")
-        for key in ("views", "cell", "decoder_depth", "decoder_heads"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: found {getattr(self, key)}, expected 1 or more")
+        checks.within(self, "(0, 1]", "mask_ratio", "predict_ratio", "crop_min")
+        checks.within(self, "[1, inf)", "views", "cell")
+        checks.within(self, "[0, inf)", "vis_weight")
+        checks.decoder(self)
         if self.predict_ratio < self.mask_ratio:
             raise ValueError(f"predict_ratio: found {self.predict_ratio}, expected at least mask_ratio {self.mask_ratio}")
-        if self.vis_weight < 0:
-            raise ValueError(f"vis_weight: found {self.vis_weight}, expected 0 (no visible branch) or more")
-        if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4 or self.decoder_dim < 4:
-            raise ValueError(f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 (sin-cos positions) and "
-                             f"of decoder_heads {self.decoder_heads}")
-        if not 0 < self.crop_min <= 1:
-            raise ValueError(f"crop_min: found {self.crop_min}, expected a share in (0, 1]")
 
     @property
     def predicted(self) -> float:
@@ -107,12 +94,8 @@ class Config:
         side = image_size // model["patch_size"]
         if side % self.cell:
             raise ValueError(f"cell: {self.cell} patches do not divide the {side} patches of a side")
-        cells = (side // self.cell) ** 2
-        if not 1 <= int(cells * (1 - self.mask_ratio) + 1e-9) < cells:
-            raise ValueError(f"mask_ratio: {self.mask_ratio} of {cells} cells does not leave at least one visible and "
-                             "one hidden")
-        if model["embed_dim"] % 4:
-            raise ValueError(f"model.embed_dim: found {model['embed_dim']}, expected a multiple of 4 (sin-cos positions)")
+        checks.keep_count((side // self.cell) ** 2, self.mask_ratio)
+        checks.sincos(model)
 
 
 def views(config: Config, spec) -> dict[str, View]:
@@ -133,23 +116,16 @@ class Method(nn.Module):
         self.fusion = hybrid.Fusion(self.encoder) if isinstance(self.encoder, hybrid.ConvViT) else None
         self.prefix = self.encoder.num_prefix_tokens
         width, dim = self.encoder.embed_dim, config.decoder_dim
-        self.decoder_embed = nn.Linear(width, dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.register_buffer("decoder_pos", sincos_2d(dim, spec.grid), persistent=False)
-        self.decoder_blocks = nn.Sequential(*[
-            Block(dim, config.decoder_heads, mlp_ratio=config.decoder_mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
-            for _ in range(config.decoder_depth)])
-        self.decoder_norm, self.decoder_pred = LayerNorm(dim), nn.Linear(dim, target.dim)
+        self.decoder = Decoder(width, target.dim, spec.grid, dim, config.decoder_depth, config.decoder_heads,
+                               mlp_ratio=config.decoder_mlp_ratio)
         self.projector = self.predictor = None
         if config.vis_weight:
             self.projector = nn.Sequential(
                 nn.Linear(width, dim), nn.LayerNorm(dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim), nn.GELU(),
                 nn.Linear(dim, dim), nn.LayerNorm(dim, elementwise_affine=False))
             self.predictor = nn.Linear(dim, target.dim)
-        for name, part in self.named_children():
-            if name not in ("encoder", "fusion"):
-                kit.xavier_init(part)
-        nn.init.normal_(self.mask_token, std=0.02)
+            kit.xavier_init(self.projector)
+            kit.xavier_init(self.predictor)
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss", "hidden_loss", "visible_loss" (if there is such a branch)}."""
@@ -190,11 +166,8 @@ class Method(nn.Module):
 
     def predict_hidden(self, tokens: torch.Tensor, ids_keep: torch.Tensor, ids_hide: torch.Tensor) -> torch.Tensor:
         """The decoder: encoded visible patches -> predictions (V*B,h,T) of the hidden ones, in the order of ids_hide."""
-        x = self.decoder_embed(tokens)
-        hidden = self.mask_token.to(x.dtype).expand(*ids_hide.shape, -1)
-        x = torch.cat([x, hidden], dim=1) + self.decoder_pos[torch.cat([ids_keep, ids_hide], dim=1)]
-        x = self.decoder_blocks(x)[:, ids_keep.shape[1]:]
-        return self.decoder_pred(self.decoder_norm(x))
+        ids_restore = torch.cat([ids_keep, ids_hide], dim=1).argsort(dim=1)
+        return take(self.decoder(tokens, ids_restore), ids_hide)
 
     def predict_visible(self, tokens: torch.Tensor) -> torch.Tensor:
         """Encoded visible patches (V*B,n,D) -> predictions (V*B,n,T) of them."""

@@ -23,15 +23,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from timm.layers import LayerNorm
-from timm.models.vision_transformer import Block
 from torch import nn
 
+from stages.kit import checks, hybrid
 from stages.kit import encoder as kit
-from stages.kit import hybrid
-from stages.kit.masks import keep_count, random_masking, take
+from stages.kit.decoder import Decoder
+from stages.kit.masks import random_masking
 from stages.kit.patches import contact_sheet, normalise_patches, paint, patch_statistics, patchify, unpatchify
-from stages.kit.positions import sincos_2d
 from stages.kit.views import View
 
 TARGET = None
@@ -59,27 +57,13 @@ class Config:
     clip: float | None = None
 
     def __post_init__(self):
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio: found {self.mask_ratio}, expected a share in (0, 1)")
-        if self.decoder_depth < 1:
-            raise ValueError(f"decoder_depth: found {self.decoder_depth}, expected 1 or more blocks")
-        if self.decoder_heads < 1 or self.decoder_dim % self.decoder_heads:
-            raise ValueError(f"decoder_heads: {self.decoder_heads} does not divide decoder_dim "
-                             f"{self.decoder_dim}")
-        if self.decoder_dim < 4 or self.decoder_dim % 4:
-            raise ValueError(f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 "
-                             "(sin-cos positions)")
-        if not 0 < self.crop_min <= 1:
-            raise ValueError(f"crop_min: found {self.crop_min}, expected a share in (0, 1]")
+        checks.within(self, "(0, 1)", "mask_ratio")
+        checks.within(self, "(0, 1]", "crop_min")
+        checks.decoder(self)
 
     def check(self, image_size: int, model: dict) -> None:
-        patches = (image_size // model["patch_size"]) ** 2
-        if not 1 <= int(patches * (1 - self.mask_ratio) + 1e-9) < patches:
-            raise ValueError(f"mask_ratio: {self.mask_ratio} of {patches} patches does not leave at least "
-                             "one visible and one hidden")
-        if model["embed_dim"] % 4:
-            raise ValueError(f"model.embed_dim: found {model['embed_dim']}, expected a multiple of 4 "
-                             "(sin-cos positions)")
+        checks.keep_count((image_size // model["patch_size"]) ** 2, self.mask_ratio)
+        checks.sincos(model)
 
 
 def views(config: Config, spec) -> dict[str, View]:
@@ -92,23 +76,12 @@ class Method(nn.Module):
         self.config, self.spec = config, spec
         self.patch = spec.model["patch_size"]
         self.patches = spec.grid**2
-        self.keep = keep_count(self.patches, config.mask_ratio)
+        self.keep = checks.keep_count(self.patches, config.mask_ratio)
         self.encoder = kit.sincos_vit(spec)
         self.fusion = hybrid.Fusion(self.encoder) if isinstance(self.encoder, hybrid.ConvViT) else None
         self.prefix = self.encoder.num_prefix_tokens
-        width, dim = self.encoder.embed_dim, config.decoder_dim
-        self.decoder_embed = nn.Linear(width, dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        positions = torch.cat([torch.zeros(self.prefix, dim, device="cpu"), sincos_2d(dim, spec.grid)])
-        self.decoder_pos = nn.Parameter(positions[None].to(self.mask_token.device), requires_grad=False)
-        self.decoder_blocks = nn.Sequential(*[
-            Block(dim, config.decoder_heads, qkv_bias=True, norm_layer=LayerNorm)
-            for _ in range(config.decoder_depth)])
-        self.decoder_norm = LayerNorm(dim)
-        self.decoder_pred = nn.Linear(dim, 3 * self.patch**2)
-        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
-            kit.xavier_init(part)
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.decoder = Decoder(self.encoder.embed_dim, 3 * self.patch**2, spec.grid, config.decoder_dim,
+                               config.decoder_depth, config.decoder_heads, prefix=self.prefix)
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean squared error over the dropped patches."""
@@ -124,12 +97,7 @@ class Method(nn.Module):
 
     def decode(self, encoded: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Encoded tokens (B, P+keep, D) -> pixels of every patch (B, N, 3*patch^2)."""
-        x = self.decoder_embed(encoded)
-        hidden = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.keep, -1)
-        places = take(torch.cat([x[:, self.prefix:], hidden], dim=1), ids_restore)
-        x = torch.cat([x[:, :self.prefix], places], dim=1)
-        x = self.decoder_blocks(x + self.decoder_pos)
-        return self.decoder_pred(self.decoder_norm(x)[:, self.prefix:])
+        return self.decoder(encoded, ids_restore)[:, self.prefix:]
 
     def target(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images -> their patches (B, N, 3*patch^2) in float32, each normalised if norm_pix."""

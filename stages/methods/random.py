@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch import nn
 
+from stages.kit import checks
 from stages.kit import encoder as kit
 
 TARGET = None
@@ -36,9 +37,8 @@ class Config:
                 raise ValueError(f"family: found 'beit', expected 'vit' with model.name {model['name']}")
             if self.depth is not None:
                 raise ValueError("depth: cuts an encoder of family vit, found family 'beit'")
-        elif model["embed_dim"] % 4 and isinstance(model["depth"], int):
-            raise ValueError(f"model.embed_dim: found {model['embed_dim']}, expected a multiple of 4 "
-                             "(sin-cos positions)")
+        elif isinstance(model["depth"], int):
+            checks.sincos(model)
 
 
 class Method(nn.Module):

@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages.kit import checks
 from stages.kit import encoder as kit
-from stages.kit.masks import unit_count, unit_masks
+from stages.kit.masks import unit_masks
 from stages.kit.patches import contact_sheet, paint
 from stages.kit.views import View
 
@@ -61,18 +62,12 @@ class Config:
     clip: float | None = 5.0
 
     def __post_init__(self):
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio: found {self.mask_ratio}, expected a share in (0, 1)")
-        if self.mask_unit is not None and self.mask_unit < 1:
-            raise ValueError(f"mask_unit: found {self.mask_unit}, expected 1 or more pixels")
+        checks.within(self, "(0, 1)", "mask_ratio", "lr_drops")
+        checks.within(self, "[1, inf)", "mask_unit")
+        checks.within(self, "[0, 1)", "drop_path")
+        checks.within(self, "(0, 1]", "crop_min")
         if self.local_norm is not None and (self.local_norm < 3 or self.local_norm % 2 == 0):
             raise ValueError(f"local_norm: found {self.local_norm}, expected an odd number of pixels from 3")
-        if not all(0 < drop < 1 for drop in self.lr_drops):
-            raise ValueError(f"lr_drops: found {self.lr_drops}, expected shares in (0, 1)")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path: found {self.drop_path}, expected a probability in [0, 1)")
-        if not 0 < self.crop_min <= 1:
-            raise ValueError(f"crop_min: found {self.crop_min}, expected a share in (0, 1]")
 
     def unit(self, image_size: int) -> int:
         """Side of a mask unit in pixels."""
@@ -83,9 +78,7 @@ class Config:
         if unit < 1 or image_size % unit or unit % patch:
             raise ValueError(f"mask_unit: found {unit} pixels, expected a multiple of model.patch_size {patch} that "
                              f"divides data.image_size {image_size}")
-        units = (image_size // unit) ** 2
-        if not self.mask_ratio * units <= units - 1:
-            raise ValueError(f"mask_ratio: {self.mask_ratio} of {units} units, rounded up, hides all of them")
+        checks.unit_count((image_size // unit) ** 2, self.mask_ratio)
 
 
 def views(config: Config, spec) -> dict[str, View]:
@@ -99,7 +92,7 @@ class Method(nn.Module):
         unit, self.patch = config.unit(spec.image_size), spec.model["patch_size"]
         self.units = spec.image_size // unit  # per side
         self.cell = unit // self.patch  # patches per side of a unit
-        self.count = unit_count(self.units**2, config.mask_ratio)
+        self.count = checks.unit_count(self.units**2, config.mask_ratio)
         if spec.hierarchical:
             self.encoder = kit.create(spec, drop_path_rate=config.drop_path)
         else:

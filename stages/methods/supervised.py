@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages.kit import checks
 from stages.kit import encoder as kit
 from stages.kit.views import View
 
@@ -54,14 +55,9 @@ class Config:
     clip: float | None = None
 
     def __post_init__(self):
-        for key in ("drop_path", "label_smoothing"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key}: found {getattr(self, key)}, expected a share in [0, 1)")
-        for key in ("mixup", "cutmix"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key}: found {getattr(self, key)}, expected an alpha of 0 (off) or more")
-        if not 0 < self.crop_min <= 1:
-            raise ValueError(f"crop_min: found {self.crop_min}, expected a share in (0, 1]")
+        checks.within(self, "[0, 1)", "drop_path", "label_smoothing")
+        checks.within(self, "[0, inf)", "mixup", "cutmix")
+        checks.within(self, "(0, 1]", "crop_min")
 
 
 def views(config: Config, spec) -> dict[str, View]:

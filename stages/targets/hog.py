@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from stages.kit import checks, hog
 from stages.kit import health as measure
-from stages.kit import hog
 from stages.kit.patches import contact_sheet
 
 UPSTREAM = None
@@ -31,10 +31,8 @@ class Config:
     min_rank: float = 2.0  # effective rank of the targets, over the validation images; below, the stage fails
 
     def __post_init__(self):
-        if self.cell is not None and self.cell < 1:
-            raise ValueError(f"cell: found {self.cell}, expected pixels (null: from the patch)")
-        if self.bins < 2:
-            raise ValueError(f"bins: found {self.bins}, expected 2 or more")
+        checks.within(self, "[1, inf)", "cell")
+        checks.within(self, "[2, inf)", "bins")
 
     def check(self, image_size: int, model: dict) -> None:
         stages = len(model["depth"]) if isinstance(model["depth"], list | tuple) else 1

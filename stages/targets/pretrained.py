@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from stages.kit import checks
 from stages.kit import health as measure
 from stages.kit.patches import contact_sheet
 
@@ -60,8 +61,7 @@ class Config:
         kind, _, name = self.weights.partition(":")
         if not (self.weights == "efficientnet_lite0" or (kind in ("timm", "local") and name)):
             raise ValueError(f"weights: found {self.weights!r}, expected 'efficientnet_lite0', 'timm:NAME' or 'local:FOLDER'")
-        if self.input_size is not None and self.input_size < 1:
-            raise ValueError(f"input_size: found {self.input_size}, expected pixels (null: chosen from the student's grid)")
+        checks.within(self, "[1, inf)", "input_size")
         if self.proj and self.layer not in (None, -1):
             raise ValueError(f"proj: the projection belongs to the last layer, found layer {self.layer}")
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import dist
+from stages.kit import checks, dist
 from stages.kit import encoder as kit
 from stages.kit import health as measure
 from stages.kit.patches import contact_sheet, patchify
@@ -64,18 +64,12 @@ class Config:
     clip: float | None = None
 
     def __post_init__(self):
-        for key, least in (("codes", 2), ("code_dim", 2), ("decoder_depth", 1), ("vectors_per_code", 1), ("reseed", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: found {getattr(self, key)}, expected {least} or more")
-        if self.encoder_depth is not None and self.encoder_depth < 1:
-            raise ValueError(f"encoder_depth: found {self.encoder_depth}, expected 1 or more (null: the student's depth)")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay: found {self.decay}, expected a number in [0, 1)")
-        for key in ("min_usage", "min_perplexity", "kmeans_after"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key}: found {getattr(self, key)}, expected a share in [0, 1]")
-        if not 0 < self.crop_min <= 1:
-            raise ValueError(f"crop_min: found {self.crop_min}, expected a share in (0, 1]")
+        checks.within(self, "[2, inf)", "codes", "code_dim")
+        checks.within(self, "[1, inf)", "decoder_depth", "vectors_per_code", "encoder_depth")
+        checks.within(self, "[0, inf)", "reseed")
+        checks.within(self, "[0, 1)", "decay")
+        checks.within(self, "[0, 1]", "min_usage", "min_perplexity", "kmeans_after")
+        checks.within(self, "(0, 1]", "crop_min")
 
 
 def views(config: Config, spec) -> dict[str, View]:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import dist, keyed, loader, loop, optim, store
+from stages.kit import checks, dist, keyed, loader, loop, optim, store
 from stages.kit import encoder as encoders
 from stages.kit.job import JobError
 from stages.kit.views import View
@@ -68,24 +68,15 @@ class Config:
     save_model: bool = False
 
     def __post_init__(self):
-        if self.epochs < 1:
-            raise ValueError(f"epochs: must be at least 1, found {self.epochs}")
-        if self.batch_size < 2 or self.batch_size % 2:
-            raise ValueError(f"batch_size: must be even (images are mixed in pairs), found {self.batch_size}")
-        for name in ("switch", "mixup_prob", "flip", "erase"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: is a probability in [0, 1], found {getattr(self, name)}")
-        for name in ("warmup", "drop_path", "smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: must lie in [0, 1), found {getattr(self, name)}")
-        for name in ("layer_decay", "crop_min"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}: must lie in (0, 1], found {getattr(self, name)}")
-        for name in ("mixup", "cutmix", "min_lr", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must not be below 0, found {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ValueError(f"lr: must be above 0, found {self.lr}")
+        checks.within(self, "[1, inf)", "epochs")
+        checks.within(self, "[2, inf)", "batch_size")
+        checks.within(self, "[0, 1]", "switch", "mixup_prob", "flip", "erase")
+        checks.within(self, "[0, 1)", "warmup", "drop_path", "smoothing")
+        checks.within(self, "(0, 1]", "layer_decay", "crop_min")
+        checks.within(self, "[0, inf)", "mixup", "cutmix", "min_lr", "weight_decay")
+        checks.within(self, "(0, inf)", "lr")
+        if self.batch_size % 2:
+            raise ValueError(f"batch_size: found {self.batch_size}, expected an even number (images are mixed in pairs)")
 
 
 def view(config: Config, size: int) -> View:

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from stages.kit import dist, store
+from stages.kit import checks, dist, store
 from stages.kit.features import frozen
 from stages.kit.job import JobError
 from stages.tasks import SPLITS, labelled, save_predictions, score, unseen
@@ -42,10 +42,10 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self):
-        if not self.k or min(self.k) < 1:
-            raise ValueError(f"k: needs at least one number of neighbours, all above 0, found {list(self.k)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: must be above 0, found {self.temperature}")
+        if not self.k:
+            raise ValueError("k: found [], expected at least one number of neighbours")
+        checks.within(self, "[1, inf)", "k")
+        checks.within(self, "(0, inf)", "temperature")
 
 
 def vote(

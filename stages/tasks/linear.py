@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from stages.kit import dist, keyed, store
+from stages.kit import checks, dist, keyed, store
 from stages.kit.features import frozen
 from stages.kit.job import JobError
 from stages.kit.lars import adapted
@@ -61,17 +61,11 @@ class Config:
     def __post_init__(self):
         for name in ("features", "norms", "lrs"):
             if not getattr(self, name):
-                raise ValueError(f"{name}: needs at least one entry")
-        if min(self.lrs) <= 0:
-            raise ValueError(f"lrs: must be above 0, found {list(self.lrs)}")
-        for name in ("epochs", "batch_size", "head_seeds", "passes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, found {getattr(self, name)}")
-        for name in ("momentum", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: must lie in [0, 1), found {getattr(self, name)}")
-        if not 0 < self.crop_min <= 1:
-            raise ValueError(f"crop_min: must lie in (0, 1], found {self.crop_min}")
+                raise ValueError(f"{name}: found [], expected at least one entry")
+        checks.within(self, "(0, inf)", "lrs")
+        checks.within(self, "[1, inf)", "epochs", "batch_size", "head_seeds", "passes")
+        checks.within(self, "[0, 1)", "momentum", "warmup")
+        checks.within(self, "(0, 1]", "crop_min")
 
 
 @dataclass(frozen=True)
