@@ -545,10 +545,18 @@ def test_explain_knows_an_input_made_anew(tmp_path):
 # ------------------------------------------------------------------------------------------ files of the user
 
 
-def source_plan(tmp_path: Path):
+def source_plan(tmp_path: Path, images: str = "images"):
     content = tiny_content()
-    content["data"] = {"source": f"folder:{tmp_path / 'images'}", "image_size": 16}
+    content["data"] = {"source": f"folder:{tmp_path / images}", "image_size": 16}
     return load(write_params(tmp_path, content), tmp_path / "results")
+
+
+def test_a_missing_source_is_told_with_what_is_near(tmp_path):
+    (tmp_path / "image").mkdir()
+    with pytest.raises(ParamsError, match="images does not exist; did you mean 'image'\\?$"):
+        source_plan(tmp_path)
+    with pytest.raises(ParamsError, match=f"images does not exist .nor does {tmp_path / 'gone'}.$"):
+        source_plan(tmp_path, "gone/deeper/images")
 
 
 def test_the_files_of_a_source_are_part_of_the_fingerprint(tmp_path):

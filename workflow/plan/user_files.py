@@ -9,7 +9,7 @@ from pathlib import Path
 
 from workflow.params import Experiment, Target
 from workflow.plan import digest, manifests
-from workflow.plugins import ParamsError, nearest
+from workflow.plugins import ParamsError, did_you_mean
 
 
 def source_state(experiment: Experiment, results: Path, params_file: Path) -> str | None:
@@ -31,8 +31,7 @@ def source_state(experiment: Experiment, results: Path, params_file: Path) -> st
             stacklevel=2,
         )
         return recorded["params"]["source_state"]
-    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise ParamsError(f"{params_file}:\n  data.source: {path} does not exist{nearest(path.name, near) if near else ''}")
+    raise ParamsError(f"{params_file}:\n  data.source: {path} does not exist{_near(path)}")
 
 
 def weights_state(target: Target, results: Path, params_file: Path) -> str | None:
@@ -56,7 +55,15 @@ def weights_state(target: Target, results: Path, params_file: Path) -> str | Non
             stacklevel=2,
         )
         return made["files"]
-    raise ParamsError(f"{params_file}:\n  targets.{target.name}.{key}: {path} does not exist")
+    raise ParamsError(f"{params_file}:\n  targets.{target.name}.{key}: {path} does not exist{_near(path)}")
+
+
+def _near(path: Path) -> str:
+    """For the end of a message: what lies there with nearly the name of `path`; else the first folder that is missing."""
+    if path.parent.is_dir():
+        return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()))
+    missing = next(folder for folder in reversed(path.parents) if not folder.is_dir())
+    return f" (nor does {missing})"
 
 
 def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
