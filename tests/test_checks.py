@@ -53,6 +53,15 @@ def test_decoder(dim, depth, heads, key):
         checks.decoder(config)
 
 
+def test_the_message_says_what_is_counted():
+    with pytest.raises(ValueError, match="^mask_ratio: 0.99 of 16 patches hides 16"):
+        checks.keep_count(16, 0.99)
+    with pytest.raises(ValueError, match="^mask_ratio: 0.9 of 4 cells hides 4"):
+        checks.keep_count(4, 0.9, "cells")
+    with pytest.raises(ValueError, match="^mask_ratio: 0.8 of 4 units hides 4"):
+        checks.unit_count(4, 0.8)
+
+
 def test_the_plan_can_use_them_without_torch():
     code = "import sys; import stages.kit.checks; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

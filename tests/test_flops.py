@@ -51,7 +51,7 @@ def mae(image: int, patch: int, width: int, depth: int, keep: int, dim: int, lay
     first = embedding(keep, patch, width)
     encoder = first + depth * block(keep + prefix, width)
     decoder = linear(keep + prefix, width, dim) + layers * block(patches + prefix, dim)
-    return trained(encoder + decoder + linear(patches + prefix, dim, 3 * patch * patch), first)
+    return trained(encoder + decoder + linear(patches, dim, 3 * patch * patch), first)
 
 
 def beitv2(image: int, patch: int, width: int, depth: int, hidden: int, codes: int, heads: int, tokenizer: float) -> float:

@@ -555,7 +555,7 @@ def test_a_missing_source_is_told_with_what_is_near(tmp_path):
     (tmp_path / "image").mkdir()
     with pytest.raises(ParamsError, match="images does not exist; did you mean 'image'\\?$"):
         source_plan(tmp_path)
-    with pytest.raises(ParamsError, match=f"images does not exist .nor does {tmp_path / 'gone'}.$"):
+    with pytest.raises(ParamsError, match=f"images does not exist .{tmp_path / 'gone'} is no folder.$"):
         source_plan(tmp_path, "gone/deeper/images")
 
 

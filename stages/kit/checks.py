@@ -51,27 +51,39 @@ def decoder(config) -> None:
                          f"{config.decoder_dim}")
 
 
+def self_distillation(config) -> None:
+    """Head, temperatures, momenta and crops of DINO and what follows it (kit/selfdistil.py)."""
+    within(config, "[2, inf)", "prototypes")
+    within(config, "[1, inf)", "hidden", "bottleneck")
+    within(config, "[0, inf)", "n_local")
+    within(config, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end")
+    within(config, "[0, 1]", "centre_momentum", "momentum", "min_information", "teacher_temp_warmup", "flip", "jitter_p",
+           "grey", "solarise")
+    within(config, "(0, 1]", "local_size")
+    spans(config, "global_scale", "local_scale")
+
+
 def sincos(model: dict) -> None:
     """An encoder of `model` can have sin-cos positions."""
     if model["embed_dim"] % 4:
         raise ValueError(f"model.embed_dim: found {model['embed_dim']}, expected a multiple of 4 (sin-cos positions)")
 
 
-def keep_count(patches: int, ratio: float) -> int:
+def keep_count(patches: int, ratio: float, what: str = "patches") -> int:
     """Patches that stay visible: patches * (1 - ratio) cut to an integer, exact for the decimal `ratio`.
 
     In floats 10 * (1 - 0.9) is 0.9999..., which would keep nothing. At least one patch must stay visible and
-    one be hidden.
+    one be hidden; `what` is said of them if not.
     """
     keep = int(patches * (1 - Fraction(str(ratio))))
-    _both(patches, ratio, patches - keep)
+    _both(patches, ratio, patches - keep, what)
     return keep
 
 
 def unit_count(units: int, ratio: float) -> int:
     """Mask units to hide: units * ratio rounded up, exact for the decimal `ratio` (SimMIM, arXiv 2111.09886); not all."""
     count = ceil(units * Fraction(str(ratio)))
-    _both(units, ratio, count)
+    _both(units, ratio, count, "units")
     return count
 
 
@@ -82,7 +94,7 @@ def hidden_count(patches: int, ratio: float) -> int:
     return count
 
 
-def _both(patches: int, ratio: float, hidden: int) -> None:
+def _both(patches: int, ratio: float, hidden: int, what: str = "patches") -> None:
     if not (0 < ratio < 1 and 0 < hidden < patches):
-        raise ValueError(f"mask_ratio: {ratio} of {patches} patches hides {hidden}, expected at least one hidden and one "
+        raise ValueError(f"mask_ratio: {ratio} of {patches} {what} hides {hidden}, expected at least one hidden and one "
                          "visible")

@@ -19,13 +19,14 @@ class Decoder(nn.Module):
     """Encoded tokens of the visible patches -> a prediction of every patch.
 
     width: of the encoded tokens; out: numbers predicted of each token; grid: patches along a side; prefix: tokens
-    before the patches, which go through the blocks with them; drop_path: in the last block, rising to it from 0.
+    before the patches, which go through the blocks with them; cls: predict something of the first of these, too;
+    drop_path: in the last block, rising to it from 0.
     """
 
     def __init__(self, width: int, out: int, grid: int, dim: int, depth: int, heads: int, *, prefix: int = 0,
-                 mlp_ratio: float = 4.0, drop_path: float = 0.0):
+                 cls: bool = False, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
-        self.prefix = prefix
+        self.prefix, self.cls = prefix, int(cls)
         self.embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         positions = sincos_2d(dim, grid)
@@ -39,7 +40,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """Tokens (B,P+n,width) -> predictions (B,P+N,out), in the order of the image.
+        """Tokens (B,P+n,width) -> predictions (B,N,out) in the order of the image, before them the class token's if `cls`.
 
         ids_restore (B,N): where each patch is in the sequence of the n visible ones and then the hidden ones, as
         `masks.random_masking` gives it.
@@ -48,4 +49,7 @@ class Decoder(nn.Module):
         prefix, visible = x[:, :self.prefix], x[:, self.prefix:]
         hidden = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] - visible.shape[1], -1)
         x = torch.cat([prefix, take(torch.cat([visible, hidden], dim=1), ids_restore)], dim=1)
-        return self.pred(self.norm(self.blocks(x + self.pos)))
+        x = self.blocks(x + self.pos)
+        if self.prefix > self.cls:
+            x = torch.cat([x[:, :self.cls], x[:, self.prefix:]], dim=1)
+        return self.pred(self.norm(x))

@@ -96,10 +96,10 @@ class Method(nn.Module):
         self.keep = checks.keep_count(self.patches, config.mask_ratio)
         # drawn first: with the seed of an untrained run, its encoder
         self.encoder = kit.sincos_vit(spec, drop_path_rate=config.drop_path)
-        self.prefix = self.encoder.num_prefix_tokens
         self.has_cls = self.encoder.cls_token is not None and getattr(target, "has_cls", False)
         self.decoder = Decoder(self.encoder.embed_dim, target.dim, spec.grid, config.decoder_dim, config.decoder_depth,
-                               config.decoder_heads, prefix=self.prefix, drop_path=config.drop_path)
+                               config.decoder_heads, prefix=self.encoder.num_prefix_tokens, cls=self.has_cls,
+                               drop_path=config.drop_path)
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss", "cosine"}, both over the class token and the dropped patches."""
@@ -132,8 +132,7 @@ class Method(nn.Module):
 
     def decode(self, encoded: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Encoded tokens (B, P+keep, D) -> predictions for the class token, if used, and all patches (B,C+N,dim)."""
-        x = self.decoder(encoded, ids_restore)
-        return torch.cat([x[:, :int(self.has_cls)], x[:, self.prefix:]], dim=1)
+        return self.decoder(encoded, ids_restore)
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:

@@ -69,14 +69,8 @@ class Config:
         return 2 + self.n_local * self.local_size**2
 
     def __post_init__(self):
-        checks.within(self, "[2, inf)", "prototypes")
-        checks.within(self, "[1, inf)", "hidden", "bottleneck")
-        checks.within(self, "[0, inf)", "n_local")
-        checks.within(self, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end")
-        checks.within(self, "[0, 1]", "centre_momentum", "momentum", "min_information", "teacher_temp_warmup", "drop_path",
-                      "flip", "jitter_p", "grey", "solarise")
-        checks.within(self, "(0, 1]", "local_size")
-        checks.spans(self, "global_scale", "local_scale")
+        checks.self_distillation(self)
+        checks.within(self, "[0, 1]", "drop_path")
 
 
 class Method(SelfDistillation):

@@ -94,7 +94,7 @@ class Config:
         side = image_size // model["patch_size"]
         if side % self.cell:
             raise ValueError(f"cell: {self.cell} patches do not divide the {side} patches of a side")
-        checks.keep_count((side // self.cell) ** 2, self.mask_ratio)
+        checks.keep_count((side // self.cell) ** 2, self.mask_ratio, "cells")
         checks.sincos(model)
 
 

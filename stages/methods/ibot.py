@@ -90,14 +90,11 @@ class Config:
         return 2 + self.n_local * self.local_size**2
 
     def __post_init__(self):
-        checks.within(self, "[2, inf)", "prototypes")
-        checks.within(self, "[1, inf)", "hidden", "bottleneck")
-        checks.within(self, "[0, inf)", "n_local", "cls_weight", "patch_weight")
-        checks.within(self, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end", "patch_temp_end")
-        checks.within(self, "[0, 1]", "centre_momentum", "momentum", "min_information", "teacher_temp_warmup", "mask_share",
-                      "drop_path", "flip", "jitter_p", "grey", "solarise")
-        checks.within(self, "(0, 1]", "local_size")
-        checks.spans(self, "global_scale", "local_scale", "mask_ratio")
+        checks.self_distillation(self)
+        checks.within(self, "[0, inf)", "cls_weight", "patch_weight")
+        checks.within(self, "(0, inf)", "patch_temp_end")
+        checks.within(self, "[0, 1]", "mask_share", "drop_path")
+        checks.spans(self, "mask_ratio")
 
     def check(self, image_size: int, model: dict) -> None:
         patches = (image_size // model["patch_size"]) ** 2

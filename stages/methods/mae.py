@@ -79,9 +79,8 @@ class Method(nn.Module):
         self.keep = checks.keep_count(self.patches, config.mask_ratio)
         self.encoder = kit.sincos_vit(spec)
         self.fusion = hybrid.Fusion(self.encoder) if isinstance(self.encoder, hybrid.ConvViT) else None
-        self.prefix = self.encoder.num_prefix_tokens
         self.decoder = Decoder(self.encoder.embed_dim, 3 * self.patch**2, spec.grid, config.decoder_dim,
-                               config.decoder_depth, config.decoder_heads, prefix=self.prefix)
+                               config.decoder_depth, config.decoder_heads, prefix=self.encoder.num_prefix_tokens)
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean squared error over the dropped patches."""
@@ -97,7 +96,7 @@ class Method(nn.Module):
 
     def decode(self, encoded: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Encoded tokens (B, P+keep, D) -> pixels of every patch (B, N, 3*patch^2)."""
-        return self.decoder(encoded, ids_restore)[:, self.prefix:]
+        return self.decoder(encoded, ids_restore)
 
     def target(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images -> their patches (B, N, 3*patch^2) in float32, each normalised if norm_pix."""

@@ -68,14 +68,7 @@ class Config:
     clip_mode: Literal["global", "tensor"] = "tensor"
 
     def __post_init__(self):
-        checks.within(self, "[2, inf)", "prototypes")
-        checks.within(self, "[1, inf)", "hidden", "bottleneck")
-        checks.within(self, "[0, inf)", "n_local")
-        checks.within(self, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end")
-        checks.within(self, "[0, 1]", "centre_momentum", "momentum", "min_information", "teacher_temp_warmup", "flip",
-                      "jitter_p", "grey", "solarise")
-        checks.within(self, "(0, 1]", "local_size")
-        checks.spans(self, "global_scale", "local_scale")
+        checks.self_distillation(self)
 
 
 class Target(MomentumTeacher):

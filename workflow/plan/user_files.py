@@ -59,11 +59,11 @@ def weights_state(target: Target, results: Path, params_file: Path) -> str | Non
 
 
 def _near(path: Path) -> str:
-    """For the end of a message: what lies there with nearly the name of `path`; else the first folder that is missing."""
+    """For the end of a message: what lies there with nearly the name of `path`; else where the way to it ends."""
     if path.parent.is_dir():
         return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()))
     missing = next(folder for folder in reversed(path.parents) if not folder.is_dir())
-    return f" (nor does {missing})"
+    return f" ({missing} is no folder)"
 
 
 def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
