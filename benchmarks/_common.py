@@ -1,4 +1,6 @@
-"""What the benchmarks share: models to measure, images of noise, both sides in turn, and one way to write a table."""
+"""What the benchmarks share: models to measure, images of noise, both sides in turn, and one way to
+write a table.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,20 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from stages import methods, targets  # noqa: E402
-from stages.kit import encoder  # noqa: E402
+from stages.kit.nets import encoders as encoder  # noqa: E402
+from stages.kit.nets.teacher import Teacher  # noqa: E402
 from stages.kit.spec import Spec  # noqa: E402
-from stages.kit.teacher import Teacher  # noqa: E402
 
 OUT = Path(os.environ.get("MIMLAB_BENCH", ROOT / "docs" / "benchmarks"))
 SIZES = {
-    "tiny": {"image": 32, "patch": 8, "dim": 32, "depth": 2, "heads": 2, "batch": 8},  # to try a benchmark out
+    "tiny": {
+        "image": 32,
+        "patch": 8,
+        "dim": 32,
+        "depth": 2,
+        "heads": 2,
+        "batch": 8,
+    },  # to try a benchmark out
     "small": {"image": 32, "patch": 4, "dim": 192, "depth": 12, "heads": 3, "batch": 256},
     "large": {"image": 224, "patch": 16, "dim": 384, "depth": 12, "heads": 6, "batch": 32},
     "base": {"image": 224, "patch": 16, "dim": 768, "depth": 12, "heads": 12, "batch": 256},
@@ -50,7 +59,9 @@ def subject(name: str, size: str, published: bool = False) -> tuple:
     target = None
     if module.TARGET == "ids":
         kind = targets.find("vqkd")
-        target = targets.pin(kind.Target(kind.Config(codes=8192, code_dim=32) if published else kind.Config(), spec))
+        target = targets.pin(
+            kind.Target(kind.Config(codes=8192, code_dim=32) if published else kind.Config(), spec)
+        )
     elif module.TARGET == "features":
         target = Teacher(encoder.create(spec), spec)
     return module.Method(config, spec, target).train(), module.views(config, spec)
@@ -79,8 +90,13 @@ def seconds(work, times: int = 3) -> float:
 
 
 def write(name: str, columns: list[str], rows: list[list], note: str) -> None:
-    """Prints a table and writes it, with the machine that it comes from, to docs/benchmarks/<name>.md."""
-    head = [f"| {' | '.join(columns)} |", "|" + "|".join(["---", *["---:"] * (len(columns) - 1)]) + "|"]
+    """Prints a table and writes it, with the machine that it comes from, to
+    docs/benchmarks/<name>.md.
+    """
+    head = [
+        f"| {' | '.join(columns)} |",
+        "|" + "|".join(["---", *["---:"] * (len(columns) - 1)]) + "|",
+    ]
     body = [f"| {' | '.join(map(str, row))} |" for row in rows]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     machine = f"{cpu()}, {os.cpu_count()} cores{gpu}; torch {torch.__version__}, {torch.get_num_threads()} threads"
@@ -93,6 +109,8 @@ def write(name: str, columns: list[str], rows: list[list], note: str) -> None:
 def cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

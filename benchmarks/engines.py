@@ -1,4 +1,5 @@
-"""A stage's own overhead, and what plan, Snakemake and DVC take on a grid of 400 jobs where nothing is to be done.
+"""A stage's own overhead, and what plan, Snakemake and DVC take on a grid of 400 jobs where nothing
+is to be done.
 
     python benchmarks/engines.py [--jobs 400] [--times 3]
 
@@ -28,7 +29,9 @@ RUNS = 10
 
 def grid(folder: Path, jobs: int) -> int:
     """A copy of the project in `folder` with about `jobs` jobs, all finished; how many there are."""
-    skip = shutil.ignore_patterns(".git", ".venv", "results", "work", "logs", "mlruns", ".snakemake", "__pycache__")
+    skip = shutil.ignore_patterns(
+        ".git", ".venv", "results", "work", "logs", "mlruns", ".snakemake", "__pycache__"
+    )
     shutil.copytree(ROOT, folder, ignore=skip)
     content = yaml.safe_load((folder / "params.yaml").read_text())
     content["grid"] = {"seeds": list(range(max(1, jobs // (4 * RUNS)))),
@@ -72,8 +75,14 @@ def main() -> None:
         folder = Path(temporary) / "grid"
         count = grid(folder, args.jobs)
         dvc = str(scripts / "dvc")
-        for record in (["git", "init", "-q"], [python, "-m", "workflow.plan"], [dvc, "commit", "-f", "-q"]):
-            subprocess.run(record, cwd=folder, check=True, stdout=subprocess.DEVNULL)  # as after a run
+        for record in (
+            ["git", "init", "-q"],
+            [python, "-m", "workflow.plan"],
+            [dvc, "commit", "-f", "-q"],
+        ):
+            subprocess.run(
+                record, cwd=folder, check=True, stdout=subprocess.DEVNULL
+            )  # as after a run
         untrained = [python, "-c", "from stages import pretrain"]
         for what, command, goal in (
             ("a stage's imports", untrained, "6 s"),
@@ -84,7 +93,12 @@ def main() -> None:
             wall, cpu, status = timed(command, folder, args.times)
             rows.append([what, f"{wall:.1f}", f"{cpu:.1f}", goal, status])
     columns = ["what", "time, s", "CPU time, s", "goal", "exit status"]
-    write("engines", columns, rows, f"The least of {args.times} runs; results finished, nothing to be done.")
+    write(
+        "engines",
+        columns,
+        rows,
+        f"The least of {args.times} runs; results finished, nothing to be done.",
+    )
 
 
 if __name__ == "__main__":

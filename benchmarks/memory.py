@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--steps 4] [--batches 32 64 128 256] [--images 1000 10000 100000]
 
-Each point is a process of its own. Images lie in a memory map on disk, whose pages the kernel may take back at any
-time; so anonymous memory is the figure (what the process holds), beside the peak of everything resident. Or they lie
-in Parquet shards, as those of a set larger than memory.
+Each point is a process of its own. Images lie in a memory map on disk, whose pages the kernel may
+take back at any time; so anonymous memory is the figure (what the process holds), beside the peak
+of everything resident. Or they lie in Parquet shards, as those of a set larger than memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from _common import SIZES, subject, write
 from PIL import Image
 from step import ours
 
-from stages.kit import memory
-from stages.kit.loader import Batches
-from stages.kit.store import Split, SplitWriter
+from stages.kit.data.loader import Batches
+from stages.kit.data.store import Split, SplitWriter
+from stages.kit.train import malloc
 
 
 def store(folder: Path, images: int, size: int, storage: str) -> None:
@@ -37,20 +37,28 @@ def store(folder: Path, images: int, size: int, storage: str) -> None:
     for i in range(images):
         writer.add(f"{i}.jpeg", file.getvalue(), -1, square)
     writer.close()
-    facts = {"mode": storage, "store_size": size, "classes": [], "splits": {"train": {"count": images}}}
+    facts = {
+        "mode": storage,
+        "store_size": size,
+        "classes": [],
+        "splits": {"train": {"count": images}},
+    }
     (folder / "data.json").write_text(json.dumps(facts))
 
 
 def one(size: str, batch: int, folder: str, steps: int) -> dict:
     """Memory in MB after some steps that touch images all over the set."""
-    memory.keep_freed()
+    malloc.keep_freed()
     method, views = subject("mae", size)
     batches = Batches(Split.open(folder, "train"), views, batch, 0)
     for _ in ours(method, batches, steps, torch.device("cpu")):
         pass
     lines = Path("/proc/self/status").read_text().splitlines()
     anonymous = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-    return {"anonymous": anonymous / 2**10, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+    return {
+        "anonymous": anonymous / 2**10,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+    }
 
 
 def main() -> None:
@@ -71,7 +79,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             store(Path(folder), images, SIZES[args.size]["image"], storage)
             options = ["--size", args.size, "--steps", str(args.steps), "--one", str(batch), folder]
-            done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, __file__, *options], capture_output=True, text=True, check=True
+            )
         found = json.loads(done.stdout.splitlines()[-1])
         megabytes = [f"{found[what]:.0f}" for what in ("anonymous", "peak")]
         rows.append([f"mae, {args.size}, {storage}", batch, f"{images:,}", *megabytes])

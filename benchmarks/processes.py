@@ -1,6 +1,7 @@
-"""Scaling of a training over processes: the same global batch on 1, 2, ... of them, one thread or GPU each.
+"""Scaling of a training over processes: the same global batch on 1, 2, ... of them, one thread or
+GPU each.
 
-    python benchmarks/processes.py [--size small] [--steps 8] [--processes 1 2]
+python benchmarks/processes.py [--size small] [--steps 8] [--processes 1 2]
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import torch
 from _common import SIZES, Memory, subject, write
 
 from stages.kit import dist
-from stages.kit.loader import Batches
-from stages.kit.loop import fit
-from stages.kit.recipe import Recipe
+from stages.kit.data.loader import Batches
+from stages.kit.train.loop import fit
+from stages.kit.train.recipe import Recipe
 
 
 def one(size: str, steps: int, out: Path) -> None:
-    """Trains MAE for some steps in this process group; the first process writes images per second to `out`."""
+    """Trains MAE for some steps in this process group; the first process writes images per second
+    to `out`.
+    """
     dist.start()
     torch.set_num_threads(1)
     method, views = subject("mae", size)
@@ -33,7 +36,9 @@ def one(size: str, steps: int, out: Path) -> None:
     device = torch.device("cuda", dist.rank()) if torch.cuda.is_available() else torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         job = SimpleNamespace(id="bench")
-        run = SimpleNamespace(job=job, out=Path(folder), work=Path(folder), device=device, compute={}, summary={})
+        run = SimpleNamespace(
+            job=job, out=Path(folder), work=Path(folder), device=device, compute={}, summary={}
+        )
         fit(method, batches, Recipe(1, batch, steps, 1e-4, save_minutes=1e9), run, 0)
     if dist.is_main():
         out.write_text(json.dumps(batch * steps / run.summary["train_s"]))
@@ -54,8 +59,22 @@ def main() -> None:
         most = torch.cuda.device_count() or max(args.processes)
         for count in (n for n in args.processes if n <= most):
             out = Path(folder) / f"{count}.json"
-            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--"] if count > 1 else []
-            command = [sys.executable, *launch, __file__, "--one", str(out), "--size", args.size, "--steps", str(args.steps)]
+            launch = (
+                ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--"]
+                if count > 1
+                else []
+            )
+            command = [
+                sys.executable,
+                *launch,
+                __file__,
+                "--one",
+                str(out),
+                "--size",
+                args.size,
+                "--steps",
+                str(args.steps),
+            ]
             subprocess.run(command, check=True, capture_output=True)
             rate = json.loads(out.read_text())
             first = first or rate

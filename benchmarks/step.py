@@ -1,12 +1,15 @@
-"""A training step of every method with its data: mimlab's ingredients against the same method written plainly.
+"""A training step of every method with its data: mimlab's ingredients against the same method
+written plainly.
 
-    python benchmarks/step.py [--methods mae beitv2] [--size small large] [--steps 12] [--threads N] [--device cpu]
-    python benchmarks/step.py --device cuda --methods mae beitv2 --size base --published --ours --steps 30
+    python benchmarks/step.py [--methods mae beitv2] [--size small large] [--steps 12] [--threads N]
+    [--device cpu] python benchmarks/step.py --device cuda --methods mae beitv2 --size base
+    --published --ours --steps 30
 
-Plain: eager fp32, unfused AdamW, one image after the other through PIL and torchvision. mimlab: batched views in a
-loader thread, precision `auto`, fused AdamW. Both run alternately in this one process on the same images, so that
-a noisy machine disturbs both; medians. Utilisation: FLOPs counted in an eager fp32 step, per
-second of it, over what large bf16 products reach here (kit/flops.matrix_rate). `--ours` leaves the plain side out.
+Plain: eager fp32, unfused AdamW, one image after the other through PIL and torchvision. mimlab:
+batched views in a loader thread, precision `auto`, fused AdamW. Both run alternately in this one
+process on the same images, so that a noisy machine disturbs both; medians. Utilisation: FLOPs
+counted in an eager fp32 step, per second of it, over what large bf16 products reach here
+(kit/flops.matrix_rate). `--ours` leaves the plain side out.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ from _common import SIZES, Memory, seconds, subject, trainable, write
 from PIL import Image
 from torchvision import transforms
 
-from stages.kit import flops, memory, optim, precision
-from stages.kit.attention import multiplied_out
-from stages.kit.loader import Batches
-from stages.kit.recipe import Progress, Recipe
+from stages.kit.data.loader import Batches
+from stages.kit.nets.attention import multiplied_out
+from stages.kit.train import flops, malloc, optim, precision
+from stages.kit.train.recipe import Progress, Recipe
 
 
 def advance(method, batch, progress, optimizer, arithmetic=None) -> None:
@@ -59,9 +62,17 @@ def pipeline(view) -> transforms.Compose:
     bicubic = transforms.InterpolationMode.BICUBIC
     steps = [transforms.RandomResizedCrop(view.size, view.scale, view.ratio, bicubic)]
     steps += [transforms.RandomHorizontalFlip(view.flip)] if view.flip else []
-    steps += [transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_p)] if any(view.jitter) else []
+    steps += (
+        [transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_p)]
+        if any(view.jitter)
+        else []
+    )
     steps += [transforms.RandomGrayscale(view.grey)] if view.grey else []
-    steps += [transforms.RandomApply([transforms.GaussianBlur(9, view.blur_sigma)], view.blur)] if view.blur else []
+    steps += (
+        [transforms.RandomApply([transforms.GaussianBlur(9, view.blur_sigma)], view.blur)]
+        if view.blur
+        else []
+    )
     steps += [transforms.RandomSolarize(128, view.solarise)] if view.solarise else []
     return transforms.Compose([*steps, transforms.ToTensor()])
 
@@ -69,13 +80,20 @@ def pipeline(view) -> transforms.Compose:
 def plain(method, images: np.ndarray, views: dict, batch: int, steps: int, device: torch.device):
     """Takes the steps of the same method as a first version would, one at each `next`."""
     pipelines = {name: pipeline(view) for name, view in views.items()}
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-4, foreach=False)
+    optimizer = torch.optim.AdamW(
+        [p for p in method.parameters() if p.requires_grad], 1e-4, foreach=False
+    )
     for step in range(steps):
         chosen = np.random.default_rng(step).choice(len(images), batch, replace=False)
         made = {name: torch.stack([do(Image.fromarray(images[i])) for i in chosen]).to(device)
                 for name, do in pipelines.items()}  # fmt: skip
         rows = torch.arange(batch, device=device)
-        advance(method, {**made, "index": rows, "row": rows}, Progress(step, steps, 0.0, 0, rows, device), optimizer)
+        advance(
+            method,
+            {**made, "index": rows, "row": rows},
+            Progress(step, steps, 0.0, 0, rows, device),
+            optimizer,
+        )
         yield
 
 
@@ -91,7 +109,9 @@ def measure(name: str, size: str, args, device: torch.device) -> list:
     """One row of the table."""
     s = SIZES[size]
     side, batch = s["image"], args.batch or s["batch"]
-    split = Memory(max(1024 if side < 100 else 256, batch), side if side < 100 else round(side * 1.15))
+    split = Memory(
+        max(1024 if side < 100 else 256, batch), side if side < 100 else round(side * 1.15)
+    )
     method, views = subject(name, size, args.published)
     method.to(device)
     for target in vars(method).values():  # targets lie in lists, out of the module's sight
@@ -130,17 +150,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=1, help="loader threads")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--published", action="store_true", help="the published settings of methods for 224 px")
+    parser.add_argument(
+        "--published", action="store_true", help="the published settings of methods for 224 px"
+    )
     parser.add_argument("--ours", action="store_true", help="without the plain side")
     parser.add_argument("--name", default="step", help="of the file under docs/benchmarks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    memory.keep_freed()
+    malloc.keep_freed()
     device = torch.device(args.device)
     columns = ["method", "size", "plain, ms", "mimlab, ms", "plain / mimlab", "images/s", "utilisation", "GPU memory, GB",
                "loader, images/s", "step / loader"]  # fmt: skip
     rows = [measure(name, size, args, device) for size in args.size for name in args.methods]
-    write(args.name, columns, rows, f"A training step with its data, {args.steps} steps, on {args.device}.")
+    write(
+        args.name,
+        columns,
+        rows,
+        f"A training step with its data, {args.steps} steps, on {args.device}.",
+    )
 
 
 if __name__ == "__main__":

@@ -2,19 +2,20 @@
 
     python -m stages.data [--params params.yaml] [--results results]
 
-Writes results/data/ (layout: stages/kit/store.py). In one pass over the source every image is decoded once,
-in threads: broken ones go to quarantine.jsonl with their reason, the others are hashed, counted, and written.
-Memory does not grow with the data but for about 50 bytes per image (label, split and pixel hash).
+Writes results/data/ (layout: stages/kit/data/store.py). In one pass over the source every image is
+decoded once, in threads: broken ones go to quarantine.jsonl with their reason, the others are
+hashed, counted, and written. Memory does not grow with the data but for about 50 bytes per image
+(label, split and pixel hash).
 
-* Splits the source gives are kept. A missing test split is `test_fraction` of train, a missing val split
-  `val_fraction` of what then remains: stratified by class, chosen by a hash of (seed, name), the same every
-  time. val is always there to select on, so that test is read once. A val or test split without labels beside
-  a labelled train is not used.
-* `max_train` keeps so many of train, equally many per class as far as they reach; a smaller one is a subset
-  of a larger one. It is applied before decoding, so broken images make it smaller.
-* `hash` covers classes, splits, labels, masks, boxes and all decoded pixels in order: what can be learnt
-  from, not how it was packed. Duplicates are images whose decoded pixels are exactly equal; they are
-  reported, never removed.
+* Splits the source gives are kept. A missing test split is `test_fraction` of train, a missing val
+  split `val_fraction` of what then remains: stratified by class, chosen by a hash of (seed, name),
+  the same every time. val is always there to select on, so that test is read once. A val or test
+  split without labels beside a labelled train is not used.
+* `max_train` keeps so many of train, equally many per class as far as they reach; a smaller one is
+  a subset of a larger one. It is applied before decoding, so broken images make it smaller.
+* `hash` covers classes, splits, labels, masks, boxes and all decoded pixels in order: what can be
+  learnt from, not how it was packed. Duplicates are images whose decoded pixels are exactly equal;
+  they are reported, never removed.
 * mean and std are those of the stored squares of train alone.
 """
 
@@ -34,9 +35,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from stages.kit.decode import Broken, Pixels, cores, ordered_map, prepare, square
-from stages.kit.job import running, write_atomic, write_json
-from stages.kit.store import Split, SplitWriter, Tally, duplicates
+from stages.kit.data.decode import Broken, Pixels, cores, ordered_map, prepare, square
+from stages.kit.data.store import Split, SplitWriter, Tally, duplicates
+from stages.kit.job.job import running, write_atomic, write_json
 from stages.sources import SPLITS, Found, Sample, SourceError, assign
 from workflow.plan import load
 
@@ -45,7 +46,9 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the data job; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m stages.data", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.data", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--results", default="results")
     args = parser.parse_args(argv)
@@ -54,12 +57,16 @@ def main(argv: list[str] | None = None) -> int:
         params = run.job.params
         if int(os.environ.get("RANK", 0)):
             return 0  # under torchrun one process reads and writes
-        run.summary.update(build(params["data"], params["source"], run.out, run.work, run.compute["threads"]))
+        run.summary.update(
+            build(params["data"], params["source"], run.out, run.work, run.compute["threads"])
+        )
     return 0
 
 
 def build(data: dict, source: dict, out: Path, work: Path, threads: int | None = None) -> dict:
-    """Source -> data set in `out`; returns the summary. SourceError when the source is not fit for use."""
+    """Source -> data set in `out`; returns the summary. SourceError when the source is not fit for
+    use.
+    """
     began = time.monotonic()
     found = find(data, source)
     size = data["store_size"] or data["image_size"]
@@ -68,13 +75,21 @@ def build(data: dict, source: dict, out: Path, work: Path, threads: int | None =
     total = sum(int((part >= 0).sum()) for part in chosen.parts.values())
     mode = "memmap" if total * size * size * 3 <= data["memory_map_gb"] * 1e9 else "shards"
 
-    kinds = {kind: any(getattr(s, kind) for s in found.splits.values()) for kind in ("masks", "boxes")}
-    names = [s for s in SPLITS if any((part == SPLITS.index(s)).any() for part in chosen.parts.values())]
-    writers = {s: SplitWriter(out, s, size, found.classes, memmap=mode == "memmap", **kinds) for s in names}
+    kinds = {
+        kind: any(getattr(s, kind) for s in found.splits.values()) for kind in ("masks", "boxes")
+    }
+    names = [
+        s for s in SPLITS if any((part == SPLITS.index(s)).any() for part in chosen.parts.values())
+    ]
+    writers = {
+        s: SplitWriter(out, s, size, found.classes, memmap=mode == "memmap", **kinds) for s in names
+    }
     tally = {s: Tally() for s in names}
     broken: list[dict] = []
     with tqdm(total=total, desc="data", unit="image", disable=None) as bar:
-        for split, label, sample, pixels in _images(found, chosen.parts, size, threads or min(cores(), 8)):
+        for split, label, sample, pixels in _images(
+            found, chosen.parts, size, threads or min(cores(), 8)
+        ):
             bar.update()
             if isinstance(pixels, Broken):
                 why = {"reason": pixels.reason, "detail": pixels.detail}
@@ -82,7 +97,9 @@ def build(data: dict, source: dict, out: Path, work: Path, threads: int | None =
                 _check_quarantine(broken, total, data["quarantine_limit"], work)
                 continue
             mask = None if sample.mask is None else square(sample.mask, size, nearest=True)
-            writers[split].add(sample.name, pixels.encoded, label, pixels.square, mask, sample.boxes)
+            writers[split].add(
+                sample.name, pixels.encoded, label, pixels.square, mask, sample.boxes
+            )
             tally[split].add(pixels, label, mask, sample.boxes)
     labels = {s: writer.close() for s, writer in writers.items()}
     write_atomic(out / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in broken))
@@ -92,7 +109,8 @@ def build(data: dict, source: dict, out: Path, work: Path, threads: int | None =
     repeats = duplicates({s: t.digests for s, t in tally.items()})
     statistics = tally["train"].statistics()
     facts = {
-        "source": source["name"] + (f":{Path(source['argument']).name}" if source["argument"] else ""),
+        "source": source["name"]
+        + (f":{Path(source['argument']).name}" if source["argument"] else ""),
         "hash": _hash(found.classes, {s: t.hasher.hexdigest() for s, t in tally.items()}),
         "mode": mode,
         "image_size": data["image_size"],
@@ -102,7 +120,10 @@ def build(data: dict, source: dict, out: Path, work: Path, threads: int | None =
         "statistics": statistics,
         "splits": {s: _facts(part, found.classes) for s, part in labels.items()},
         "duplicates": repeats,
-        "quarantine": {"count": len(broken), "reasons": _sorted(Counter(r["reason"] for r in broken))},
+        "quarantine": {
+            "count": len(broken),
+            "reasons": _sorted(Counter(r["reason"] for r in broken)),
+        },
         "converted": _sorted(sum((t.converted for t in tally.values()), Counter())),
         "upscaled": sum(t.upscaled for t in tally.values()),
         "ignored": found.ignored,

@@ -3,8 +3,9 @@
     python -m stages.pretrain --run mae-s0 [--params params.yaml] [--results results]
     torchrun --standalone --nproc-per-node 2 -m -- stages.pretrain --run mae-s0
 
-Writes results/pretrain/<run>/: encoder/ (a timm folder), history.jsonl (of what trains), pictures/*.png (of
-methods that have any). Killed at any moment, the same command continues and ends with the same bytes.
+Writes results/pretrain/<run>/: encoder/ (a timm folder), history.jsonl (of what trains),
+pictures/*.png (of methods that have any). Killed at any moment, the same command continues and ends
+with the same bytes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import torch
 from PIL import Image
 
 from stages import methods, targets
-from stages.kit import dist, encoder, keyed, store
-from stages.kit.job import running
-from stages.kit.launch import spread
-from stages.kit.loader import Batches
-from stages.kit.loop import Recipe, fit
+from stages.kit import dist, keyed
+from stages.kit.data import store
+from stages.kit.data.loader import Batches
+from stages.kit.job.job import running
+from stages.kit.job.launch import spread
+from stages.kit.nets import encoders as encoder
+from stages.kit.nets.teacher import Teacher
 from stages.kit.spec import Spec, configure
-from stages.kit.teacher import Teacher
+from stages.kit.train.loop import Recipe, fit
 from workflow.plan import load
 
 SHOWN = 8  # validation images in the pictures
@@ -30,8 +33,12 @@ SHOWN = 8  # validation images in the pictures
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one pretraining job; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m stages.pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", required=True, help="a run of params.yaml with its seed, such as mae-s0")
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.pretrain", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--run", required=True, help="a run of params.yaml with its seed, such as mae-s0"
+    )
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--results", default="results")
     args = parser.parse_args(argv)
@@ -51,7 +58,9 @@ def pretrain(run) -> None:
     data = run.input("data")
     spec = Spec.of(store.info(data), params["image_size"], params["model"])
     target = teaching(run, spec)
-    if (stage := params.get("stage", 1)) > 1:  # of a chain: other weights, masks and order of images
+    if (
+        stage := params.get("stage", 1)
+    ) > 1:  # of a chain: other weights, masks and order of images
         seed = keyed.key(seed, "stage", stage)
     torch.manual_seed(keyed.key(seed, "init"))
     method = module.Method(config, spec, target).to(run.device)
@@ -63,11 +72,15 @@ def pretrain(run) -> None:
         method.eval()
         encoder.save(method.encoder, run.out / "encoder", spec)
         if hasattr(method, "pictures"):
-            write_pictures(run.out / "pictures", method.pictures(shown_batch(data, spec, run.device)))
+            write_pictures(
+                run.out / "pictures", method.pictures(shown_batch(data, spec, run.device))
+            )
 
 
 def teaching(run, spec: Spec) -> torch.nn.Module | None:
-    """What a run learns from, frozen: a finished target, or the encoder of another run; None for neither."""
+    """What a run learns from, frozen: a finished target, or the encoder of another run; None for
+    neither.
+    """
     for id in run.job.inputs:
         if id.startswith("target/"):
             return targets.load(run.input(id), run.device)
@@ -77,8 +90,8 @@ def teaching(run, spec: Spec) -> torch.nn.Module | None:
 
 
 def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> Batches:
-    """The batches of a plug-in module with `views` and `LABELS`, as this job's train section and process want
-    them.
+    """The batches of a plug-in module with `views` and `LABELS`, as this job's train section and
+    process want them.
     """
     train = run.job.params["train"]
     return Batches(
@@ -102,8 +115,8 @@ def held_out(data: Path) -> store.Split:
 
 
 def shown_batch(data: Path, spec: Spec, device: torch.device) -> dict[str, torch.Tensor]:
-    """The first images of the validation split (of the train split if that is empty), as a batch with one
-    view.
+    """The first images of the validation split (of the train split if that is empty), as a batch
+    with one view.
     """
     split = held_out(data)
     index = torch.arange(min(SHOWN, len(split)))

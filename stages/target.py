@@ -2,9 +2,9 @@
 
     python -m stages.target --name vqkd [--params params.yaml] [--results results]
 
-Writes results/target/<name>/: target.safetensors and target.json (all that a student needs), health.json,
-history.jsonl (of what trains), pictures/*.png (of kinds that have any). A target that collapsed fails the
-stage: no manifest, so nothing can be trained on it.
+Writes results/target/<name>/: target.safetensors and target.json (all that a student needs),
+health.json, history.jsonl (of what trains), pictures/*.png (of kinds that have any). A target that
+collapsed fails the stage: no manifest, so nothing can be trained on it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from collections.abc import Iterator
 import torch
 
 from stages import targets
-from stages.kit import dist, keyed, store
-from stages.kit.job import JobError, running, write_json
-from stages.kit.launch import spread
-from stages.kit.loader import evaluation
-from stages.kit.loop import Recipe, fit
+from stages.kit import dist, keyed
+from stages.kit.data import store
+from stages.kit.data.loader import evaluation
+from stages.kit.job.job import JobError, running, write_json
+from stages.kit.job.launch import spread
 from stages.kit.spec import Spec, configure
+from stages.kit.train.loop import Recipe, fit
 from stages.pretrain import held_out, shown_batch, training_batches, write_pictures
 from workflow.plan import load
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one target job; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m stages.target", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.target", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--name", required=True, help="a target of params.yaml, such as vqkd")
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--results", default="results")
@@ -49,13 +52,24 @@ def make(run) -> None:
     data = run.input("data")
     spec = Spec.of(store.info(data), params["image_size"], params["model"])
     upstream = next(
-        (targets.load(run.input(id), run.device) for id in run.job.inputs if id.startswith("target/")), None
+        (
+            targets.load(run.input(id), run.device)
+            for id in run.job.inputs
+            if id.startswith("target/")
+        ),
+        None,
     )
     torch.manual_seed(keyed.key(seed, "init"))
     if hasattr(module, "Training"):
         training = module.Training(config, spec, upstream).to(run.device)
         batches = training_batches(run, module, config, spec, data, seed)
-        fit(training, batches, Recipe.of(config, params["train"], batches.steps_per_epoch), run, seed)
+        fit(
+            training,
+            batches,
+            Recipe.of(config, params["train"], batches.steps_per_epoch),
+            run,
+            seed,
+        )
         target = training.target
     else:
         target = module.Target(config, spec).to(run.device)
@@ -69,8 +83,12 @@ def finish(run, module, config, spec: Spec, target, data) -> None:
     """Writes the target and its pictures, and examines it."""
     kind, train = run.job.params["target"]["kind"], run.job.params["train"]
     labels = module.labels(config) if hasattr(module, "labels") else bool(module.LABELS)
-    described = targets.save(target, run.out, kind, config, spec, labels=labels, produces=module.PRODUCES)
-    health = module.health(target, validation_images(data, spec, train["batch_size"], run.device), config)
+    described = targets.save(
+        target, run.out, kind, config, spec, labels=labels, produces=module.PRODUCES
+    )
+    health = module.health(
+        target, validation_images(data, spec, train["batch_size"], run.device), config
+    )
     problems = health.pop("problems", [])
     write_json(run.out / "health.json", {**health, "problems": problems})
     numbers = {name: value for name, value in health.items() if isinstance(value, (int, float))}
@@ -79,7 +97,8 @@ def finish(run, module, config, spec: Spec, target, data) -> None:
     run.summary["parameters"] = sum(p.numel() for p in target.parameters())
     if hasattr(module, "pictures"):
         write_pictures(
-            run.out / "pictures", module.pictures(target, shown_batch(data, spec, run.device)["view"])
+            run.out / "pictures",
+            module.pictures(target, shown_batch(data, spec, run.device)["view"]),
         )
     if problems:
         found = "\n".join(f"  - {problem}" for problem in problems)
@@ -91,7 +110,9 @@ def finish(run, module, config, spec: Spec, target, data) -> None:
         )
 
 
-def validation_images(data, spec: Spec, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
+def validation_images(
+    data, spec: Spec, batch_size: int, device: torch.device
+) -> Iterator[torch.Tensor]:
     """Every validation image (train image where there are none), (B,3,H,W) in [0,1] on the device."""
     for images, _, _ in evaluation(held_out(data), spec.image_size, min(batch_size, 256)):
         yield images.to(device)

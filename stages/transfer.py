@@ -2,8 +2,9 @@
 
     python -m stages.transfer --run mae-s0 --task linear [--params params.yaml] [--results results]
 
-Writes results/transfer/<run>/<task>/: metrics.json (accuracies as fractions, and the whole protocol that they
-depend on), predictions.npz (index, label, prediction of every test image), and what else the task leaves.
+Writes results/transfer/<run>/<task>/: metrics.json (accuracies as fractions, and the whole protocol
+that they depend on), predictions.npz (index, label, prediction of every test image), and what else
+the task leaves.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from __future__ import annotations
 import argparse
 
 from stages import tasks
-from stages.kit import dist, store
-from stages.kit.job import running, write_json
-from stages.kit.launch import spread
+from stages.kit import dist
+from stages.kit.data import store
+from stages.kit.job.job import running, write_json
+from stages.kit.job.launch import spread
 from stages.kit.spec import Spec, configure
 from workflow.plan import load
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one transfer job; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m stages.transfer", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.transfer", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--run", required=True, help="a pretraining run such as mae-s0")
     parser.add_argument("--task", required=True, help="a task of params.yaml such as linear")
     parser.add_argument("--params", default="params.yaml")

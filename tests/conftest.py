@@ -1,4 +1,6 @@
-"""Tiny settings for every test: `tiny_params` writes a complete params file that trains in a second."""
+"""Tiny settings for every test: `tiny_params` writes a complete params file that trains in a
+second.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 TINY = {
     "experiment": "tiny",
     "data": {"source": "shapes", "image_size": 16, "options": {"train": 48, "val": 16, "test": 16}},
-    "model": {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+    },
     "train": {"epochs": 1, "batch_size": 16, "precision": "fp32"},
     "targets": {"teacher": {"kind": "dino"}, "vqkd": {"kind": "vqkd", "upstream": "teacher"}},
     "methods": {
@@ -26,7 +34,11 @@ TINY = {
         "random": {},
         "supervised": {},
     },
-    "tasks": {"knn": {"k": [3]}, "linear": {"epochs": 2}, "finetune": {"epochs": 1, "batch_size": 16}},
+    "tasks": {
+        "knn": {"k": [3]},
+        "linear": {"epochs": 2},
+        "finetune": {"epochs": 1, "batch_size": 16},
+    },
     "grid": {
         "seeds": [0],
         "runs": {
@@ -41,9 +53,10 @@ TINY = {
 
 
 def tiny_content(**changes) -> dict:
-    """A complete tiny params file as a dict. A change is a dotted key with __ for dots, or a whole section to
-    merge into: `tiny_content(methods__mae__mask_ratio=0.5, train={"epochs": 2})`; None as a section's value
-    stays None."""
+    """A complete tiny params file as a dict. A change is a dotted key with __ for dots, or a whole
+    section to merge into: `tiny_content(methods__mae__mask_ratio=0.5, train={"epochs": 2})`; None
+    as a section's value stays None.
+    """
     content = copy.deepcopy(TINY)
     for key, value in changes.items():
         *path, last = key.split("__")
@@ -67,8 +80,9 @@ def write_params(folder: Path, content: dict) -> Path:
 
 @pytest.fixture
 def tiny_params():
-    """`tiny_params(tmp_path, **changes)` -> path of a written params.yaml; results belong into tmp_path /
-    "results"."""
+    """`tiny_params(tmp_path, **changes)` -> path of a written params.yaml; results belong into
+    tmp_path / "results".
+    """
     return lambda folder, **changes: write_params(Path(folder), tiny_content(**changes))
 
 

@@ -1,11 +1,13 @@
-"""kit/attention.py: the product of a softmax against torch's own, its gradients in float64, and where it is used."""
+"""kit/nets/attention.py: the product of a softmax against torch's own, its gradients in float64,
+and where it is used.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Beit
 
-from stages.kit.attention import FUSED, attend, multiplied_out
+from stages.kit.nets.attention import FUSED, attend, multiplied_out
 
 
 def qkv(dtype, n=5, m=7, grad=False):
@@ -14,7 +16,9 @@ def qkv(dtype, n=5, m=7, grad=False):
     return [x.to(dtype).requires_grad_(grad) for x in (q, k, v)]
 
 
-@pytest.mark.parametrize("bias", [None, (1, 3, 5, 7), (2, 3, 5, 7), (2, 1, 5, 7), (3, 1, 7), (5, 7)])
+@pytest.mark.parametrize(
+    "bias", [None, (1, 3, 5, 7), (2, 3, 5, 7), (2, 1, 5, 7), (3, 1, 7), (5, 7)]
+)
 def test_values_and_gradients_are_torchs(bias):
     ours, theirs = qkv(torch.float64, grad=True), qkv(torch.float64, grad=True)
     a = b = None
@@ -44,14 +48,24 @@ def test_bf16_rounds_no_more_than_torchs_kernel():
 
 def test_used_under_bf16_autocast_on_a_cpu_and_nowhere_else(monkeypatch):
     calls = []
-    monkeypatch.setattr("stages.kit.attention.attend", lambda *a: calls.append(a) or attend(*a))
+    monkeypatch.setattr(
+        "stages.kit.nets.attention.attend", lambda *a: calls.append(a) or attend(*a)
+    )
     q, k, v = qkv(torch.float32)
     with multiplied_out("cpu"):
-        assert torch.equal(F.scaled_dot_product_attention(q, k, v), FUSED(q, k, v)) and not calls  # fp32
+        assert (
+            torch.equal(F.scaled_dot_product_attention(q, k, v), FUSED(q, k, v)) and not calls
+        )  # fp32
         with torch.autocast("cpu", torch.bfloat16):
-            assert F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16 and len(calls) == 1
+            assert (
+                F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16 and len(calls) == 1
+            )
             square = [x[:, :, :5] for x in (q, k, v)]
-            for special in ({"is_causal": True}, {"dropout_p": 0.5}, {"attn_mask": torch.ones(5, 5, dtype=torch.bool)}):
+            for special in (
+                {"is_causal": True},
+                {"dropout_p": 0.5},
+                {"attn_mask": torch.ones(5, 5, dtype=torch.bool)},
+            ):
                 F.scaled_dot_product_attention(*square, **special)
             assert len(calls) == 1  # these stay torch's
     with torch.autocast("cpu", torch.bfloat16):
@@ -63,13 +77,24 @@ def test_used_under_bf16_autocast_on_a_cpu_and_nowhere_else(monkeypatch):
 
 def test_a_whole_encoder_with_relative_positions_differs_in_rounding_only():
     torch.manual_seed(0)
-    model = Beit(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, use_shared_rel_pos_bias=True, num_classes=0)
+    model = Beit(
+        img_size=32,
+        patch_size=8,
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        use_shared_rel_pos_bias=True,
+        num_classes=0,
+    )
     torch.nn.init.normal_(model.rel_pos_bias.relative_position_bias_table)
     images = torch.randn(4, 3, 32, 32)
 
     def gradients(low: bool, ours: bool) -> torch.Tensor:
         model.zero_grad()
-        with multiplied_out("cpu" if ours else "meta"), torch.autocast("cpu", torch.bfloat16, enabled=low):
+        with (
+            multiplied_out("cpu" if ours else "meta"),
+            torch.autocast("cpu", torch.bfloat16, enabled=low),
+        ):
             model(images).float().square().mean().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.kit import keyed
-from stages.kit.masks import exact_block_masks, hidden_ids
-from stages.kit.patches import paint
+from stages.kit.nets.masks import exact_block_masks, hidden_ids
+from stages.kit.nets.patches import paint
 from stages.kit.spec import Spec
 from stages.methods.beitv2 import Config, Method, views
 
@@ -37,14 +37,27 @@ class Tokenizer(nn.Module):
 
 
 def spec(size=16, patch=4, width=16, depth=3, heads=2):
-    model = {"name": "vit_tiny_patch16_224", "patch_size": patch, "embed_dim": width, "depth": depth,
-             "num_heads": heads, "mlp_ratio": 4.0, "args": {}}
-    return Spec(image_size=size, model=model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=5,
-                images=100)
+    model = {
+        "name": "vit_tiny_patch16_224",
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": 4.0,
+        "args": {},
+    }
+    return Spec(
+        image_size=size,
+        model=model,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.25, 0.3),
+        num_classes=5,
+        images=100,
+    )
 
 
 def progress(rows=6, step=0, seed=0):
-    """As much of kit/loop.py's Progress as a method may use."""
+    """As much of kit/train/loop.py's Progress as a method may use."""
     index = torch.arange(rows)
 
     def uniform(name, *shape):
@@ -84,7 +97,13 @@ def test_losses_are_cross_entropies_at_the_hidden_patches():
         right = (logits.flatten(0, 1).argmax(1) == codes[mask]).float().mean()
         assert out[f"{name}_accuracy"].item() == pytest.approx(right.item())
         total += expected.item()
-    assert set(out) == {"loss", "mim_loss", "mim_accuracy", "aggregation_loss", "aggregation_accuracy"}
+    assert set(out) == {
+        "loss",
+        "mim_loss",
+        "mim_accuracy",
+        "aggregation_loss",
+        "aggregation_accuracy",
+    }
     assert out["loss"].item() == pytest.approx(total, rel=1e-6)
 
 
@@ -115,7 +134,9 @@ def test_hidden_pixels_change_labels_but_not_one_bit_of_the_logits():
     method = build().eval()
     images = batch()["view"]
     mask, ids = mask_of(method)
-    other = paint(images, mask, torch.rand(images.shape, generator=torch.Generator().manual_seed(9)))
+    other = paint(
+        images, mask, torch.rand(images.shape, generator=torch.Generator().manual_seed(9))
+    )
     assert not torch.equal(other, images)
     assert not torch.equal(Tokenizer()(images)[mask], Tokenizer()(other)[mask])
     assert torch.equal(Tokenizer()(images)[~mask], Tokenizer()(other)[~mask])
@@ -171,8 +192,11 @@ def test_early_states_are_not_detached():
 def base():
     def count(**config):
         with torch.device("meta"):
-            method = Method(Config(early_layer=9, **config), spec(224, 16, 768, 12, 12), Tokenizer(8192, 14))
+            method = Method(
+                Config(early_layer=9, **config), spec(224, 16, 768, 12, 12), Tokenizer(8192, 14)
+            )
         return sum(parameter.numel() for parameter in method.parameters()), method
+
     return count
 
 
@@ -189,8 +213,12 @@ def test_published_parameter_counts(base):
 
 def test_small_parameter_counts():
     with torch.device("meta"):
-        method = Method(Config(early_layer=9, head_depth=2), spec(32, 4, 192, 12, 3), Tokenizer(1024, 8))
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in method.named_children()}
+        method = Method(
+            Config(early_layer=9, head_depth=2), spec(32, 4, 192, 12, 3), Tokenizer(1024, 8)
+        )
+    count = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in method.named_children()
+    }
     assert count["encoder"] + method.mask_token.numel() == 5_351_532
     assert count["head"] == 197_632
     assert count["aggregation"] == 890_112
@@ -206,7 +234,9 @@ def test_at_the_start_each_loss_is_the_logarithm_of_the_codebook_size():
 
 def test_initialisation():
     torch.manual_seed(0)
-    method = Method(dataclasses.replace(SMALL, shared_head=False), spec(width=64, depth=3), Tokenizer())
+    method = Method(
+        dataclasses.replace(SMALL, shared_head=False), spec(width=64, depth=3), Tokenizer()
+    )
     encoder = method.encoder
     assert encoder.pos_embed is None
     assert (encoder.rel_pos_bias.relative_position_bias_table == 0).all()
@@ -214,19 +244,33 @@ def test_initialisation():
         scale = math.sqrt(2 * number)
         assert 0.95 * 0.02 < block.attn.proj.weight.abs().max() * scale <= 0.02 + 1e-6
         assert 0.95 * 0.02 < block.mlp.fc2.weight.abs().max() * scale <= 0.02 + 1e-6
-        assert 0.95 * 0.02 < block.attn.qkv.weight.abs().max() <= 0.02  # cut at one standard deviation
+        assert (
+            0.95 * 0.02 < block.attn.qkv.weight.abs().max() <= 0.02
+        )  # cut at one standard deviation
         assert (block.gamma_1 == 0.1).all()
         assert (block.gamma_2 == 0.1).all()
-        for bias in (block.attn.q_bias, block.attn.v_bias, block.attn.proj.bias, block.mlp.fc1.bias,
-                     block.mlp.fc2.bias, block.norm1.bias):
+        for bias in (
+            block.attn.q_bias,
+            block.attn.v_bias,
+            block.attn.proj.bias,
+            block.mlp.fc1.bias,
+            block.mlp.fc2.bias,
+            block.norm1.bias,
+        ):
             assert bias.abs().max() == 0
         assert "k_bias" not in dict(block.attn.named_parameters())
-    for weight in (encoder.patch_embed.proj.weight, encoder.cls_token, method.mask_token, method.head.weight,
-                   method.aggregation_head.weight):
+    for weight in (
+        encoder.patch_embed.proj.weight,
+        encoder.cls_token,
+        method.mask_token,
+        method.head.weight,
+        method.aggregation_head.weight,
+    ):
         assert 0.015 < weight.abs().max() <= 0.02
     for layer in (encoder.patch_embed.proj, method.head, method.aggregation_head):
         assert layer.bias.abs().max() == 0
-    # aggregation: torch's default bound 1/sqrt(fan in) = 1/8 for 64, outputs over sqrt(2 * (2 + number))
+    # aggregation: torch's default bound 1/sqrt(fan in) = 1/8 for 64, outputs over sqrt(2 * (2 +
+    # number))
     for number, block in enumerate(method.aggregation, start=3):
         assert 0.95 / 8 < block.attn.qkv.weight.abs().max() <= 1 / 8
         assert 0.95 / 8 < block.attn.proj.weight.abs().max() * math.sqrt(2 * number) <= 1 / 8 + 1e-6
@@ -246,7 +290,10 @@ def test_separate_heads_are_used():
     shared = [method.head.weight, method.encoder.norm.weight]
     own = [method.aggregation_head.weight, method.aggregation_norm.weight]
     for loss, unused in (("mim_loss", own), ("aggregation_loss", shared)):
-        assert torch.autograd.grad(out[loss], unused, retain_graph=True, allow_unused=True) == (None, None)
+        assert torch.autograd.grad(out[loss], unused, retain_graph=True, allow_unused=True) == (
+            None,
+            None,
+        )
 
 
 def test_drop_path_of_the_aggregation_continues_the_line():
@@ -282,8 +329,10 @@ def test_pictures():
     cells = target.reshape(4, 24, 4, 24, 3)
     assert (cells == cells[:, :1, :, :1]).all()  # one flat colour per patch
     codes = Tokenizer()(batch(10)["view"])[0].view(4, 4)
-    colours = {code: {tuple(cells[y, 0, x, 0]) for y, x in (codes == code).nonzero()}
-               for code in codes.unique()}
+    colours = {
+        code: {tuple(cells[y, 0, x, 0]) for y, x in (codes == code).nonzero()}
+        for code in codes.unique()
+    }
     assert all(len(colour) == 1 for colour in colours.values())
     assert len(set.union(*colours.values())) == len(colours)
 
@@ -295,21 +344,32 @@ def test_targets_of_another_kind_are_refused():
         Method(SMALL, spec(), Tokenizer(grid=2))(batch(), progress())
 
 
-@pytest.mark.parametrize(("values", "key"), [
-    ({"mask_ratio": 0.0}, "mask_ratio"), ({"mask_ratio": 1.0}, "mask_ratio"), ({"min_block": 0}, "min_block"),
-    ({"head_depth": -1}, "head_depth"), ({"early_layer": 0}, "early_layer"), ({"crop_min": 1.5}, "crop_min"),
-    ({"drop_path": 1.0}, "drop_path"),
-])
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"mask_ratio": 0.0}, "mask_ratio"),
+        ({"mask_ratio": 1.0}, "mask_ratio"),
+        ({"min_block": 0}, "min_block"),
+        ({"head_depth": -1}, "head_depth"),
+        ({"early_layer": 0}, "early_layer"),
+        ({"crop_min": 1.5}, "crop_min"),
+        ({"drop_path": 1.0}, "drop_path"),
+    ],
+)
 def test_bad_config(values, key):
     with pytest.raises(ValueError, match=f"^{key}"):
         Config(**values)
 
 
-@pytest.mark.parametrize(("values", "key"), [
-    ({"early_layer": 6}, "early_layer"), ({"early_layer": 7}, "early_layer"),
-    ({"mask_ratio": 0.001}, "mask_ratio"),
-    ({"min_block": 26}, "min_block"),
-])
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"early_layer": 6}, "early_layer"),
+        ({"early_layer": 7}, "early_layer"),
+        ({"mask_ratio": 0.001}, "mask_ratio"),
+        ({"min_block": 26}, "min_block"),
+    ],
+)
 def test_config_must_fit_the_model(values, key):
     model = {"patch_size": 4, "depth": 6}
     Config().check(32, model)

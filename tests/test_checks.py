@@ -8,14 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.kit import checks
+from workflow import checks
 
 
-@pytest.mark.parametrize(("interval", "inside", "outside"), [
-    ("(0, 1)", [0.5, 1e-9], [0, 1, -1]), ("(0, 1]", [1], [0, 1.1]), ("[0, 1)", [0], [1]), ("[0, 1]", [0, 1], [-0.1]),
-    ("[1, inf)", [1, 10**9], [0, 0.99]), ("(0, inf)", [1e-9], [0]), ("[0, 1]", [None, (0.0, 1), []], [[0.5, 2], (3, None)]),
-    ("(0, 1)", [], [float("nan")]),
-])
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside"),
+    [
+        ("(0, 1)", [0.5, 1e-9], [0, 1, -1]),
+        ("(0, 1]", [1], [0, 1.1]),
+        ("[0, 1)", [0], [1]),
+        ("[0, 1]", [0, 1], [-0.1]),
+        ("[1, inf)", [1, 10**9], [0, 0.99]),
+        ("(0, inf)", [1e-9], [0]),
+        ("[0, 1]", [None, (0.0, 1), []], [[0.5, 2], (3, None)]),
+        ("(0, 1)", [], [float("nan")]),
+    ],
+)
 def test_within(interval, inside, outside):
     for value in inside:
         checks.within(SimpleNamespace(key=value), interval, "key")
@@ -25,8 +33,10 @@ def test_within(interval, inside, outside):
         assert str(value) in str(error.value)
 
 
-@pytest.mark.parametrize(("interval", "words"), [
-    ("(0, 1]", "a number in (0, 1]"), ("[2, inf)", "2 or more"), ("(0, inf)", "a number above 0")])
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [("(0, 1]", "a number in (0, 1]"), ("[2, inf)", "2 or more"), ("(0, inf)", "a number above 0")],
+)
 def test_within_says_what_it_expects(interval, words):
     with pytest.raises(ValueError) as error:
         checks.within(SimpleNamespace(one=1, two=-3), interval, "two")
@@ -40,10 +50,17 @@ def test_spans():
             checks.spans(SimpleNamespace(a=(0.2, 1.0), b=pair), "a", "b")
 
 
-@pytest.mark.parametrize(("dim", "depth", "heads", "key"), [
-    (16, 1, 4, None), (18, 1, 2, "decoder_dim"), (0, 1, 1, "decoder_dim"), (16, 0, 4, "decoder_depth"),
-    (16, 1, 0, "decoder_heads"), (16, 1, 3, "decoder_heads"),
-])
+@pytest.mark.parametrize(
+    ("dim", "depth", "heads", "key"),
+    [
+        (16, 1, 4, None),
+        (18, 1, 2, "decoder_dim"),
+        (0, 1, 1, "decoder_dim"),
+        (16, 0, 4, "decoder_depth"),
+        (16, 1, 0, "decoder_heads"),
+        (16, 1, 3, "decoder_heads"),
+    ],
+)
 def test_decoder(dim, depth, heads, key):
     config = SimpleNamespace(decoder_dim=dim, decoder_depth=depth, decoder_heads=heads)
     if key is None:
@@ -63,14 +80,27 @@ def test_the_message_says_what_is_counted():
 
 
 def test_the_plan_can_use_them_without_torch():
-    code = "import sys; import stages.kit.checks; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    code = "import sys; import workflow.checks; print('torch' in sys.modules)"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "False\n"
+    )
 
 
-@pytest.mark.parametrize(("patches", "ratio", "keep"), [
-    (196, 0.75, 49), (64, 0.6, 25), (10, 0.9, 1), (100, 0.9, 10), (25, 0.75, 6), (256, 0.75, 64),
-    (1000, 0.999, 1),
-])
+@pytest.mark.parametrize(
+    ("patches", "ratio", "keep"),
+    [
+        (196, 0.75, 49),
+        (64, 0.6, 25),
+        (10, 0.9, 1),
+        (100, 0.9, 10),
+        (25, 0.75, 6),
+        (256, 0.75, 64),
+        (1000, 0.999, 1),
+    ],
+)
 def test_keep_count_is_exact(patches, ratio, keep):
     assert checks.keep_count(patches, ratio) == keep
 

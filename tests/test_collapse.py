@@ -1,4 +1,6 @@
-"""The watch over a self-distillation: what counts as collapse, when it stops a training, and that it says what to do."""
+"""The watch over a self-distillation: what counts as collapse, when it stops a training, and that
+it says what to do.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,22 @@ import math
 import pytest
 import torch
 
-from stages.kit import collapse
-from stages.kit.collapse import CollapseError, Watch
-from stages.kit.loop import Progress
+from stages.kit.parts import collapse
+from stages.kit.parts.collapse import CollapseError, Watch
 from stages.kit.spec import Spec
+from stages.kit.train.loop import Progress
 from stages.methods import dino
 
 K, STEPS = 16, 2000
-MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0,
-         "args": {}}
+MODEL = {
+    "name": "vit_tiny_patch16_224",
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "args": {},
+}
 
 
 def at(step: int, steps: int = STEPS) -> Progress:
@@ -37,14 +46,20 @@ def watched(given: torch.Tensor, steps: int, watch: Watch | None = None, start: 
     return watch
 
 
-@pytest.mark.parametrize("given, name", [(UNIFORM, "uniform over"), (ONE, "one prototype for all"), (SAME, "")])
+@pytest.mark.parametrize(
+    "given, name", [(UNIFORM, "uniform over"), (ONE, "one prototype for all"), (SAME, "")]
+)
 def test_a_teacher_that_stays_silent_stops_the_training(given, name):
     limit = int(collapse.PATIENCE * STEPS)
     watch = watched(given, limit - 1)
     assert int(watch.silent) == limit - 1
-    with pytest.raises(CollapseError, match="for 500 steps its assignments have told less") as error:
+    with pytest.raises(
+        CollapseError, match="for 500 steps its assignments have told less"
+    ) as error:
         watched(given, 20, watch, limit - 1)
-    assert name in str(error.value) and "at step 500 of 2000" in str(error.value) and error.value.plain
+    assert (
+        name in str(error.value) and "at step 500 of 2000" in str(error.value) and error.value.plain
+    )
     for advice in ("lower teacher_temp", "centre_momentum", "lower lr", "min_information: 0"):
         assert advice in str(error.value)
 
@@ -58,7 +73,9 @@ def test_a_word_now_and_then_is_enough():
 
 
 def test_the_bound_is_a_share_of_ln_k():
-    """Half of the images on one prototype, half between it and another: a mutual information by hand."""
+    """Half of the images on one prototype, half between it and another: a mutual information by
+    hand.
+    """
     a = 0.1
     given = torch.tensor([[1.0, 0.0], [1 - a, a]])
     h = lambda p: -(p * math.log(p) + (1 - p) * math.log(1 - p))  # noqa: E731
@@ -97,7 +114,9 @@ def test_a_resumed_training_stops_at_the_same_step():
 
 
 def test_a_collapsed_teacher_stops_the_methods_training(monkeypatch):
-    """The real thing: all prototypes alike make uniform distributions; a centre far off makes one for all."""
+    """The real thing: all prototypes alike make uniform distributions; a centre far off makes one
+    for all.
+    """
     monkeypatch.setattr(collapse, "LEAST_STEPS", 2)
     spec = Spec(16, MODEL, (0.5,) * 3, (0.5,) * 3, 3, 10)
     for break_it, name in (("weight", "uniform over"), ("centre", "one prototype")):

@@ -1,4 +1,6 @@
-"""kit/compiled.py: compiled training against eager training, nothing compiled twice, and what happens where it fails."""
+"""kit/train/compiled.py: compiled training against eager training, nothing compiled twice, and what
+happens where it fails.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_module_simplified
 
-from stages.kit import attention, compiled, droppath
-from stages.kit.loop import fit
+from stages.kit.nets import attention
+from stages.kit.train import compiled, droppath
+from stages.kit.train.loop import fit
 from stages.methods import beitv2, dino, mae
 
 METHODS = {
@@ -37,7 +40,9 @@ def made(name: str) -> nn.Module:
     return METHODS[name]().train()
 
 
-def steps(module: nn.Module, name: str, forward, count: int = 3, low: bool = False) -> tuple[list[float], list[int]]:
+def steps(
+    module: nn.Module, name: str, forward, count: int = 3, low: bool = False
+) -> tuple[list[float], list[int]]:
     """A few steps of plain gradient descent: losses, and how many graphs there are after each."""
     losses, graphs = [], []
     with attention.multiplied_out("cpu"), droppath.keyed(module) as drop_by:
@@ -59,8 +64,11 @@ def steps(module: nn.Module, name: str, forward, count: int = 3, low: bool = Fal
     return losses, graphs
 
 
-# The tracer and the joint graph are torch's; turning graphs into C++ takes 20 s for each method, so the toy below does it.
-@pytest.mark.parametrize("name, backend", [("mae", "aot_eager"), ("beitv2", "aot_eager"), ("dino", "eager")])
+# The tracer and the joint graph are torch's; turning graphs into C++ takes 20 s for each method, so
+# the toy below does it.
+@pytest.mark.parametrize(
+    "name, backend", [("mae", "aot_eager"), ("beitv2", "aot_eager"), ("dino", "eager")]
+)
 def test_a_compiled_method_trains_as_it_does_and_is_compiled_once(name, backend):
     plain, module, said = made(name), made(name), []
     keys = list(module.state_dict())
@@ -69,7 +77,9 @@ def test_a_compiled_method_trains_as_it_does_and_is_compiled_once(name, backend)
     assert found == pytest.approx(expected, rel=1e-5) and len(set(expected)) == 3
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(module.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
-    assert graphs[0] > 0 and set(graphs) == {graphs[0]}  # the step, the draws, drop path: nothing is compiled again
+    assert graphs[0] > 0 and set(graphs) == {
+        graphs[0]
+    }  # the step, the draws, drop path: nothing is compiled again
     assert list(module.state_dict()) == keys and not said
 
 
@@ -87,7 +97,9 @@ def broken(graph, inputs):
 
 def broken_backward(graph, inputs):
     """Compiles the forward pass."""
-    return aot_module_simplified(graph, inputs, fw_compiler=lambda g, _: g.forward, bw_compiler=broken)
+    return aot_module_simplified(
+        graph, inputs, fw_compiler=lambda g, _: g.forward, bw_compiler=broken
+    )
 
 
 @pytest.mark.parametrize("backend", [broken, broken_backward])
@@ -118,7 +130,9 @@ class Small(nn.Module):
 
     def forward(self, batch, progress):
         self.seen.add_(len(batch["view"]))
-        return {"loss": (self.body(batch["view"] + progress.uniform("noise", 6)) - 1).square().mean()}
+        return {
+            "loss": (self.body(batch["view"] + progress.uniform("noise", 6)) - 1).square().mean()
+        }
 
     def after_step(self, progress):
         if progress.step == self.stop:
@@ -126,7 +140,9 @@ class Small(nn.Module):
 
 
 def test_the_loop_compiles_on_request_and_resumes_to_the_byte(tmp_path, capfd):
-    """With the real compiler: equal to an eager run up to rounding, dropout included, and to itself when resumed."""
+    """With the real compiler: equal to an eager run up to rounding, dropout included, and to itself
+    when resumed.
+    """
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -147,7 +163,9 @@ def test_the_loop_compiles_on_request_and_resumes_to_the_byte(tmp_path, capfd):
     for key, value in eager.items():
         torch.testing.assert_close(whole[key], value, rtol=1e-4, atol=1e-6, msg=key)
     assert whole["seen"] == 12 * BATCH
-    assert [row["loss"] for row in compiled_rows] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    assert [row["loss"] for row in compiled_rows] == pytest.approx(
+        [row["loss"] for row in rows], rel=1e-4
+    )
     with pytest.raises(SystemExit):
         trained("cut", True, stop=4)
     resumed, resumed_rows = trained("cut", True)
@@ -156,7 +174,11 @@ def test_the_loop_compiles_on_request_and_resumes_to_the_byte(tmp_path, capfd):
 
 
 def test_the_loop_goes_on_where_there_is_no_compiler(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **options: broken(graph, inputs))
+    monkeypatch.setattr(
+        torch._dynamo,
+        "lookup_backend",
+        lambda name: lambda graph, inputs, **options: broken(graph, inputs),
+    )
     states = []
     for name, wanted in (("eager", False), ("without", True)):
         module, run = Small(), make_run(tmp_path / name)
@@ -164,4 +186,9 @@ def test_the_loop_goes_on_where_there_is_no_compiler(tmp_path, monkeypatch, capf
         fit(module, ToyBatches(), recipe(), run, seed=5)
         states.append(module.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    assert capfd.readouterr().err.count("toy: not compiled (OSError: no compiler here); training goes on without") == 1
+    assert (
+        capfd.readouterr().err.count(
+            "toy: not compiled (OSError: no compiler here); training goes on without"
+        )
+        == 1
+    )

@@ -26,11 +26,17 @@ def test_training_counts_whole_steps_of_the_batch():
 def test_what_is_done_once_and_images_that_are_only_looked_at_are_added():
     unit = {**UNIT, "step_s": 0.5, "flops_per_image": 1.0, "once_s": 7.0, "image_s": 0.01}
     train = {"train": {"epochs": 3, "batch_size": 64}}
-    seconds = {stage: cost.cost(stage, train, unit).seconds - cost.START_S for stage in ("pretrain", "target", "transfer")}
-    # 45 steps; a target is examined on the 100 validation images, a classifier on the 50 test images too
+    seconds = {
+        stage: cost.cost(stage, train, unit).seconds - cost.START_S
+        for stage in ("pretrain", "target", "transfer")
+    }
+    # 45 steps; a target is examined on the 100 validation images, a classifier on the 50 test
+    # images too
     assert seconds == pytest.approx({"pretrain": 29.5, "target": 30.5, "transfer": 31.0})
     bare = {**UNIT, "counts": {**COUNTS, "val": 0}, "image_s": 0.01}
-    assert cost.cost("target", train, bare).seconds == pytest.approx(cost.START_S + 10), "without val it is train"
+    assert cost.cost("target", train, bare).seconds == pytest.approx(cost.START_S + 10), (
+        "without val it is train"
+    )
 
 
 def test_finetuning_has_its_own_epochs_and_batch():
@@ -53,11 +59,17 @@ def test_features_that_another_task_has_made_are_not_made_again():
 
 
 def test_data_reads_all_images_once():
-    assert cost.cost("data", {}, {**UNIT, "image_s": 0.002}).seconds == pytest.approx(cost.START_S + 2.3)
+    assert cost.cost("data", {}, {**UNIT, "image_s": 0.002}).seconds == pytest.approx(
+        cost.START_S + 2.3
+    )
 
 
 def test_total_adds_what_is_known_and_counts_what_is_not():
-    costs = {"a": cost.Cost(1, 5.0, 10.0, 300), "b": cost.Cost(2, None, 2.5, 900), "c": cost.Cost(missing="why")}
+    costs = {
+        "a": cost.Cost(1, 5.0, 10.0, 300),
+        "b": cost.Cost(2, None, 2.5, 900),
+        "c": cost.Cost(missing="why"),
+    }
     assert cost.total(costs) == (12.5, 5.0, 900, 1)
     assert cost.clock(3725.4) == "1:02:05"
 
@@ -79,19 +91,31 @@ def test_seeds_share_a_measurement_and_finished_jobs_are_compared(plan):
 
     def measured(job, counts):
         asked.append(job.id)
-        return {**UNIT, "step_s": 1.0, "flops_per_image": 1e6} if "mae" in job.id else {"missing": "not asked"}
+        return (
+            {**UNIT, "step_s": 1.0, "flops_per_image": 1e6}
+            if "mae" in job.id
+            else {"missing": "not asked"}
+        )
 
     costs = cost.estimate(plan, measured)
     assert list(costs) == list(plan.jobs)
     assert "pretrain/mae-s0" in asked and "pretrain/mae-s1" not in asked
     assert costs["pretrain/mae-s0"] == costs["pretrain/mae-s1"]
     took = 2 * (costs["pretrain/mae-s0"].seconds - cost.START_S)
-    for seed, fingerprint in enumerate([plan.jobs["pretrain/mae-s0"].fingerprint, "of other parameters"]):
+    for seed, fingerprint in enumerate(
+        [plan.jobs["pretrain/mae-s0"].fingerprint, "of other parameters"]
+    ):
         folder = plan.jobs[f"pretrain/mae-s{seed}"].output
         folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(json.dumps({"wall_s": took, "summary": {}, "fingerprint": fingerprint}))
+        (folder / "manifest.json").write_text(
+            json.dumps({"wall_s": took, "summary": {}, "fingerprint": fingerprint})
+        )
     text = cost.table(plan, costs)
-    assert "not known: not asked" in text and "of 1 finished jobs" in text and text.endswith("ratio 0.50")
+    assert (
+        "not known: not asked" in text
+        and "of 1 finished jobs" in text
+        and text.endswith("ratio 0.50")
+    )
 
 
 def test_students_of_different_targets_are_measured_apart(tmp_path):
@@ -117,14 +141,24 @@ def test_tasks_of_encoders_that_are_built_alike_share_a_measurement(plan):
 
     costs = cost.estimate(plan, measured)
     runs, tasks = ("mae", "beitv2"), ("knn", "linear", "finetune")
-    assert {id for id in asked if id.startswith("transfer")} == {f"transfer/{r}-s0/{t}" for r in runs for t in tasks}
-    for run in ("mae-s0", "mae-s1", "random-s0", "beitv2-s1"):  # each encoder's features are made once
+    assert {id for id in asked if id.startswith("transfer")} == {
+        f"transfer/{r}-s0/{t}" for r in runs for t in tasks
+    }
+    for run in (
+        "mae-s0",
+        "mae-s1",
+        "random-s0",
+        "beitv2-s1",
+    ):  # each encoder's features are made once
         assert [costs[f"transfer/{run}/{task}"].images for task in ("knn", "linear")] == [1150, 0]
 
 
 def test_the_digest_of_an_encoder_tells_kinds_apart(plan):
     counts = {**COUNTS, "mode": "memmap"}
-    digest = {run: forked(plan, f"pretrain/{run}-s0", counts)["encoder"] for run in ("random", "supervised", "beitv2")}
+    digest = {
+        run: forked(plan, f"pretrain/{run}-s0", counts)["encoder"]
+        for run in ("random", "supervised", "beitv2")
+    }
     assert digest["random"] == digest["supervised"] != digest["beitv2"]
 
 
@@ -132,7 +166,10 @@ def forked(plan, id: str, counts: dict | None = None) -> dict:
     return cost._measurements(plan)(plan.jobs[id], counts)
 
 
-@pytest.mark.parametrize("id", ["target/teacher", "pretrain/beitv2-s0", "transfer/mae-s0/linear", "transfer/mae-s0/finetune"])
+@pytest.mark.parametrize(
+    "id",
+    ["target/teacher", "pretrain/beitv2-s0", "transfer/mae-s0/linear", "transfer/mae-s0/finetune"],
+)
 def test_a_job_is_measured_before_any_data_is_there(plan, id):
     found = forked(plan, id)
     assert found["counts"] == {"train": 40, "val": 10, "test": 10, "classes": 6, "mode": "memmap"}
@@ -147,8 +184,14 @@ def test_a_process_that_is_killed_leaves_a_reason(plan, monkeypatch):
 
 def test_images_of_shards_are_decoded():
     split = measure.Noise(10, 8, {**COUNTS, "mode": "shards"})
-    assert split.images is None and split.decode(3).shape == (8, 8, 3) and split.labels.tolist()[:4] == [0, 1, 2, 0]
-    assert torch.equal(*(measure.Noise(10, 8, {**COUNTS, "mode": "memmap"}).square([n], 8) for n in (3, 3)))
+    assert (
+        split.images is None
+        and split.decode(3).shape == (8, 8, 3)
+        and split.labels.tolist()[:4] == [0, 1, 2, 0]
+    )
+    assert torch.equal(
+        *(measure.Noise(10, 8, {**COUNTS, "mode": "memmap"}).square([n], 8) for n in (3, 3))
+    )
 
 
 def test_other_load_does_not_lengthen_what_is_measured():
@@ -156,7 +199,9 @@ def test_other_load_does_not_lengthen_what_is_measured():
     # 9 s passed while this thread worked for 3 s, and it and the loader for 8 s on two cores
     assert cpu.alone(torch.tensor([9.0, 3.0, 8.0])) == 4.0
     assert cpu.alone(torch.tensor([9.0, 5.0, 8.0])) == 5.0, "one cannot be shared"
-    assert measure.Clocks(torch.device("cuda"), threads=2).alone(torch.tensor([9.0, 3.0, 8.0])) == 9.0
+    assert (
+        measure.Clocks(torch.device("cuda"), threads=2).alone(torch.tensor([9.0, 3.0, 8.0])) == 9.0
+    )
 
 
 def test_threads_are_those_of_snakemake(monkeypatch):
@@ -170,7 +215,14 @@ def test_threads_are_those_of_snakemake(monkeypatch):
 def test_the_schedule_waits_for_inputs_and_fills_all_places(plan):
     costs = {id: cost.Cost(seconds=1.0) for id in plan.jobs}
     assert cost.schedule(plan, costs, 1) == len(plan.jobs)
-    chain = ["data", "target/teacher", "target/vqkd", "pretrain/beitv2-s0", "transfer/beitv2-s0/knn", "report"]
+    chain = [
+        "data",
+        "target/teacher",
+        "target/vqkd",
+        "pretrain/beitv2-s0",
+        "transfer/beitv2-s0/knn",
+        "report",
+    ]
     assert cost.schedule(plan, costs, 1000) == len(chain)
     costs["target/vqkd"] = cost.Cost(missing="takes no time here")
     assert cost.schedule(plan, costs, 1000) == len(chain) - 1

@@ -1,4 +1,6 @@
-"""The data stage: splits, statistics, hash, duplicates, quarantine, and the store that later stages read."""
+"""The data stage: splits, statistics, hash, duplicates, quarantine, and the store that later stages
+read.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from PIL import Image, ImageFile
 from torchvision import transforms
 
 from stages import data as stage
-from stages.kit.decode import Broken, decode, ordered_map, square
-from stages.kit.store import NpyWriter, Split, SplitWriter, duplicates, info
+from stages.kit.data.decode import Broken, decode, ordered_map, square
+from stages.kit.data.store import NpyWriter, Split, SplitWriter, duplicates, info
 from stages.sources import Found, Listing, SourceError, assign
 
 DATA = {
@@ -42,7 +44,9 @@ def picture(seed: int, height: int = 20, width: int = 24) -> np.ndarray:
 
 def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+        buffer, kind, **options
+    )
     return buffer.getvalue()
 
 
@@ -72,10 +76,14 @@ def shapes(out: Path, **changes) -> dict:
 
 def digests(out: Path) -> dict[str, str]:
     files = sorted(path for path in out.rglob("*") if path.is_file())
-    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
-# -------------------------------------------------------------------------------------------------- decoding
+# --------------------------------------------------------------------------------------------------
+# decoding
 
 
 def gif() -> bytes:
@@ -111,11 +119,26 @@ CONVERTED = [
         ("16-bit",),
         ((0, 0), (128,) * 3, 0),
     ),
-    ("palette", encode(Image.new("RGB", (8, 8), "blue").quantize(4)), ("palette",), ((0, 0), (0, 0, 255), 0)),
+    (
+        "palette",
+        encode(Image.new("RGB", (8, 8), "blue").quantize(4)),
+        ("palette",),
+        ((0, 0), (0, 0, 255), 0),
+    ),
     ("palette+alpha", palette_with_alpha(), ("palette", "alpha"), ((0, 0), (255, 255, 255), 0)),
     ("palette+alpha, opaque", palette_with_alpha(), ("palette", "alpha"), ((7, 7), (255, 0, 0), 0)),
-    ("alpha", encode(Image.new("RGBA", (8, 8), (0, 0, 0, 0))), ("alpha",), ((0, 0), (255, 255, 255), 0)),
-    ("half alpha", encode(Image.new("RGBA", (8, 8), (0, 0, 0, 51))), ("alpha",), ((0, 0), (204,) * 3, 1)),
+    (
+        "alpha",
+        encode(Image.new("RGBA", (8, 8), (0, 0, 0, 0))),
+        ("alpha",),
+        ((0, 0), (255, 255, 255), 0),
+    ),
+    (
+        "half alpha",
+        encode(Image.new("RGBA", (8, 8), (0, 0, 0, 51))),
+        ("alpha",),
+        ((0, 0), (204,) * 3, 1),
+    ),
     ("grey", encode(Image.new("L", (8, 8), 77)), ("grey",), ((0, 0), (77,) * 3, 0)),
     ("bilevel", encode(Image.new("1", (8, 8), 1)), ("grey",), ((0, 0), (255,) * 3, 0)),
     ("animated", gif(), ("animated",), ((0, 0), (255, 0, 0), 0)),
@@ -203,7 +226,8 @@ def test_ordered_map_keeps_order_bounds_what_is_in_flight_and_passes_errors():
         list(ordered_map(lambda x: 1 // x, [1, 0, 1], threads=2))
 
 
-# ---------------------------------------------------------------------------------------------------- splits
+# ----------------------------------------------------------------------------------------------------
+# splits
 
 
 def listing(labels: list[int], names: list[str] | None = None) -> Listing:
@@ -217,7 +241,11 @@ def parts(labels: list[int], **changes) -> np.ndarray:
 def test_carved_splits_are_stratified_and_of_the_right_size():
     labels = np.repeat([0, 1, 2], [100, 40, 20])
     part = parts(labels.tolist(), test_fraction=0.2, val_fraction=0.1)
-    assert [int((part == k).sum()) for k in range(3)] == [115, 13, 32]  # 20 % of 160, then 10 % of 128
+    assert [int((part == k).sum()) for k in range(3)] == [
+        115,
+        13,
+        32,
+    ]  # 20 % of 160, then 10 % of 128
     for k, n in ((0, 100), (1, 40), (2, 20)):
         assert abs(int((part[labels == k] == 2).sum()) - 0.2 * n) <= 1
         assert abs(int((part[labels == k] == 1).sum()) - 0.08 * n) <= 1
@@ -263,7 +291,9 @@ def test_max_train_is_balanced_nested_and_leaves_the_other_splits():
     full = parts(labels.tolist())
     few, more = (parts(labels.tolist(), max_train=n) for n in (9, 30))
     assert np.bincount(labels[few == 0]).tolist() == [3, 3, 3]
-    assert int((more == 0).sum()) == 30 and set(np.flatnonzero(few == 0)) < set(np.flatnonzero(more == 0))
+    assert int((more == 0).sum()) == 30 and set(np.flatnonzero(few == 0)) < set(
+        np.flatnonzero(more == 0)
+    )
     for k in (1, 2):
         np.testing.assert_array_equal(few == k, full == k)
 
@@ -273,7 +303,8 @@ def test_no_train_left_is_an_error():
         assign(Found({"train": listing([])}, []), DATA)
 
 
-# ----------------------------------------------------------------------------------------------------- stage
+# -----------------------------------------------------------------------------------------------------
+# stage
 
 
 def test_statistics_are_of_train_alone(tmp_path):
@@ -293,7 +324,9 @@ def test_stored_rows_are_the_source_images(tmp_path):
     assert {s: f["count"] for s, f in facts["splits"].items()} == {"train": 9, "val": 3, "test": 4}
     for name in facts["splits"]:
         split = Split.open(tmp_path / "out", name)
-        assert facts["splits"][name]["class_counts"] == np.bincount(split.labels, minlength=2).tolist()
+        assert (
+            facts["splits"][name]["class_counts"] == np.bincount(split.labels, minlength=2).tolist()
+        )
         for i, path in enumerate(split.names()):
             image = np.asarray(Image.open(root / path).convert("RGB"))
             np.testing.assert_array_equal(split.images[i], square(image, 16))
@@ -319,7 +352,9 @@ def test_parquet_is_what_datasets_reads(tmp_path):
         assert table[i]["label"] == split.labels[i]
         ys, xs = np.nonzero(split.masks[i])
         box = [xs.min(), ys.min(), xs.max() - xs.min() + 1, ys.max() - ys.min() + 1]
-        assert table[i]["objects"]["bbox"] == [box] and table[i]["objects"]["category"] == [split.labels[i]]
+        assert table[i]["objects"]["bbox"] == [box] and table[i]["objects"]["category"] == [
+            split.labels[i]
+        ]
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):
@@ -331,7 +366,9 @@ def test_two_runs_give_the_same_bytes(tmp_path):
         assert facts[0] == facts[1] and facts[0]["mode"] == mode
         assert digests(outs[0]) == digests(outs[1])
         assert not any(
-            str(tmp_path).encode() in path.read_bytes() for path in outs[0].rglob("*") if path.is_file()
+            str(tmp_path).encode() in path.read_bytes()
+            for path in outs[0].rglob("*")
+            if path.is_file()
         )
 
 
@@ -340,7 +377,9 @@ def test_hash_follows_content_not_packing(tmp_path):
     plain = build(root, tmp_path / "a")[1]["hash"]
     assert build(root, tmp_path / "b", image_size=8, memory_map_gb=0)[1]["hash"] == plain
     path = root / "class1" / "3.png"
-    path.write_bytes(encode(picture(103), "PNG", compress_level=0))  # the same pixels in other bytes
+    path.write_bytes(
+        encode(picture(103), "PNG", compress_level=0)
+    )  # the same pixels in other bytes
     assert build(root, tmp_path / "c")[1]["hash"] == plain
     image = picture(103).copy()
     image[0, 0, 0] ^= 1
@@ -357,7 +396,9 @@ def test_memmap_and_shards_agree(tmp_path):
     _, one = build(root, tmp_path / "map", store_size=20)
     _, two = build(root, tmp_path / "shards", store_size=20, memory_map_gb=0)
     assert (one["mode"], two["mode"]) == ("memmap", "shards")
-    assert {k: v for k, v in one.items() if k != "mode"} == {k: v for k, v in two.items() if k != "mode"}
+    assert {k: v for k, v in one.items() if k != "mode"} == {
+        k: v for k, v in two.items() if k != "mode"
+    }
     assert not (tmp_path / "shards" / "train" / "images.npy").exists()
     for name in one["splits"]:
         mapped, sharded = Split.open(tmp_path / "map", name), Split.open(tmp_path / "shards", name)
@@ -375,7 +416,9 @@ def test_smaller_view_of_a_memmap(tmp_path):
     shapes(tmp_path / "out", store_size=32)
     split = Split.open(tmp_path / "out", "test")
     assert split.images.shape == (10, 32, 32, 3)
-    np.testing.assert_array_equal(split.square([3], 16)[0].numpy(), square(np.array(split.images[3]), 16))
+    np.testing.assert_array_equal(
+        split.square([3], 16)[0].numpy(), square(np.array(split.images[3]), 16)
+    )
 
 
 def test_memory_map_limit_counts_every_split(tmp_path):
@@ -394,9 +437,15 @@ def test_quarantine_lists_reasons_and_conversions_are_counted(tmp_path):
     (root / "class0" / "notes.txt").write_text("hello")
     (root / "class0" / ".hidden.png").write_bytes(b"")
     summary, facts = build(root, tmp_path / "out")
-    rows = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    ]
     expected = {f"class0/broken{i}.jpg": reason for i, (_, _, reason) in enumerate(BROKEN)}
-    assert {row["name"]: row["reason"] for row in rows} == {**expected, "class0/dead.png": "unreadable"}
+    assert {row["name"]: row["reason"] for row in rows} == {
+        **expected,
+        "class0/dead.png": "unreadable",
+    }
     assert summary["quarantined"] == facts["quarantine"]["count"] == len(rows) == len(BROKEN) + 1
     assert sum(facts["quarantine"]["reasons"].values()) == len(rows)
     assert facts["ignored"] == {".txt": 1, "hidden": 1}
@@ -410,7 +459,9 @@ def test_too_many_broken_images_stop_the_stage(tmp_path):
     for i in range(3):
         (root / "class0" / f"bad{i}.jpg").write_bytes(b"")
     build(root, tmp_path / "fine" / "out", quarantine_limit=3 / 23)
-    with pytest.raises(SourceError, match=r"data\.quarantine_limit: 3 of 23 .*3 empty.*class0/bad0\.jpg"):
+    with pytest.raises(
+        SourceError, match=r"data\.quarantine_limit: 3 of 23 .*3 empty.*class0/bad0\.jpg"
+    ):
         build(root, tmp_path / "stop" / "out", quarantine_limit=0.1)
     assert not (tmp_path / "stop" / "out" / "data.json").exists()
     assert len((tmp_path / "stop" / "work" / "quarantine.jsonl").read_text().splitlines()) == 3
@@ -423,13 +474,18 @@ def test_duplicates_within_and_across_splits_are_reported_not_removed(tmp_path, 
         folder_.mkdir(parents=True)
         for n in numbers:
             (folder_ / f"{n}.png").write_bytes(encode(picture(n)))
-    (root / "train" / "a" / "again.bmp").write_bytes(encode(picture(2), "BMP"))  # other bytes, equal pixels
+    (root / "train" / "a" / "again.bmp").write_bytes(
+        encode(picture(2), "BMP")
+    )  # other bytes, equal pixels
     (root / "test" / "a" / "leak.png").write_bytes(encode(picture(3)))
     summary, facts = build(root, tmp_path / "out")
     repeats = facts["duplicates"]
     assert repeats["within"] == {"train": 1, "val": 0, "test": 0}
     assert repeats["across"] == {"train-val": 0, "train-test": 1, "val-test": 0}
-    assert repeats["groups"] == [["train/a/2.png", "train/a/again.bmp"], ["train/a/3.png", "test/a/leak.png"]]
+    assert repeats["groups"] == [
+        ["train/a/2.png", "train/a/again.bmp"],
+        ["train/a/3.png", "test/a/leak.png"],
+    ]
     assert {s: f["count"] for s, f in facts["splits"].items()} == {"train": 6, "val": 2, "test": 3}
     assert (
         any("also in train" in text for text in facts["warnings"])
@@ -453,7 +509,8 @@ def test_wrong_settings_name_their_key(tmp_path):
         build(root, tmp_path / "b", image_column="image")
 
 
-# ----------------------------------------------------------------------------------------------------- store
+# -----------------------------------------------------------------------------------------------------
+# store
 
 
 def test_missing_data_set_and_misspelt_split(tmp_path):

@@ -1,4 +1,6 @@
-"""dBOT: the facts of the paper (arXiv 2209.03917) and its official code, against independent calculations."""
+"""dBOT: the facts of the paper (arXiv 2209.03917) and its official code, against independent
+calculations.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,12 @@ from torch import nn
 
 from stages import data as data_stage
 from stages import pretrain
-from stages.kit import encoder as kit
 from stages.kit import keyed
-from stages.kit.loop import Recipe
-from stages.kit.masks import random_masking
+from stages.kit.nets import encoders
+from stages.kit.nets.masks import random_masking
+from stages.kit.nets.teacher import Teacher
 from stages.kit.spec import Spec, configure
-from stages.kit.teacher import Teacher
+from stages.kit.train.loop import Recipe
 from stages.methods import random as untrained
 from stages.methods.dbot import Config, Method, views
 from tests.conftest import tiny_content, write_params
@@ -36,14 +38,27 @@ SMALL = Config(decoder_dim=16, decoder_depth=1, decoder_heads=2)
 
 
 def spec(size=16, patch=4, width=16, depth=2, heads=2):
-    model = {"name": "vit_tiny_patch16_224", "patch_size": patch, "embed_dim": width, "depth": depth,
-             "num_heads": heads, "mlp_ratio": 4.0, "args": {}}
-    return Spec(image_size=size, model=model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=5,
-                images=100)
+    model = {
+        "name": "vit_tiny_patch16_224",
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": 4.0,
+        "args": {},
+    }
+    return Spec(
+        image_size=size,
+        model=model,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.25, 0.3),
+        num_classes=5,
+        images=100,
+    )
 
 
 def progress(rows=6, step=0, seed=0):
-    """As much of kit/loop.py's Progress as a method may use."""
+    """As much of kit/train/loop.py's Progress as a method may use."""
     index = torch.arange(rows)
 
     def uniform(name, *shape):
@@ -74,13 +89,19 @@ def masking(rows=6):
 
 def digest(module: nn.Module) -> str:
     state = module.state_dict()
-    return hashlib.sha256(b"".join(state[k].contiguous().numpy().tobytes() for k in sorted(state))).hexdigest()
+    return hashlib.sha256(
+        b"".join(state[k].contiguous().numpy().tobytes() for k in sorted(state))
+    ).hexdigest()
 
 
 def test_sequence_lengths_and_shapes_at_full_size(monkeypatch):
-    """224 pixels, patch 16, ratio 0.75: the encoder sees 1 + 49 tokens, the decoder predicts 1 + 196."""
+    """224 pixels, patch 16, ratio 0.75: the encoder sees 1 + 49 tokens, the decoder predicts 1 +
+    196.
+    """
     method, seen = build(shape=spec(size=224, patch=16, depth=1)), {}
-    method.encoder.blocks[0].register_forward_hook(lambda m, args, out: seen.update(encoder=out.shape[1]))
+    method.encoder.blocks[0].register_forward_hook(
+        lambda m, args, out: seen.update(encoder=out.shape[1])
+    )
     decode = method.decode
     monkeypatch.setattr(method, "decode", lambda *args: seen.setdefault("predicted", decode(*args)))
     with torch.no_grad():
@@ -94,13 +115,16 @@ def test_loss_is_over_the_class_token_and_the_hidden_patches(monkeypatch):
     decode = method.decode
     monkeypatch.setattr(method, "decode", lambda *args: seen.setdefault("predicted", decode(*args)))
     loss = method(batch(), progress())["loss"]
-    gradient, = torch.autograd.grad(loss, seen["predicted"])
+    (gradient,) = torch.autograd.grad(loss, seen["predicted"])
     mask = masking()[2].bool()
     assert (gradient[:, 1:][~mask] == 0).all()
     assert (gradient[:, 1:][mask] != 0).any(dim=-1).all()
     assert (gradient[:, 0] != 0).any(dim=-1).all()
     change = {}
-    for name, place in (("visible", F.pad(~mask, (1, 0))), ("cls", F.pad(mask & False, (1, 0), value=True))):
+    for name, place in (
+        ("visible", F.pad(~mask, (1, 0))),
+        ("cls", F.pad(mask & False, (1, 0), value=True)),
+    ):
         other = seen["predicted"].detach() + 5.0 * place[..., None]
         monkeypatch.setattr(method, "decode", lambda *args, other=other: other)
         change[name] = (method(batch(), progress())["loss"] - loss).abs().item()
@@ -110,7 +134,9 @@ def test_loss_is_over_the_class_token_and_the_hidden_patches(monkeypatch):
 
 @pytest.mark.parametrize("norm_target", [True, False])
 def test_loss_is_the_formula(norm_target, monkeypatch):
-    """In float64 with numpy, from the teacher's tokens: smooth L1 of beta 2, a mean over 1 + 12 tokens a sample."""
+    """In float64 with numpy, from the teacher's tokens: smooth L1 of beta 2, a mean over 1 + 12
+    tokens a sample.
+    """
     method = build(dataclasses.replace(SMALL, norm_target=norm_target))
     predicted = 2 * torch.randn(6, 17, 16, generator=torch.Generator().manual_seed(2))
     monkeypatch.setattr(method, "decode", lambda *args: predicted)
@@ -154,7 +180,9 @@ def test_target_is_from_before_the_teachers_norm_unless_asked_for():
     it = teacher(spec())
     nn.init.normal_(it.norm.weight, 1, 0.5)
     raw = build(dataclasses.replace(SMALL, norm_target=False), target=it).target(batch()["view"])
-    normed = build(dataclasses.replace(SMALL, norm_target=False, teacher_norm=True), target=it).target(batch()["view"])
+    normed = build(
+        dataclasses.replace(SMALL, norm_target=False, teacher_norm=True), target=it
+    ).target(batch()["view"])
     assert torch.equal(raw, it.tokens(batch()["view"]))
     expected = F.layer_norm(raw, (16,), it.norm.weight, it.norm.bias, it.norm.eps)
     assert torch.allclose(normed, expected, atol=1e-5)
@@ -171,7 +199,9 @@ def test_teacher_sees_whole_images_whatever_the_mask_and_gets_no_gradient(monkey
     sum(losses).backward()
     assert not any(t.requires_grad for t in seen)
     assert all(p.grad is None for p in method.teacher[0].parameters())
-    assert not {id(p) for p in method.parameters()} & {id(p) for p in method.teacher[0].parameters()}
+    assert not {id(p) for p in method.parameters()} & {
+        id(p) for p in method.teacher[0].parameters()
+    }
     images = batch()["view"]
     painted = images.clone()
     painted[:, :, :4, :4] = 0.5  # any patch reaches every token of the target
@@ -192,7 +222,9 @@ def test_teacher_does_not_change_while_the_student_trains():
 
 
 def test_an_untrained_teacher_is_the_students_own_starting_point():
-    """As in the official code. Of fewer blocks it still shares patch projection, class token and positions."""
+    """As in the official code. Of fewer blocks it still shares patch projection, class token and
+    positions.
+    """
     whole, shallow = teacher(spec(), seed=0), teacher(spec(), depth=0, seed=0)
     method = build(target=whole, seed=0)
     student = copy.deepcopy(method.encoder)
@@ -228,23 +260,30 @@ def test_a_target_without_class_token_is_learnt_at_the_hidden_patches(monkeypatc
     method, seen = build(target=Patches()), {}
     decode = method.decode
     monkeypatch.setattr(method, "decode", lambda *args: seen.setdefault("predicted", decode(*args)))
-    gradient, = torch.autograd.grad(method(batch(), progress())["loss"], seen["predicted"])
+    (gradient,) = torch.autograd.grad(method(batch(), progress())["loss"], seen["predicted"])
     assert seen["predicted"].shape == (6, 16, 5)
     assert torch.equal((gradient != 0).any(dim=-1), masking()[2].bool())
 
 
 def test_a_student_without_class_token_learns_the_patches_of_any_teacher():
-    plain = dataclasses.replace(spec(), model={**spec().model, "args": {"class_token": False, "global_pool": "avg"}})
+    plain = dataclasses.replace(
+        spec(), model={**spec().model, "args": {"class_token": False, "global_pool": "avg"}}
+    )
     method = build(shape=plain, target=teacher(spec()))
     assert method.target(batch()["view"]).shape == (6, 16, 16)
     assert torch.isfinite(method(batch(), progress())["loss"])
 
 
-@pytest.mark.parametrize(("width", "depth", "heads", "encoder", "decoder"), [(768, 12, 12, 85.80, 26.11)])
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "encoder", "decoder"), [(768, 12, 12, 85.80, 26.11)]
+)
 def test_published_parameter_counts(width, depth, heads, encoder, decoder):
     with torch.device("meta"):
-        method = Method(Config(decoder_dim=512, decoder_depth=8, decoder_heads=16), spec(224, 16, width, depth, heads),
-                        SimpleNamespace(dim=width, has_cls=True))
+        method = Method(
+            Config(decoder_dim=512, decoder_depth=8, decoder_heads=16),
+            spec(224, 16, width, depth, heads),
+            SimpleNamespace(dim=width, has_cls=True),
+        )
     count = {True: 0, False: 0}
     for name, parameter in method.named_parameters():
         count[name.startswith("encoder.")] += parameter.numel()
@@ -272,7 +311,9 @@ def test_view_is_the_papers():
 
 
 def test_published_schedule_of_every_stage():
-    """The preset: in each stage of 800 epochs the rate is blr x 4096 / 256 after 40, near 0 at its start and end."""
+    """The preset: in each stage of 800 epochs the rate is blr x 4096 / 256 after 40, near 0 at its
+    start and end.
+    """
     runs = read(Path(__file__).parents[1] / "presets/dbot.yaml").runs
     per_epoch = 1_268_000 // 4096
     for name in ("dbot-1", "dbot-2"):
@@ -287,18 +328,23 @@ def test_published_schedule_of_every_stage():
     assert runs["dbot-1"].teacher == "random"
 
 
-# ------------------------------------------------------------------------------------- a chain, by its stages
+# ------------------------------------------------------------------------------------- a chain, by
+# its stages
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """(params file, results) of an untrained encoder and two stages, run by their commands; every step is saved."""
+    """(params file, results) of an untrained encoder and two stages, run by their commands; every
+    step is saved.
+    """
     folder = tmp_path_factory.mktemp("chain")
     content = tiny_content(train={"epochs": 2, "save_minutes": 1e-9}, tasks={"knn": {"k": [3]}})
     content["targets"], content["methods"] = {}, {"random": {}, "dbot": dataclasses.asdict(SMALL)}
     content["methods"]["dbot"]["betas"] = [0.9, 0.95]
-    content["grid"]["runs"] = {"random": {"method": "random"},
-                               "dbot": {"method": "dbot", "target": "run:random", "stages": 2}}
+    content["grid"]["runs"] = {
+        "random": {"method": "random"},
+        "dbot": {"method": "dbot", "target": "run:random", "stages": 2},
+    }
     params, results = write_params(folder, content), folder / "results"
     assert data_stage.main(words(params, results)) == 0
     for run in ("random-s0", "dbot-1-s0", "dbot-2-s0"):
@@ -315,16 +361,30 @@ def weights(results: Path, run: str) -> dict[str, torch.Tensor]:
 
 
 def begun(chain, run: str, monkeypatch) -> SimpleNamespace:
-    """The method and the recipe with which the stage of a run would begin, from the stage's own code."""
+    """The method and the recipe with which the stage of a run would begin, from the stage's own
+    code.
+    """
     params, results = chain
     found, plan = SimpleNamespace(), load(params, results)
-    monkeypatch.setattr(pretrain, "fit", lambda method, batches, recipe, run, seed: vars(found).update(
-        method=method, recipe=recipe, seed=seed, batch=batches.batch(0)))
-    monkeypatch.setattr(kit, "save", lambda *args: None)
+    monkeypatch.setattr(
+        pretrain,
+        "fit",
+        lambda method, batches, recipe, run, seed: vars(found).update(
+            method=method, recipe=recipe, seed=seed, batch=batches.batch(0)
+        ),
+    )
+    monkeypatch.setattr(encoders, "save", lambda *args: None)
     job = plan.job(f"pretrain/{run}")
-    pretrain.pretrain(SimpleNamespace(
-        job=job, device=torch.device("cpu"), compute={"workers": 0}, summary={}, out=params.parent / "unused",
-        input=lambda id: plan.jobs[id].output))
+    pretrain.pretrain(
+        SimpleNamespace(
+            job=job,
+            device=torch.device("cpu"),
+            compute={"workers": 0},
+            summary={},
+            out=params.parent / "unused",
+            input=lambda id: plan.jobs[id].output,
+        )
+    )
     return found
 
 
@@ -336,10 +396,19 @@ def test_a_stage_begins_with_the_old_student_as_teacher_and_a_new_student(chain,
     assert all(torch.equal(value, kept(now)[key]) for key, value in old.items())
     student, start = second.method.state_dict(), first.method.state_dict()
     drawn = [k for k, v in start.items() if v.ndim > 1 and v.std() > 0 and "pos" not in k]
-    assert {"decoder.mask_token", "decoder.pred.weight", "encoder.blocks.0.mlp.fc1.weight", "encoder.cls_token",
-            "encoder.patch_embed.proj.weight"} <= set(drawn)
-    assert not any(torch.equal(student[k], start[k]) for k in drawn), "all re-drawn, the decoder too"
-    assert not any(torch.equal(student[f"encoder.{k}"], old[k]) for k in old if f"encoder.{k}" in drawn)
+    assert {
+        "decoder.mask_token",
+        "decoder.pred.weight",
+        "encoder.blocks.0.mlp.fc1.weight",
+        "encoder.cls_token",
+        "encoder.patch_embed.proj.weight",
+    } <= set(drawn)
+    assert not any(torch.equal(student[k], start[k]) for k in drawn), (
+        "all re-drawn, the decoder too"
+    )
+    assert not any(
+        torch.equal(student[f"encoder.{k}"], old[k]) for k in old if f"encoder.{k}" in drawn
+    )
     bias = "encoder.patch_embed.proj.bias"  # stays in the official code
     assert not torch.equal(student[bias], start[bias])
     assert second.recipe.lr_at(0) == first.recipe.lr_at(0) == 0
@@ -356,7 +425,11 @@ def kept(teacher: Teacher) -> dict:
 def test_the_first_stage_begins_as_its_untrained_teacher(chain, monkeypatch):
     _, results = chain
     first = begun(chain, "dbot-1-s0", monkeypatch).method
-    start = {k.removeprefix("encoder."): v for k, v in first.state_dict().items() if k.startswith("encoder.")}
+    start = {
+        k.removeprefix("encoder."): v
+        for k, v in first.state_dict().items()
+        if k.startswith("encoder.")
+    }
     assert all(torch.equal(start[k], v) for k, v in weights(results, "random-s0").items())
     assert all(torch.equal(kept(first.teacher[0])[k], v) for k, v in start.items())
 
@@ -366,8 +439,13 @@ def test_each_stage_trains_and_leaves_its_teacher_as_it_was(chain):
     plan = load(params, results)
     for n, above in ((1, "random"), (2, "dbot-1")):
         assert plan.fresh(f"pretrain/dbot-{n}-s0")
-        assert plan.manifest(f"pretrain/dbot-{n}-s0")["inputs"].keys() == {"data", f"pretrain/{above}-s0"}
-        rows = [json.loads(line) for line in (results / f"pretrain/dbot-{n}-s0/history.jsonl").open()]
+        assert plan.manifest(f"pretrain/dbot-{n}-s0")["inputs"].keys() == {
+            "data",
+            f"pretrain/{above}-s0",
+        }
+        rows = [
+            json.loads(line) for line in (results / f"pretrain/dbot-{n}-s0/history.jsonl").open()
+        ]
         assert all(math.isfinite(row["loss"]) for row in rows)
         assert (results / f"pretrain/dbot-{n}-s0/pictures/features.png").is_file()
     assert plan.fresh("pretrain/random-s0")
@@ -394,11 +472,15 @@ def test_killed_in_the_second_stage_it_goes_on_with_the_same_teacher(chain, tmp_
     assert pretrain.main(["--run", "dbot-2-s0", *words(*again)]) == 0
     assert steps == [0, 1, 2, 3, 3, 4, 5], "it went on where it was"
     for name in ("history.jsonl", "encoder/model.safetensors"):
-        assert (out / name).read_bytes() == (results / "pretrain/dbot-2-s0" / name).read_bytes(), name
+        assert (out / name).read_bytes() == (results / "pretrain/dbot-2-s0" / name).read_bytes(), (
+            name
+        )
 
 
 def test_one_stage_of_a_finished_encoder_is_plain_feature_distillation(chain):
-    """The loss of the method whose teacher was read from a folder, and the same by timm and torch alone."""
+    """The loss of the method whose teacher was read from a folder, and the same by timm and torch
+    alone.
+    """
     import timm
 
     folder = chain[1] / "pretrain/dbot-2-s0/encoder"
@@ -425,17 +507,25 @@ def test_picture_of_a_perfect_prediction_is_the_target(monkeypatch):
     sheet = method.pictures({"view": images})["features"].astype(int)
     column = 96 + 4
     assert sheet.shape == (8 * column - 4, 4 * column - 4, 3)
-    wanted, found = (sheet[:, i * column:i * column + 96] for i in (2, 3))
+    wanted, found = (sheet[:, i * column : i * column + 96] for i in (2, 3))
     hidden = (found != 128).any(-1)
     assert abs(wanted - found)[hidden].max() <= 1
     assert hidden[:96].mean() == pytest.approx(0.75, abs=0.03)
 
 
-@pytest.mark.parametrize(("values", "key"), [
-    ({"mask_ratio": 0.0}, "mask_ratio"), ({"mask_ratio": 1.0}, "mask_ratio"), ({"beta": 0.0}, "beta"),
-    ({"decoder_heads": 3}, "decoder_heads"), ({"decoder_dim": 18, "decoder_heads": 2}, "decoder_dim"),
-    ({"decoder_depth": 0}, "decoder_depth"), ({"crop_min": 0.0}, "crop_min"), ({"drop_path": 1.0}, "drop_path"),
-])
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"mask_ratio": 0.0}, "mask_ratio"),
+        ({"mask_ratio": 1.0}, "mask_ratio"),
+        ({"beta": 0.0}, "beta"),
+        ({"decoder_heads": 3}, "decoder_heads"),
+        ({"decoder_dim": 18, "decoder_heads": 2}, "decoder_dim"),
+        ({"decoder_depth": 0}, "decoder_depth"),
+        ({"crop_min": 0.0}, "crop_min"),
+        ({"drop_path": 1.0}, "drop_path"),
+    ],
+)
 def test_bad_config(values, key):
     with pytest.raises(ValueError, match=f"^{key}"):
         Config(**values)

@@ -1,4 +1,6 @@
-"""Facts of DINO (arXiv 2104.14294 and its official code): head, centre, loss, teacher, crops, schedules, collapse alarms."""
+"""Facts of DINO (arXiv 2104.14294 and its official code): head, centre, loss, teacher, crops,
+schedules, collapse alarms.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.kit import ema, optim
-from stages.kit import encoder as kit
-from stages.kit.loop import Progress, Recipe
-from stages.kit.prototypes import Centre, Head, cross_entropy, multi_view_loss, view_pairs
+from stages.kit.nets import ema, encoders
+from stages.kit.parts.prototypes import Centre, Head, cross_entropy, multi_view_loss, view_pairs
 from stages.kit.spec import Spec
+from stages.kit.train import optim
+from stages.kit.train.loop import Progress, Recipe
 from stages.methods import dino as method
 from stages.targets import dino
 
@@ -55,11 +57,13 @@ def batch(model: dino.Training, size: int = 4, seed: int = 0) -> dict:
     }
 
 
-# --- head, centre, loss -----------------------------------------------------------------------------------------------
+# --- head, centre, loss
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "dim, prototypes, millions", [(384, 65536, 22.35), (768, 65536, 23.14), (384, 8192, 7.61), (768, 8192, 8.40)]
+    "dim, prototypes, millions",
+    [(384, 65536, 22.35), (768, 65536, 23.14), (384, 8192, 7.61), (768, 8192, 8.40)],
 )
 def test_head_sizes(dim, prototypes, millions):
     with torch.device("meta"):
@@ -76,7 +80,10 @@ def test_logits_are_cosines_while_the_gain_is_one():
     z = head.mlp(x)
     for k in (0, 7, 49):
         torch.testing.assert_close(logits[:, k], F.cosine_similarity(z, weight[k][None], dim=1))
-    assert not head.last_layer.gain.requires_grad and Head(12, 5, 4, 4, norm_last=False).last_layer.gain.requires_grad
+    assert (
+        not head.last_layer.gain.requires_grad
+        and Head(12, 5, 4, 4, norm_last=False).last_layer.gain.requires_grad
+    )
     head.last_layer.gain.data[3] = 2.5
     torch.testing.assert_close(head(x)[:, 3], 2.5 * logits[:, 3])
 
@@ -111,7 +118,10 @@ def test_sharpen_centres_raw_logits_before_the_temperature():
     z = torch.tensor([[0.2, 0.1, 0.0]], requires_grad=True)
     e = [math.exp(x / 0.04) for x in (-0.3, 0.1, 0.5)]
     found = centre.sharpen(z, 0.04)
-    assert found[0].tolist() == pytest.approx([x / sum(e) for x in e], rel=1e-4) and not found.requires_grad
+    assert (
+        found[0].tolist() == pytest.approx([x / sum(e) for x in e], rel=1e-4)
+        and not found.requires_grad
+    )
 
 
 @pytest.mark.parametrize("local, pairs", [(0, 2), (8, 18), (10, 22)])
@@ -129,7 +139,9 @@ def test_loss_is_the_mean_over_pairs():
     torch.testing.assert_close(multi_view_loss(student, teacher), expected)
     assert len(pairs) == 8
     log = (student[1, 0] / 0.1) - torch.logsumexp(student[1, 0] / 0.1, 0)
-    assert float(cross_entropy(student[1], teacher[0])[0]) == pytest.approx(-float((teacher[0, 0] * log).sum()), rel=1e-5)
+    assert float(cross_entropy(student[1], teacher[0])[0]) == pytest.approx(
+        -float((teacher[0, 0] * log).sum()), rel=1e-5
+    )
 
 
 def test_a_view_is_not_compared_with_itself():
@@ -141,10 +153,13 @@ def test_a_view_is_not_compared_with_itself():
 
 def test_equal_logits_and_zero_centre_give_ln_k():
     centre, same = Centre(50), torch.full((4, 3, 50), 0.3)
-    assert float(multi_view_loss(same, centre.sharpen(same[:2], 0.04))) == pytest.approx(math.log(50), rel=1e-5)
+    assert float(multi_view_loss(same, centre.sharpen(same[:2], 0.04))) == pytest.approx(
+        math.log(50), rel=1e-5
+    )
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_gradients_reach_the_student_only():
@@ -167,11 +182,16 @@ def test_loss_by_hand():
     target = model.target
     with torch.no_grad():
         teacher = [
-            ((target.head(kit.features(target.encoder, model.spec.normalise(x[v]))["cls"])) / 0.04).softmax(-1)
+            (
+                (target.head(encoders.features(target.encoder, model.spec.normalise(x[v]))["cls"]))
+                / 0.04
+            ).softmax(-1)
             for v in ("global1", "global2")
         ]
         student = [model.logits(x[v]) for v in ("global1", "global2", "local1", "local2")]
-    expected = [cross_entropy(student[v], teacher[q]).mean() for q in range(2) for v in range(4) if q != v]
+    expected = [
+        cross_entropy(student[v], teacher[q]).mean() for q in range(2) for v in range(4) if q != v
+    ]
     assert len(expected) == 6
     torch.testing.assert_close(out, torch.stack(expected).mean())
 
@@ -180,15 +200,25 @@ def test_last_layer_rests_in_the_first_epoch_only():
     for epoch, rests in ((0, True), (1, False)):
         model = training(freeze_last_layer=1.0)
         now = progress(step=5 * epoch)
-        optimiser = optim.build(Recipe(1, 4, 5, lr=0.1, weight_decay=0.5), optim.groups(model, 0.5), torch.device("cpu"))
+        optimiser = optim.build(
+            Recipe(1, 4, 5, lr=0.1, weight_decay=0.5), optim.groups(model, 0.5), torch.device("cpu")
+        )
         before = {name: value.clone() for name, value in model.named_parameters()}
         model(batch(model), now)["loss"].backward()
         model.before_step(now)
-        assert all((p.grad is None) == rests for n, p in model.named_parameters() if n == "student.head.last_layer.weight")
+        assert all(
+            (p.grad is None) == rests
+            for n, p in model.named_parameters()
+            if n == "student.head.last_layer.weight"
+        )
         optimiser.step()
         last = "student.head.last_layer.weight"
-        assert torch.equal(model.student.head.last_layer.weight, before[last]) == rests  # no decay either
-        assert not torch.equal(model.student.head.mlp[0].weight, before["student.head.mlp.0.weight"])
+        assert (
+            torch.equal(model.student.head.last_layer.weight, before[last]) == rests
+        )  # no decay either
+        assert not torch.equal(
+            model.student.head.mlp[0].weight, before["student.head.mlp.0.weight"]
+        )
 
 
 def test_teacher_follows_by_momentum():
@@ -242,12 +272,16 @@ def test_student_learns_what_a_still_teacher_says():
         out["loss"].backward()
         optimiser.step()
         model.after_step(progress(step, 40))
-        gaps.append((out["loss"] - out["teacher_entropy"]).item())  # a divergence, if both views of an image were equal
+        gaps.append(
+            (out["loss"] - out["teacher_entropy"]).item()
+        )  # a divergence, if both views of an image were equal
     assert gaps[-1] < 0.5 * gaps[0]
 
 
 def test_method_and_target_are_one_implementation():
-    """Step for step the same loss and the same teacher, bit by bit; the method exports that teacher's encoder."""
+    """Step for step the same loss and the same teacher, bit by bit; the method exports that
+    teacher's encoder.
+    """
     models = []
     for module, build in ((dino, dino.Training), (method, method.Method)):
         torch.manual_seed(0)
@@ -267,7 +301,9 @@ def test_method_and_target_are_one_implementation():
             losses.append(out["loss"].item())
     assert losses[:4] == losses[4:] and len(set(losses)) == 4
     target, teacher = models[0].target.state_dict(), models[1].teacher.state_dict()
-    assert target.keys() == teacher.keys() and all(torch.equal(target[name], teacher[name]) for name in target)
+    assert target.keys() == teacher.keys() and all(
+        torch.equal(target[name], teacher[name]) for name in target
+    )
     assert models[1].encoder is models[1].teacher.encoder
 
 
@@ -278,21 +314,29 @@ def test_settings_of_method_and_target_agree():
 
 
 def test_a_step_learns_from_so_many_large_crops():
-    """The published 10 local crops of 96 of 224 pixels: 3.84 times a single view, the authors count 4 times the epochs."""
-    assert method.Config(n_local=10, local_size=96 / 224).views == pytest.approx(2 + 10 * 96**2 / 224**2)
+    """The published 10 local crops of 96 of 224 pixels: 3.84 times a single view, the authors count
+    4 times the epochs.
+    """
+    assert method.Config(n_local=10, local_size=96 / 224).views == pytest.approx(
+        2 + 10 * 96**2 / 224**2
+    )
     assert method.Config(n_local=0).views == 2
 
 
 def test_momentum_and_temperature_of_the_published_recipe():
     model = training(teacher_temp_end=0.07, teacher_temp_warmup=30 / 800)
-    assert [model.temperature(epoch / 800) for epoch in (0, 30, 799)] == pytest.approx([0.04, 0.07, 0.07])
-    assert ema.momentum(0.996, 0.0) == 0.996 and ema.momentum(0.996, 0.9999) == pytest.approx(1, abs=1e-6)
+    assert [model.temperature(epoch / 800) for epoch in (0, 30, 799)] == pytest.approx(
+        [0.04, 0.07, 0.07]
+    )
+    assert ema.momentum(0.996, 0.0) == 0.996 and ema.momentum(0.996, 0.9999) == pytest.approx(
+        1, abs=1e-6
+    )
 
 
 RANKS = """
 import sys, torch
 from stages.kit import dist
-from stages.kit.prototypes import Centre
+from stages.kit.parts.prototypes import Centre
 logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
 dist.start()
 centre = Centre(5)
@@ -307,18 +351,30 @@ def test_two_processes_have_the_centre_of_the_whole_batch(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                           "PYTHONPATH": str(Path(__file__).parents[1])}
-    ranks = [subprocess.Popen([sys.executable, "-c", RANKS, str(tmp_path)], env=common | {"RANK": str(rank)})
-             for rank in range(2)]
+    common = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(tmp_path)], env=common | {"RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(*found)
-    torch.testing.assert_close(found[0].double(), 0.1 * logits.double().mean(0), atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(
+        found[0].double(), 0.1 * logits.double().mean(0), atol=1e-7, rtol=1e-6
+    )
 
 
-# --- views and sizes --------------------------------------------------------------------------------------------------
+# --- views and sizes
+# --------------------------------------------------------------------------------------------------
 
 
 def test_views_of_the_paper_and_of_tiny_images():
@@ -337,8 +393,12 @@ def test_views_of_the_paper_and_of_tiny_images():
         for v in found.values()
     )
     small = dino.views(dino.Config(), Spec(32, TINY, (0.5,) * 3, (0.5,) * 3, 10, 1))
-    assert [v.size for v in small.values()] == [32, 32, 16, 16, 16, 16] and not any(v.blur for v in small.values())
-    middle = dino.views(dino.Config(), Spec(64, {**TINY, "patch_size": 8}, (0.5,) * 3, (0.5,) * 3, 10, 1))
+    assert [v.size for v in small.values()] == [32, 32, 16, 16, 16, 16] and not any(
+        v.blur for v in small.values()
+    )
+    middle = dino.views(
+        dino.Config(), Spec(64, {**TINY, "patch_size": 8}, (0.5,) * 3, (0.5,) * 3, 10, 1)
+    )
     assert middle["global1"].blur_sigma == (0.1, 1.0) and middle["local1"].size == 32
 
 
@@ -347,7 +407,7 @@ def test_local_crops_use_resized_positions_and_the_full_size_uses_them_as_they_a
     model.eval()
     x = torch.rand(2, 3, 16, 16)
     assert model.student.encoder.forward_features(x[:, :, :8, :8]).shape == (2, 1 + 4, 16)
-    fixed = kit.create(model.spec, "vit")
+    fixed = encoders.create(model.spec, "vit")
     fixed.load_state_dict(model.student.encoder.state_dict())
     assert torch.equal(fixed.eval().forward_features(x), model.student.encoder.forward_features(x))
 
@@ -367,7 +427,9 @@ def test_backbone_sizes(name, dim, depth, heads, millions):
         "args": {},
     }
     with torch.device("meta"):
-        vit = kit.create(Spec(224, model, (0.5,) * 3, (0.5,) * 3, 10, 1), "vit", dynamic_img_size=True)
+        vit = encoders.create(
+            Spec(224, model, (0.5,) * 3, (0.5,) * 3, 10, 1), "vit", dynamic_img_size=True
+        )
         tokens = vit.forward_features(torch.empty(1, 3, 96, 96)).shape[1]
     assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
     assert tokens == 36 + 1
@@ -389,7 +451,8 @@ def test_bad_config_names_the_key(change, key):
         dino.Config(**change)
 
 
-# --- the target and its health ----------------------------------------------------------------------------------------
+# --- the target and its health
+# ----------------------------------------------------------------------------------------
 
 
 def test_target_gives_patch_tokens_after_the_norm_of_normalised_images():
@@ -397,7 +460,8 @@ def test_target_gives_patch_tokens_after_the_norm_of_normalised_images():
     x = torch.rand(3, 3, 16, 16)
     found = model.target(x)
     tokens = model.target.encoder.forward_features(
-        (x - torch.tensor(model.spec.mean).view(3, 1, 1)) / torch.tensor(model.spec.std).view(3, 1, 1)
+        (x - torch.tensor(model.spec.mean).view(3, 1, 1))
+        / torch.tensor(model.spec.std).view(3, 1, 1)
     )
     torch.testing.assert_close(found, tokens[:, 1:])
     assert found.shape == (3, 16, 16) == (3, 16, model.target.dim) and not found.requires_grad
@@ -411,16 +475,25 @@ def test_health_of_live_and_collapsed_teachers():
     target, config = training().target, dino.Config(**SMALL, min_rank=1.5, min_information=0.001)
     x = [torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     found = dino.health(target, iter(x), config)
-    assert found["rank"] > 1.5 and 0 <= found["entropy"] <= found["uniform_entropy"] == pytest.approx(math.log(32))
+    assert found["rank"] > 1.5 and 0 <= found["entropy"] <= found[
+        "uniform_entropy"
+    ] == pytest.approx(math.log(32))
     target.head.last_layer.weight.copy_(target.head.last_layer.weight[:1].expand(32, -1).clone())
     uniform = dino.health(target, iter(x), config)
-    assert uniform["entropy"] == pytest.approx(math.log(32), rel=1e-4) and "uniform" in uniform["problems"][0]
+    assert (
+        uniform["entropy"] == pytest.approx(math.log(32), rel=1e-4)
+        and "uniform" in uniform["problems"][0]
+    )
     target.centre.value[3] = -5
     single = dino.health(target, iter(x), config)
     assert single["entropy"] < 1e-3 and "one prototype for all" in single["problems"][0]
     target.encoder.norm.weight.zero_()
     dead = dino.health(target, iter(x), config)
-    assert dead["rank"] == 1 and "effective rank" in dead["problems"][0] and "teacher_temp" in dead["problems"][0]
+    assert (
+        dead["rank"] == 1
+        and "effective rank" in dead["problems"][0]
+        and "teacher_temp" in dead["problems"][0]
+    )
 
 
 def test_pictures():

@@ -1,4 +1,5 @@
-"""DMJD: the facts of the paper (arXiv 2301.00230) and its official code, against independent calculations.
+"""DMJD: the facts of the paper (arXiv 2301.00230) and its official code, against independent
+calculations.
 
 Masks are tested in test_masks.py, HOG in test_hog.py.
 """
@@ -16,10 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages import data, methods, pretrain, target
-from stages.kit import keyed, masks
-from stages.kit.loop import Progress, Recipe
-from stages.kit.positions import sincos_2d
+from stages.kit import keyed
+from stages.kit.nets import masks
+from stages.kit.nets.positions import sincos_2d
 from stages.kit.spec import Spec
+from stages.kit.train.loop import Progress, Recipe
 from stages.methods.dmjd import Config, Method, pick, views
 from stages.reporting import lineage
 from stages.targets import hog, pixels
@@ -30,19 +32,44 @@ CONV = {"conv_dims": [8, 8], "conv_depths": [1, 1], "conv_mlp_ratio": 2.0}
 
 
 def spec(size=32, patch=4, width=16, depth=2, heads=2, name="vit_tiny_patch16_224", args=None):
-    model = {"name": name, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads,
-             "mlp_ratio": 4.0, "args": args or {}}
-    return Spec(image_size=size, model=model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=5, images=100)
+    model = {
+        "name": name,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": 4.0,
+        "args": args or {},
+    }
+    return Spec(
+        image_size=size,
+        model=model,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.25, 0.3),
+        num_classes=5,
+        images=100,
+    )
 
 
 def made(config=SMALL, encoder="vit", kind=hog, **sizes):
     torch.manual_seed(0)
-    about = spec(**sizes) if encoder == "vit" else spec(name="convvit_tiny_patch8_64", args=CONV, **sizes)
+    about = (
+        spec(**sizes)
+        if encoder == "vit"
+        else spec(name="convvit_tiny_patch8_64", args=CONV, **sizes)
+    )
     return Method(config, about, kind.Target(kind.Config(), about)).eval()
 
 
 def progress(rows=4, step=0, seed=0):
-    return Progress(step=step, steps=10, epoch=0.0, seed=seed, rows=torch.arange(rows), device=torch.device("cpu"))
+    return Progress(
+        step=step,
+        steps=10,
+        epoch=0.0,
+        seed=seed,
+        rows=torch.arange(rows),
+        device=torch.device("cpu"),
+    )
 
 
 def batch(rows=4, size=32):
@@ -69,7 +96,9 @@ def test_masked_pixels_never_reach_their_view(encoder):
 
 
 def test_rows_of_a_view_are_in_the_order_of_the_images():
-    """The batch is [all samples' first views; all second views]: row v*B + b sees image b through mask v."""
+    """The batch is [all samples' first views; all second views]: row v*B + b sees image b through
+    mask v.
+    """
     method, images = made(), batch()["view"]
     noise = progress().uniform("mask", 2, 16)
     ids_keep, _ = method.masks(noise)
@@ -83,12 +112,16 @@ def test_rows_of_a_view_are_in_the_order_of_the_images():
 
 @pytest.mark.parametrize("kind", [hog, pixels])
 def test_loss_is_the_formula(kind, monkeypatch):
-    """In float64, sample by sample: mask-weighted mean square of both views, plus smooth L1 with beta 2."""
+    """In float64, sample by sample: mask-weighted mean square of both views, plus smooth L1 with
+    beta 2.
+    """
     method = made(dataclasses.replace(SMALL, vis_weight=0.7), kind=kind)
     ids_keep, ids_hide = masking(method)
     generator = torch.Generator().manual_seed(2)
     size = method.target[0].dim
-    hidden, seen = (3 * torch.randn(*ids.shape, size, generator=generator) for ids in (ids_hide, ids_keep))
+    hidden, seen = (
+        3 * torch.randn(*ids.shape, size, generator=generator) for ids in (ids_hide, ids_keep)
+    )
     monkeypatch.setattr(method, "predict_hidden", lambda *args: hidden)
     monkeypatch.setattr(method, "predict_visible", lambda *args: seen)
     truth = method.target[0](batch()["view"]).double().numpy()
@@ -114,7 +147,11 @@ def test_each_branch_learns_from_its_own_patches(monkeypatch):
     ids_keep, ids_hide = masking(method)
     truth, losses = method.truth(batch()["view"]), []
     for ids in (None, ids_keep, ids_hide):
-        wrong = truth if ids is None else truth.scatter_add(1, ids[..., None].expand(-1, -1, 27), torch.ones(4, 64, 27))
+        wrong = (
+            truth
+            if ids is None
+            else truth.scatter_add(1, ids[..., None].expand(-1, -1, 27), torch.ones(4, 64, 27))
+        )
         monkeypatch.setattr(method, "truth", lambda images, wrong=wrong: wrong)
         out = method(batch(), progress())
         losses.append([out["hidden_loss"].item(), out["visible_loss"].item()])
@@ -152,7 +189,9 @@ def test_order_of_the_kept_list(align, same, monkeypatch):
 
 
 def test_raster_pairs_as_the_released_code_does(monkeypatch):
-    """Predictions in the list's order against targets by a bool mask; of 76 pairs about one is of the same patch."""
+    """Predictions in the list's order against targets by a bool mask; of 76 pairs about one is of
+    the same patch.
+    """
     method = made(dataclasses.replace(SMALL, vis_align="raster"))
     ids_keep, ids_hide = masking(method)
     truth = method.truth(batch()["view"]).repeat(2, 1, 1)
@@ -160,7 +199,9 @@ def test_raster_pairs_as_the_released_code_does(monkeypatch):
     with torch.no_grad():
         predicted = method.predict_visible(method.encode(batch()["view"], ids_keep))
         expected = F.smooth_l1_loss(predicted.flatten(0, 1), truth[visible], beta=2.0)
-        assert method(batch(), progress())["visible_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert method(batch(), progress())["visible_loss"].item() == pytest.approx(
+            expected.item(), rel=1e-5
+        )
     keep, _ = masks.disjoint_masking(keyed.uniform(1, torch.arange(300), 2, 49), 0.6, 1.0, 2)
     keep = keep.flatten(0, 1)
     raster = keep.sort(dim=1).values
@@ -170,7 +211,9 @@ def test_raster_pairs_as_the_released_code_does(monkeypatch):
 
 
 def test_decoder_equals_one_that_keeps_the_order_of_the_lists():
-    """The official code's way: visible patches, then mask tokens, each with the position of its place; in float64."""
+    """The official code's way: visible patches, then mask tokens, each with the position of its
+    place; in float64.
+    """
     method = made().double()
     ids_keep, ids_hide = masking(method)
     tokens = torch.randn(8, 24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -182,13 +225,22 @@ def test_decoder_equals_one_that_keeps_the_order_of_the_lists():
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("blr", "batch_size", "changes", "lr"), [
-    (6e-4, 512, {}, 2.0e-3), (6e-4, 512, {"mask_ratio": 0.75}, 1.6e-3), (6e-4, 512, {"views": 1}, 1.2e-3),
-    (6e-4, 512, {"predict_ratio": 0.6}, 1.2e-3), (6e-4, 512, {"predict_ratio": 0.9}, 1.8e-3),
-    (6e-4, 256, {"mask_ratio": 0.25, "views": 3}, 1.8e-3), (6e-4, 256, {"mask_ratio": 0.25, "views": 8}, 2.4e-3),
-    (6e-4, 512, {"disjoint": False}, 1.2e-3 * 0.84 / 0.6), (6e-4, 512, {"disjoint": False, "views": 1}, 1.2e-3),
-    (6e-4, 512, {"lr_rule": "views"}, 2.4e-3), (6e-4, 512, {"lr_rule": "images"}, 1.2e-3),
-])
+@pytest.mark.parametrize(
+    ("blr", "batch_size", "changes", "lr"),
+    [
+        (6e-4, 512, {}, 2.0e-3),
+        (6e-4, 512, {"mask_ratio": 0.75}, 1.6e-3),
+        (6e-4, 512, {"views": 1}, 1.2e-3),
+        (6e-4, 512, {"predict_ratio": 0.6}, 1.2e-3),
+        (6e-4, 512, {"predict_ratio": 0.9}, 1.8e-3),
+        (6e-4, 256, {"mask_ratio": 0.25, "views": 3}, 1.8e-3),
+        (6e-4, 256, {"mask_ratio": 0.25, "views": 8}, 2.4e-3),
+        (6e-4, 512, {"disjoint": False}, 1.2e-3 * 0.84 / 0.6),
+        (6e-4, 512, {"disjoint": False, "views": 1}, 1.2e-3),
+        (6e-4, 512, {"lr_rule": "views"}, 2.4e-3),
+        (6e-4, 512, {"lr_rule": "images"}, 1.2e-3),
+    ],
+)
 def test_learning_rate_rule(blr, batch_size, changes, lr):
     """lr = blr * unique images * (m_pred / m) / 256; what is not reachable does not count."""
     config = Config(lr=blr, **changes)
@@ -198,18 +250,29 @@ def test_learning_rate_rule(blr, batch_size, changes, lr):
 
 
 def test_predicted_share_is_that_of_the_masks():
-    for changes in ({}, {"views": 1}, {"mask_ratio": 0.4}, {"mask_ratio": 0.3, "views": 3}, {"disjoint": False}):
+    for changes in (
+        {},
+        {"views": 1},
+        {"mask_ratio": 0.4},
+        {"mask_ratio": 0.3, "views": 3},
+        {"disjoint": False},
+    ):
         config = Config(**changes)
         method = SimpleNamespace(config=config)
         _, hide = Method.masks(method, keyed.uniform(0, torch.arange(60), config.views, 900))
-        hidden = torch.zeros(60 * config.views, 3600).scatter(1, hide, 1.0).view(config.views, 60, 3600)
+        hidden = (
+            torch.zeros(60 * config.views, 3600).scatter(1, hide, 1.0).view(config.views, 60, 3600)
+        )
         assert hidden.amax(0).mean().item() == pytest.approx(config.predicted, abs=6e-3), changes
 
 
-@pytest.mark.parametrize(("name", "width", "depth", "heads", "encoder", "total", "classifier"), [
-    ("convvit_base_patch16_224", 768, 11, 12, 87.87, 135.6, 88.8),
-    ("convvit_large_patch16_224", 1024, 23, 16, 321.8, 374.9, 323.0),
-])
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "heads", "encoder", "total", "classifier"),
+    [
+        ("convvit_base_patch16_224", 768, 11, 12, 87.87, 135.6, 88.8),
+        ("convvit_large_patch16_224", 1024, 23, 16, 321.8, 374.9, 323.0),
+    ],
+)
 def test_published_parameter_counts(name, width, depth, heads, encoder, total, classifier):
     about = spec(224, 16, width, depth, heads, name)
     with torch.device("meta"):
@@ -222,7 +285,9 @@ def test_published_parameter_counts(name, width, depth, heads, encoder, total, c
     assert sum(count.values()) / 1e6 == pytest.approx(total, abs=0.05)
     positions = method.encoder.pos_embed.numel()  # fixed, but counted in some of the figures
     assert count["encoder"] / 1e6 == pytest.approx(encoder, abs=0.05 if width > 768 else 0.005)
-    assert (count["encoder"] + positions + 1000 * (width + 1)) / 1e6 == pytest.approx(classifier, abs=0.05)
+    assert (count["encoder"] + positions + 1000 * (width + 1)) / 1e6 == pytest.approx(
+        classifier, abs=0.05
+    )
     count["decoder"] += method.decoder.pos.numel()
     if width == 768:
         expected = {"fusion": 4.33, "decoder": 42.56, "projector": 0.92, "predictor": 0.06}
@@ -246,20 +311,26 @@ def test_initialisation():
 def test_masks_are_functions_of_seed_and_step():
     """Both views', and whatever ran before: a resumed run asks Progress for the same step."""
     method = made()
-    first, again, later, other = (method.masks(progress(step=step, seed=seed).uniform("mask", 2, 16))
-                                  for step, seed in ((5, 0), (5, 0), (6, 0), (5, 1)))
+    first, again, later, other = (
+        method.masks(progress(step=step, seed=seed).uniform("mask", 2, 16))
+        for step, seed in ((5, 0), (5, 0), (6, 0), (5, 1))
+    )
     for a, b, c, d in zip(first, again, later, other, strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c) and not torch.equal(a, d)
     one = method.masks(progress().uniform("mask", 2, 16))[0][:4]
-    assert torch.equal(one, made(dataclasses.replace(SMALL, views=1)).masks(progress().uniform("mask", 1, 16))[0])
+    assert torch.equal(
+        one, made(dataclasses.replace(SMALL, views=1)).masks(progress().uniform("mask", 1, 16))[0]
+    )
 
 
 def test_without_a_visible_branch():
     method = made(dataclasses.replace(SMALL, vis_weight=0.0))
     out = method(batch(), progress())
     assert set(out) == {"loss", "hidden_loss"} and torch.equal(out["loss"], out["hidden_loss"])
-    assert not any(name.startswith(("projector", "predictor")) for name, _ in method.named_parameters())
+    assert not any(
+        name.startswith(("projector", "predictor")) for name, _ in method.named_parameters()
+    )
     assert method.pictures(batch())["predictions"].std() > 0
 
 
@@ -280,7 +351,9 @@ class Teacher(nn.Module):
 def test_features_of_a_network_are_normalised_per_token(given, normalised):
     method = Method(dataclasses.replace(SMALL, norm_target=given), spec(), Teacher())
     truth, raw = method.truth(batch()["view"]), Teacher()(batch()["view"]).detach()
-    expected = (raw - raw.mean(-1, keepdim=True)) / (raw.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    expected = (raw - raw.mean(-1, keepdim=True)) / (
+        raw.var(-1, correction=0, keepdim=True) + 1e-6
+    ).sqrt()
     torch.testing.assert_close(truth, expected if normalised else raw)
     assert not truth.requires_grad
     assert method.pictures(batch())["predictions"].std() > 0
@@ -299,7 +372,9 @@ def test_pick_takes_rows_of_the_right_image():
 
 
 def test_pictures_show_each_view_and_branch(monkeypatch):
-    """With perfect predictions the pieces of both branches are those of the target, and grey elsewhere."""
+    """With perfect predictions the pieces of both branches are those of the target, and grey
+    elsewhere.
+    """
     method = made(dataclasses.replace(SMALL, views=3), kind=pixels)
     images = batch(10)["view"]
     truth = method.truth(images[:8])
@@ -311,8 +386,13 @@ def test_pictures_show_each_view_and_branch(monkeypatch):
     column = 96 + 4
     assert sheets["views"].shape == (8 * column - 4, 5 * column - 4, 3)
     assert sheets["predictions"].shape == (8 * column - 4, 7 * column - 4, 3)
-    cut = {name: [sheet[:96, i * column:i * column + 96].astype(int) for i in range(sheet.shape[1] // column + 1)]
-           for name, sheet in sheets.items()}
+    cut = {
+        name: [
+            sheet[:96, i * column : i * column + 96].astype(int)
+            for i in range(sheet.shape[1] // column + 1)
+        ]
+        for name, sheet in sheets.items()
+    }
     original, one, two, _, often = cut["views"]
     target_picture, hidden, visible = cut["predictions"][:3]
     assert abs(original - target_picture).max() <= 1
@@ -330,34 +410,58 @@ def test_view_is_the_papers():
 
 
 def test_images_and_effective_epochs_are_counted_separately(tiny_params, tmp_path):
-    """48 images, 3 epochs, 2 views: 144 images seen, 288 views, 6 effective epochs, in the manifest and the report."""
+    """48 images, 3 epochs, 2 views: 144 images seen, 288 views, 6 effective epochs, in the manifest
+    and the report.
+    """
     params = tiny_params(
-        tmp_path, train={"epochs": 3}, targets__hog={"kind": "hog"},
+        tmp_path,
+        train={"epochs": 3},
+        targets__hog={"kind": "hog"},
         methods__dmjd={"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
-        grid__runs__dmjd={"method": "dmjd", "target": "hog"})
+        grid__runs__dmjd={"method": "dmjd", "target": "hog"},
+    )
     results = tmp_path / "results"
     args = ["--params", str(params), "--results", str(results)]
     assert data.main(args) == 0
     assert target.main(["--name", "hog", *args]) == 0
     assert pretrain.main(["--run", "dmjd-s0", *args]) == 0
     folder = results / "pretrain" / "dmjd-s0"
-    manifests = {id: json.loads((results / id / "manifest.json").read_text())
-                 for id in ("data", "target/hog", "pretrain/dmjd-s0")}
+    manifests = {
+        id: json.loads((results / id / "manifest.json").read_text())
+        for id in ("data", "target/hog", "pretrain/dmjd-s0")
+    }
     summary = manifests["pretrain/dmjd-s0"]["summary"]
-    assert (summary["images_seen"], summary["views_seen"], summary["effective_epochs"]) == (144, 288, 6)
+    assert (summary["images_seen"], summary["views_seen"], summary["effective_epochs"]) == (
+        144,
+        288,
+        6,
+    )
     assert {path.stem for path in (folder / "pictures").glob("*.png")} == {"views", "predictions"}
     row = json.loads((folder / "history.jsonl").read_text().splitlines()[-1])
     assert {"loss", "hidden_loss", "visible_loss"} <= set(row)
-    cost = lineage.cost(SimpleNamespace(jobs=["dmjd-s0"]), manifests, json.loads((results / "data/data.json").read_text()))
+    cost = lineage.cost(
+        SimpleNamespace(jobs=["dmjd-s0"]),
+        manifests,
+        json.loads((results / "data/data.json").read_text()),
+    )
     assert (cost["images"], cost["epochs"]) == (144, 6)
 
 
-@pytest.mark.parametrize(("values", "key"), [
-    ({"mask_ratio": 0.0}, "mask_ratio"), ({"predict_ratio": 1.2}, "predict_ratio"),
-    ({"predict_ratio": 0.5}, "predict_ratio"), ({"views": 0}, "views"), ({"cell": 0}, "cell"),
-    ({"decoder_depth": 0}, "decoder_depth"), ({"vis_weight": -1.0}, "vis_weight"), ({"decoder_dim": 18}, "decoder_dim"),
-    ({"decoder_heads": 3}, "decoder_heads"), ({"crop_min": 0.0}, "crop_min"),
-])
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"mask_ratio": 0.0}, "mask_ratio"),
+        ({"predict_ratio": 1.2}, "predict_ratio"),
+        ({"predict_ratio": 0.5}, "predict_ratio"),
+        ({"views": 0}, "views"),
+        ({"cell": 0}, "cell"),
+        ({"decoder_depth": 0}, "decoder_depth"),
+        ({"vis_weight": -1.0}, "vis_weight"),
+        ({"decoder_dim": 18}, "decoder_dim"),
+        ({"decoder_heads": 3}, "decoder_heads"),
+        ({"crop_min": 0.0}, "crop_min"),
+    ],
+)
 def test_bad_config(values, key):
     with pytest.raises(ValueError, match=f"^{key}"):
         Config(**values)
@@ -377,7 +481,10 @@ def test_targets_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="needs a target of features"):
         Method(SMALL, spec(), SimpleNamespace(codes=5))
     elsewhere = Method(SMALL, spec(), hog.Target(hog.Config(), spec(patch=8)))
-    with pytest.raises(ValueError, match=r"^target: gave features of shape \(4, 16, 108\), expected \(4, 64\) patches"):
+    with pytest.raises(
+        ValueError,
+        match=r"^target: gave features of shape \(4, 16, 108\), expected \(4, 64\) patches",
+    ):
         elsewhere(batch(), progress())
 
 

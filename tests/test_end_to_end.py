@@ -38,14 +38,18 @@ def run_all(params: Path, results: Path) -> dict[str, dict]:
     plan = load(params, results)
     for job in plan.jobs.values():
         stage = importlib.import_module(f"stages.{job.stage}")
-        assert stage.main([*arguments(job), "--params", str(params), "--results", str(results)]) == 0
+        assert (
+            stage.main([*arguments(job), "--params", str(params), "--results", str(results)]) == 0
+        )
         assert plan.fresh(job.id), explain(plan, job.id)
     return {id: plan.manifest(id) for id in plan.jobs}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(params file, results, manifests) of a complete tiny run with both methods and both baselines."""
+    """(params file, results, manifests) of a complete tiny run with both methods and both
+    baselines.
+    """
     folder = tmp_path_factory.mktemp("whole")
     params = write_params(folder, tiny_content())
     return params, folder / "results", run_all(params, folder / "results")
@@ -87,7 +91,7 @@ def test_an_exported_encoder_is_a_timm_model(finished):
     import timm
     import torch
 
-    from stages.kit import encoder
+    from stages.kit.nets import encoders as encoder
 
     _, results, _ = finished
     for run in ("mae", "beitv2"):
@@ -110,7 +114,8 @@ def test_the_same_parameters_give_the_same_encoder(finished, tmp_path):
     assert again == manifests["pretrain/mae-s0"]["outputs"]
 
 
-# -------------------------------------------------------------------------------------------- adding a method
+# --------------------------------------------------------------------------------------------
+# adding a method
 
 DRIVER = """
 import sys
@@ -155,7 +160,9 @@ def test_adding_a_method_is_adding_one_file(tmp_path):
 
 
 def test_snakemake_runs_the_real_stages(tmp_path):
-    """From nothing to the report through every stage's command line; a second call has nothing to do."""
+    """From nothing to the report through every stage's command line; a second call has nothing to
+    do.
+    """
     project = copy_of_the_project(tmp_path / "project")
     content = tiny_content()
     content["methods"] = {"beitv2": content["methods"]["beitv2"]}
@@ -164,7 +171,9 @@ def test_snakemake_runs_the_real_stages(tmp_path):
     write_params(project, content)
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "dvc=false"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    first = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600, env=environment)
+    first = subprocess.run(
+        command, cwd=project, capture_output=True, text=True, timeout=600, env=environment
+    )
     assert first.returncode == 0, first.stderr[-3000:]
     plan = load(project / "params.yaml", project / "results", project)
     assert all(plan.fresh(id) for id in plan.jobs)

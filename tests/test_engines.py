@@ -1,8 +1,8 @@
-"""Both real engines on one plan: the sequences in which Snakemake and DVC by themselves give wrong or
-needless results.
+"""Both real engines on one plan: the sequences in which Snakemake and DVC by themselves give wrong
+or needless results.
 
-They run in a copy of the project whose stages do trivial work: each writes a value made of its parameters and
-its inputs' values, so that a wrong or stale result shows, and notes that it ran.
+They run in a copy of the project whose stages do trivial work: each writes a value made of its
+parameters and its inputs' values, so that a wrong or stale result shows, and notes that it ran.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 STAGE = """
 import argparse, hashlib, json, sys
-from stages.kit.job import running, write_atomic
+from stages.kit.job.job import running, write_atomic
 from workflow.plan import load
 
 parser = argparse.ArgumentParser()
@@ -161,9 +161,15 @@ class Lab:
             "HOME": str(self.folder.parent),
             "XDG_CACHE_HOME": str(self.folder.parent / "cache"),
             "PYTHONPATH": "",
-            **{f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+            **{
+                f"GIT_{who}_{what}": "a@b"
+                for who in ("AUTHOR", "COMMITTER")
+                for what in ("NAME", "EMAIL")
+            },
         }
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True
+        )
         said = done.stdout + done.stderr
         assert (done.returncode == 0) == good, f"{' '.join(command)}\n{said}"
         return said
@@ -218,7 +224,9 @@ class Lab:
             os.chdir(before)
 
     def right(self) -> bool:
-        """Is every value on disk the one that params.yaml asks for? Worked out anew, without manifests."""
+        """Is every value on disk the one that params.yaml asks for? Worked out anew, without
+        manifests.
+        """
         values: dict[str, str] = {}
         for job in self.plan().jobs.values():
             known = json.dumps([job.params, [values[i] for i in job.inputs]], sort_keys=True)
@@ -257,7 +265,8 @@ def lab(made, tmp_path):
     return lambda name: made[name].copy(tmp_path / "lab")
 
 
-# ----------------------------------------------------------------------------------------- the nine sequences
+# ----------------------------------------------------------------------------------------- the nine
+# sequences
 
 
 def test_1_what_dvc_made_snakemake_accepts(lab):
@@ -269,7 +278,9 @@ def test_2_after_dvc_both_see_a_changed_parameter(lab):
     it.set(0.6)
     assert it.pending() == MAE_JOBS
     changed = it.dvc("status")
-    assert "pretrain@mae-s0:" in changed and "methods.mae" in changed and "beitv2-s0:" not in changed
+    assert (
+        "pretrain@mae-s0:" in changed and "methods.mae" in changed and "beitv2-s0:" not in changed
+    )
     it.snakemake()
     assert set(it.ran()) == MAE_JOBS
     assert it.right() and it.clean()
@@ -326,7 +337,9 @@ def test_7_results_stay_ordinary_files_that_can_be_replaced(lab):
     shutil.rmtree(it.folder / "results/pretrain/mae-s0")
     it.dvc("checkout", "-q")
     files = [p for p in (it.folder / "results").rglob("*") if p.is_file()]
-    assert all(p.stat().st_nlink == 1 and not p.is_symlink() and p.stat().st_mode & 0o200 for p in files)
+    assert all(
+        p.stat().st_nlink == 1 and not p.is_symlink() and p.stat().st_mode & 0o200 for p in files
+    )
     assert it.pending() == set()
     it.set(0.6)
     it.snakemake()
@@ -344,7 +357,8 @@ def test_8_and_9_dvc_alone_runs_what_changed_and_restores_what_was(lab):
     assert it.right() and it.clean() and it.pending() == set()
 
 
-# ----------------------------------------------------------------------------------------- same jobs and keys
+# ----------------------------------------------------------------------------------------- same
+# jobs and keys
 
 RESOLVED = """
 import json, sys
@@ -371,7 +385,9 @@ def test_plan_dvc_and_snakemake_list_the_same(lab):
         deps = set(stage["deps"])
         inputs = {str(plan.jobs[i].output) for i in job.inputs}
         assert stage["outs"] == [str(job.output)]
-        if job.stage == "report":  # a list of inputs cannot be written in dvc.yaml: it names their folders
+        if (
+            job.stage == "report"
+        ):  # a list of inputs cannot be written in dvc.yaml: it names their folders
             assert deps - set(job.code) == {"results/data", "results/pretrain", "results/transfer"}
             assert set(job.code) <= deps
         else:
@@ -387,9 +403,13 @@ def test_plan_dvc_and_snakemake_list_the_same(lab):
         )
 
 
-@pytest.mark.parametrize("path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.stem
+)
 def test_dvc_reads_params_as_the_plan_does(path):
-    """By the compiled parser, which is fast and wants quotes around a text with a colon within braces."""
+    """By the compiled parser, which is fast and wants quotes around a text with a colon within
+    braces.
+    """
     from dvc.utils.serialize import parse_yaml
     from ruamel.yaml.main import CParser
 
@@ -399,9 +419,9 @@ def test_dvc_reads_params_as_the_plan_does(path):
 
 def test_dvc_does_not_watch_the_tracker_and_bytecode(lab):
     it = lab("dvc")
-    (it.folder / "stages/kit/track.py").write_text("# edited\n")
+    (it.folder / "stages/kit/job/track.py").write_text("# edited\n")
     assert it.clean() and it.pending() == set()
-    (it.folder / "stages/kit/store.py").write_text("# edited\n")
+    (it.folder / "stages/kit/data/store.py").write_text("# edited\n")
     assert it.pending() == set(it.plan().jobs)
     assert not it.clean()
 
@@ -424,7 +444,10 @@ def test_runs_with_no_target_and_more_seeds(tmp_path):
     }
     content["grid"] = {
         "seeds": [0, 1],
-        "runs": {"mae": {"method": "mae", "set": {"mask_ratio": 0.5}}, "random": {"method": "random"}},
+        "runs": {
+            "mae": {"method": "mae", "set": {"mask_ratio": 0.5}},
+            "random": {"method": "random"},
+        },
     }
     it = Lab.create(tmp_path / "lab", content)
     it.dvc("repro", "-q")
@@ -466,7 +489,9 @@ def test_a_source_of_files_that_change_and_go(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     (images / "a.png").write_bytes(b"1")
-    it = Lab.create(tmp_path / "lab", PARAMS | {"data": {"source": f"folder:{images}", "image_size": 16}})
+    it = Lab.create(
+        tmp_path / "lab", PARAMS | {"data": {"source": f"folder:{images}", "image_size": 16}}
+    )
     it.snakemake()
     it.ran()
     assert it.pending() == set()
@@ -476,13 +501,16 @@ def test_a_source_of_files_that_change_and_go(tmp_path):
     it.dvc("repro", "-q")
     assert set(it.ran()) == set(it.plan().jobs) and it.pending() == set()
     shutil.rmtree(images)
-    assert "is not there" in it.snakemake("-n"), "results without their source stay usable, with a warning"
+    assert "is not there" in it.snakemake("-n"), (
+        "results without their source stay usable, with a warning"
+    )
     assert it.pending() == set()
     shutil.rmtree(it.folder / "results")
     assert f"{images} does not exist" in it.snakemake("-n", good=False)
 
 
-# ------------------------------------------------------------------------------------------------- one by one
+# -------------------------------------------------------------------------------------------------
+# one by one
 
 
 def test_plan_stage_fails_loudly_when_runs_are_older_than_params(lab):
@@ -503,7 +531,9 @@ def test_bad_params_stop_both_engines_with_the_same_words(lab):
     content["methods"]["mae"] = {"mask_ration": 0.5}
     it.write(content)
     for said in (it.snakemake("-n", good=False), it.dvc("repro", good=False)):
-        assert "methods.mae.mask_ration: unknown key" in said and "did you mean 'mask_ratio'" in said
+        assert (
+            "methods.mae.mask_ration: unknown key" in said and "did you mean 'mask_ratio'" in said
+        )
     assert it.ran() == []
 
 
@@ -512,10 +542,14 @@ def test_part_of_the_jobs_other_files_and_opting_out(lab):
     it.snakemake("results/pretrain/mae-s0/manifest.json")
     assert set(it.ran()) == {"data", "pretrain/mae-s0"}
     assert it.clean() or "pretrain@mae-s0" not in it.dvc("status"), "what is finished is recorded"
-    (it.folder / "other.yaml").write_text((it.folder / "params.yaml").read_text().replace("0.75", "0.5"))
+    (it.folder / "other.yaml").write_text(
+        (it.folder / "params.yaml").read_text().replace("0.75", "0.5")
+    )
     it.snakemake("--config", "params=other.yaml", "results=elsewhere/results")
     assert len(it.ran()) == 8 and (it.folder / "elsewhere/results/report/index.html").exists()
-    manifest = json.loads((it.folder / "elsewhere/results/pretrain/mae-s0/manifest.json").read_text())
+    manifest = json.loads(
+        (it.folder / "elsewhere/results/pretrain/mae-s0/manifest.json").read_text()
+    )
     assert manifest["params"]["method"]["config"]["mask_ratio"] == 0.5
     before = (it.folder / "dvc.lock").read_text()
     it.snakemake("--config", "dvc=false")
@@ -528,10 +562,14 @@ def test_explain_names_the_cause(lab):
     it.set(0.6)
     said = it.python("-m", "workflow.plan", "--explain", "pretrain/mae-s0")
     assert (
-        said.strip() == "pretrain/mae-s0 would run because methods.mae.mask_ratio changed from 0.75 to 0.6."
+        said.strip()
+        == "pretrain/mae-s0 would run because methods.mae.mask_ratio changed from 0.75 to 0.6."
     )
     said = it.python("-m", "workflow.plan", "--explain", "transfer/mae-s0/knn")
-    assert "its input pretrain/mae-s0 would run (methods.mae.mask_ratio changed from 0.75 to 0.6)" in said
+    assert (
+        "its input pretrain/mae-s0 would run (methods.mae.mask_ratio changed from 0.75 to 0.6)"
+        in said
+    )
     assert "is up to date" in it.python("-m", "workflow.plan", "--explain", "pretrain/beitv2-s0")
     assert "did you mean 'pretrain/mae-s0'" in it.python(
         "-m", "workflow.plan", "--explain", "pretrain/mea-s0", good=False
@@ -541,8 +579,15 @@ def test_explain_names_the_cause(lab):
 def test_snakemakes_own_report_and_lint(lab):
     it = lab("snakemake")
     it.snakemake("--report", "x.zip")
-    assert any(name.endswith("report.html") for name in zipfile.ZipFile(it.folder / "x.zip").namelist())
+    assert any(
+        name.endswith("report.html") for name in zipfile.ZipFile(it.folder / "x.zip").namelist()
+    )
     it.snakemake("--lint")
     it.run(
-        str(BIN / "snakefmt"), "--check", "--config", str(ROOT / "pyproject.toml"), "Snakefile", "workflow"
+        str(BIN / "snakefmt"),
+        "--check",
+        "--config",
+        str(ROOT / "pyproject.toml"),
+        "Snakefile",
+        "workflow",
     )

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from test_tasks import MODEL, digests, result, run_of, world
 from timm.data.mixup import mixup_target
 
-from stages.kit import encoder as encoders
-from stages.kit import loader, optim, store
-from stages.kit.loop import Progress
+from stages.kit.data import loader, store
+from stages.kit.nets import encoders
 from stages.kit.spec import Spec
+from stages.kit.train import optim
+from stages.kit.train.loop import Progress
 from stages.tasks import finetune
 from stages.tasks.finetune import Classifier, Config, Subset, kept, micro_batch, mixed
 
@@ -36,7 +37,9 @@ def test_layer_decay_of_twelve_blocks_to_six_digits(tmp_path):
     groups = classifier.param_groups(0.05)
     names = {id(p): name for name, p in classifier.model.named_parameters()}
     found = {
-        names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]
+        names[id(p)]: (group["lr_scale"], group["weight_decay"])
+        for group in groups
+        for p in group["params"]
     }
     assert set(found) == set(names.values())  # everything is trained, positions too
     expected = {
@@ -90,13 +93,18 @@ def test_which_mixing_and_how_often():
     cut = [bool((kept(Config(), 8, 8, 1, step) == 0).any()) for step in range(400)]
     assert 0.35 < np.mean(cut) < 0.6
     assert all((kept(Config(mixup_prob=0.0), 8, 8, 0, step) == 1).all() for step in range(20))
-    assert all((kept(Config(mixup=0.0, cutmix=0.0), 8, 8, 0, step) == 1).all() for step in range(20))
+    assert all(
+        (kept(Config(mixup=0.0, cutmix=0.0), 8, 8, 0, step) == 1).all() for step in range(20)
+    )
     mixed_ones = [
-        bool((kept(Config(mixup_prob=0.3, cutmix=0.0), 8, 8, 0, step) < 1).any()) for step in range(400)
+        bool((kept(Config(mixup_prob=0.3, cutmix=0.0), 8, 8, 0, step) < 1).any())
+        for step in range(400)
     ]
     assert 0.22 < np.mean(mixed_ones) < 0.38
     assert torch.equal(kept(Config(), 8, 8, 3, 7), kept(Config(), 8, 8, 3, 7))
-    assert not torch.equal(kept(Config(cutmix=0.0), 8, 8, 3, 7), kept(Config(cutmix=0.0), 8, 8, 4, 7))
+    assert not torch.equal(
+        kept(Config(cutmix=0.0), 8, 8, 3, 7), kept(Config(cutmix=0.0), 8, 8, 4, 7)
+    )
 
 
 def test_soft_labels_are_timms_and_sum_to_one():
@@ -128,7 +136,8 @@ def test_micro_batches_make_the_same_step(lab):
         whole = classifier(batch, progress(step, torch.arange(8)))["loss"]
         parts = [
             classifier(
-                {k: v[at : at + 2] for k, v in batch.items()}, progress(step, torch.arange(at, at + 2))
+                {k: v[at : at + 2] for k, v in batch.items()},
+                progress(step, torch.arange(at, at + 2)),
             )["loss"]
             for at in range(0, 8, 2)
         ]
@@ -136,7 +145,8 @@ def test_micro_batches_make_the_same_step(lab):
 
 
 @pytest.mark.parametrize(
-    ("share", "limit", "expected"), [(256, None, 256), (256, 64, 64), (96, 50, 48), (66, 10, 6), (2, 1, 2)]
+    ("share", "limit", "expected"),
+    [(256, None, 256), (256, 64, 64), (96, 50, 48), (66, 10, 6), (2, 1, 2)],
 )
 def test_micro_batch_divides_and_is_even(share, limit, expected):
     assert micro_batch(share, limit) == expected
@@ -178,7 +188,9 @@ def test_it_learns_and_leaves_a_classifier_that_timm_loads(tmp_path):
         crop_min=1.0,
         save_model=True,
     )
-    assert metrics["top1"] > 0.9 and metrics["val"]["last epoch"] > 0.9 and metrics["epoch"] == "last"
+    assert (
+        metrics["top1"] > 0.9 and metrics["val"]["last epoch"] > 0.9 and metrics["epoch"] == "last"
+    )
     model = encoders.load(tmp_path / "out/one/classifier").eval()
     ((images, _, _),) = loader.evaluation(store.Split.open(lab.data, "test"), 16, 100)
     with torch.no_grad():
@@ -216,7 +228,8 @@ def test_the_table_of_relative_positions_is_decayed_as_in_beit(tmp_path):
     assert len(tables) == MODEL["depth"] and all(decays[name] == 0.05 for name in tables)
     assert optim.layer_id(tables[-1], MODEL["depth"]) == MODEL["depth"]
     loss = classifier(
-        {"view": torch.rand(2, 3, 16, 16), "label": torch.tensor([0, 1])}, progress(0, torch.arange(2))
+        {"view": torch.rand(2, 3, 16, 16), "label": torch.tensor([0, 1])},
+        progress(0, torch.arange(2)),
     )["loss"]
     loss.backward()
     missing = {name for name, p in classifier.model.named_parameters() if p.grad is None}

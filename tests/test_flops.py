@@ -1,6 +1,7 @@
-"""kit/flops.py: what is counted in a step, against formulas of transformers.
+"""kit/train/flops.py: what is counted in a step, against formulas of transformers.
 
-Backward costs two products for each of the forward pass, but for the first layer, whose input needs no gradient.
+Backward costs two products for each of the forward pass, but for the first layer, whose input needs
+no gradient.
 """
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from timm.models.vision_transformer import Block
 
 from stages import methods, targets
-from stages.kit import encoder, flops
-from stages.kit.recipe import Progress
+from stages.kit.nets import encoders as encoder
 from stages.kit.spec import Spec
+from stages.kit.train import flops
+from stages.kit.train.recipe import Progress
 
 MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 4.0,
          "args": {}}  # fmt: skip
@@ -18,7 +20,9 @@ SPEC = Spec(32, MODEL, (0.5,) * 3, (0.25,) * 3, 10, 64)
 
 
 def block(tokens: int, width: int, mlp_ratio: float = 4.0) -> float:
-    """Forward of one block on one sequence: qkv and projection, the two products of attention, the MLP."""
+    """Forward of one block on one sequence: qkv and projection, the two products of attention, the
+    MLP.
+    """
     linear = 2 * tokens * width * width * (4 + 2 * mlp_ratio)
     attention = 4 * tokens * tokens * width
     return linear + attention
@@ -34,19 +38,34 @@ def linear(tokens: int, width: int, out: int) -> float:
     return 2 * tokens * width * out
 
 
-def vit(image: int, patch: int, width: int, depth: int, mlp_ratio: float = 4.0, prefix: int = 1) -> float:
+def vit(
+    image: int, patch: int, width: int, depth: int, mlp_ratio: float = 4.0, prefix: int = 1
+) -> float:
     """Forward of a ViT without head on one image."""
     patches = (image // patch) ** 2
     return embedding(patches, patch, width) + depth * block(patches + prefix, width, mlp_ratio)
 
 
 def trained(forward: float, first: float = 0.0) -> float:
-    """Forward and backward of what takes `forward` FLOPs, of which `first` go into layers on the input itself."""
+    """Forward and backward of what takes `forward` FLOPs, of which `first` go into layers on the
+    input itself.
+    """
     return 3 * forward - first
 
 
-def mae(image: int, patch: int, width: int, depth: int, keep: int, dim: int, layers: int, prefix: int = 1) -> float:
-    """A training step of MAE on one image: `keep` visible patches, a decoder of `layers` blocks of width `dim`."""
+def mae(
+    image: int,
+    patch: int,
+    width: int,
+    depth: int,
+    keep: int,
+    dim: int,
+    layers: int,
+    prefix: int = 1,
+) -> float:
+    """A training step of MAE on one image: `keep` visible patches, a decoder of `layers` blocks of
+    width `dim`.
+    """
     patches = (image // patch) ** 2
     first = embedding(keep, patch, width)
     encoder = first + depth * block(keep + prefix, width)
@@ -54,8 +73,19 @@ def mae(image: int, patch: int, width: int, depth: int, keep: int, dim: int, lay
     return trained(encoder + decoder + linear(patches, dim, 3 * patch * patch), first)
 
 
-def beitv2(image: int, patch: int, width: int, depth: int, hidden: int, codes: int, heads: int, tokenizer: float) -> float:
-    """A training step of BEiT v2 on one image: `heads` aggregation blocks (0: none), `tokenizer` FLOPs of its target."""
+def beitv2(
+    image: int,
+    patch: int,
+    width: int,
+    depth: int,
+    hidden: int,
+    codes: int,
+    heads: int,
+    tokenizer: float,
+) -> float:
+    """A training step of BEiT v2 on one image: `heads` aggregation blocks (0: none), `tokenizer`
+    FLOPs of its target.
+    """
     patches = (image // patch) ** 2
     outputs = (2 if heads else 1) * linear(hidden, width, codes)
     forward = vit(image, patch, width, depth) + heads * block(patches + 1, width) + outputs
@@ -73,7 +103,12 @@ def step(method, batch: int) -> int:
     rows = torch.arange(batch)
     progress = Progress(0, 10, 0.0, 0, rows, torch.device("cpu"))
     view = torch.rand(batch, 3, 32, 32)
-    return counted(lambda: method({"view": view, "row": rows, "index": rows}, progress)["loss"].backward()) / batch
+    return (
+        counted(
+            lambda: method({"view": view, "row": rows, "index": rows}, progress)["loss"].backward()
+        )
+        / batch
+    )
 
 
 @pytest.mark.parametrize("tokens, width, ratio", [(17, 32, 4.0), (5, 48, 2.0)])

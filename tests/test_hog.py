@@ -1,4 +1,6 @@
-"""HOG as DMJD's official code computes it (arXiv 2301.00230): golden vectors, and an independent calculation."""
+"""HOG as DMJD's official code computes it (arXiv 2301.00230): golden vectors, and an independent
+calculation.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,31 @@ import numpy as np
 import pytest
 import torch
 
-from stages.kit import hog
-from stages.kit.patches import normalise_patches, patchify
+from stages.kit.nets.patches import normalise_patches, patchify
+from stages.kit.parts import hog
 from stages.kit.spec import Spec
 from stages.targets import hog as target
 from stages.targets import pixels
 
 
 def spec(size=32, patch=16):
-    model = {"name": "vit_tiny_patch16_224", "patch_size": patch, "embed_dim": 16, "depth": 2, "num_heads": 2,
-             "mlp_ratio": 2.0, "args": {}}
-    return Spec(image_size=size, model=model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=3, images=100)
+    model = {
+        "name": "vit_tiny_patch16_224",
+        "patch_size": patch,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_ratio": 2.0,
+        "args": {},
+    }
+    return Spec(
+        image_size=size,
+        model=model,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.25, 0.3),
+        num_classes=3,
+        images=100,
+    )
 
 
 def pictures(batch=3, size=32, seed=0):
@@ -40,14 +56,23 @@ def reference(image: np.ndarray, cell: int, bins: int = 9) -> np.ndarray:
     return out / cell**2
 
 
-@pytest.mark.parametrize(("formula", "place", "value"), [
-    (lambda row, column: column, 0, 2.0), (lambda row, column: row, 4, 2.0),
-    (lambda row, column: row + column, 2, math.sqrt(8)), (lambda row, column: row - column, 6, math.sqrt(8)),
-    (lambda row, column: -column, 0, 2.0), (lambda row, column: -row, 4, 2.0),
-    (lambda row, column: -row - column, 2, math.sqrt(8)), (lambda row, column: column - row, 6, math.sqrt(8)),
-])
+@pytest.mark.parametrize(
+    ("formula", "place", "value"),
+    [
+        (lambda row, column: column, 0, 2.0),
+        (lambda row, column: row, 4, 2.0),
+        (lambda row, column: row + column, 2, math.sqrt(8)),
+        (lambda row, column: row - column, 6, math.sqrt(8)),
+        (lambda row, column: -column, 0, 2.0),
+        (lambda row, column: -row, 4, 2.0),
+        (lambda row, column: -row - column, 2, math.sqrt(8)),
+        (lambda row, column: column - row, 6, math.sqrt(8)),
+    ],
+)
 def test_golden_vectors(formula, place, value):
-    """Ramps: all of a cell away from the border is in one bin, with the undivided difference; signs do not count."""
+    """Ramps: all of a cell away from the border is in one bin, with the undivided difference; signs
+    do not count.
+    """
     row, column = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
     found = hog.hog((formula(row, column) + 100).expand(1, 3, 24, 24), 8)[0, :, 1, 1]
     expected = torch.zeros(3, 9)
@@ -58,22 +83,34 @@ def test_golden_vectors(formula, place, value):
 @pytest.mark.parametrize(("cell", "bins"), [(8, 9), (4, 9), (2, 6), (16, 9)])
 def test_against_a_pixel_by_pixel_calculation(cell, bins):
     images = pictures(2, 16)
-    images[1] = torch.arange(16.0).view(1, 16, 1)  # exact angles of 0 and 90 degrees, and flat borders
+    images[1] = torch.arange(16.0).view(
+        1, 16, 1
+    )  # exact angles of 0 and 90 degrees, and flat borders
     found = hog.hog(images, cell, bins)
     assert found.shape == (2, 3, 16 // cell, 16 // cell, bins)
-    expected = [[reference(channel.double().numpy(), cell, bins) for channel in image] for image in images]
+    expected = [
+        [reference(channel.double().numpy(), cell, bins) for channel in image] for image in images
+    ]
     np.testing.assert_allclose(found.numpy(), np.array(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bins", [4, 6, 8, 9, 11, 12, 18, 22, 36])
 def test_an_angle_on_a_border_opens_the_next_bin(bins):
-    """Multiples of 45 degrees of every sign and length: bin floor(bins * quarters / 4), also where float32 rounds down."""
+    """Multiples of 45 degrees of every sign and length: bin floor(bins * quarters / 4), also where
+    float32 rounds down.
+    """
     for down, along, quarters in ((0, 1, 0), (1, 1, 1), (1, 0, 2), (1, -1, 3)):
         for length in (*range(1, 8), 60, -1, -7, -60):
             row, column = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
             image = (down * row + along * column) * length
-            found = hog.hog(image.expand(1, 1, 12, 12), 4, bins)[0, 0, 1, 1]  # 16 pixels: vectorised as large images are
-            assert found.nonzero().flatten().tolist() == [bins * quarters // 4], (down, along, length)
+            found = hog.hog(image.expand(1, 1, 12, 12), 4, bins)[
+                0, 0, 1, 1
+            ]  # 16 pixels: vectorised as large images are
+            assert found.nonzero().flatten().tolist() == [bins * quarters // 4], (
+                down,
+                along,
+                length,
+            )
 
 
 def test_borders_have_no_gradient_of_their_own():
@@ -122,17 +159,25 @@ def test_whitened_histograms_have_mean_0_and_variance_1():
     assert flat.sum() == 3
     assert (found[flat] == 0).all()
     assert found[~flat].mean(-1).abs().max() < 1e-5
-    torch.testing.assert_close(found[~flat].var(-1, correction=0), torch.ones(int((~flat).sum()), dtype=torch.float64),
-                               atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        found[~flat].var(-1, correction=0),
+        torch.ones(int((~flat).sum()), dtype=torch.float64),
+        atol=1e-4,
+        rtol=0,
+    )
     raw = hog.hog(images, 8).double()[1, 2, 3, 0]
     expected = (raw - raw.mean()) / (raw.var(correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(found[1, 2, 3, 0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_layout_with_one_textured_cell():
-    """Patch (1,0), in it cell (0,1), channel 2: cell row, cell column, bin, channel, the channel fastest."""
+    """Patch (1,0), in it cell (0,1), channel 2: cell row, cell column, bin, channel, the channel
+    fastest.
+    """
     images = torch.full((1, 3, 32, 32), 100.0)
-    images[0, 2, 16 + 3, 8 + 3:8 + 5] = 180.0  # away from the cell's border: its neighbours stay flat
+    images[0, 2, 16 + 3, 8 + 3 : 8 + 5] = (
+        180.0  # away from the cell's border: its neighbours stay flat
+    )
     tokens = hog.to_tokens(hog.hog(images, 8), 2)
     assert tokens.shape == (1, 4, 108)
     places = tokens[0].nonzero()
@@ -156,7 +201,9 @@ def test_cells_must_divide():
 
 
 def test_strokes_lie_along_edges():
-    """A gradient along the columns (bin 0) is an edge that runs down, and is drawn so; that of bin 4 lies across."""
+    """A gradient along the columns (bin 0) is an edge that runs down, and is drawn so; that of bin
+    4 lies across.
+    """
     histograms = torch.zeros(1, 3, 1, 2, 9)
     histograms[0, 0, 0, 0, 0] = histograms[0, 0, 0, 1, 4] = 2.0
     histograms[0, 1] = -1.0
@@ -168,9 +215,13 @@ def test_strokes_lie_along_edges():
     assert drawn.max() == 1 and drawn[:, 1:].abs().max() == 0
 
 
-# --- the target plug-ins ------------------------------------------------------------------------------------
+# --- the target plug-ins
+# ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("patch", "cell", "dim"), [(16, 8, 108), (8, 4, 108), (4, 4, 27), (14, 7, 108), (7, 7, 27)])
+
+@pytest.mark.parametrize(
+    ("patch", "cell", "dim"), [(16, 8, 108), (8, 4, 108), (4, 4, 27), (14, 7, 108), (7, 7, 27)]
+)
 def test_default_cells(patch, cell, dim):
     made = target.Target(target.Config(), spec(patch * 2, patch))
     assert (made.cell, made.dim) == (cell, dim)
@@ -192,25 +243,37 @@ def test_bad_hog_config(values, key):
 
 def test_hog_cells_must_fit_the_patch():
     target.Config(cell=2).check(32, {"patch_size": 8, "depth": 2})
-    target.Config(cell=8).check(32, {"patch_size": 2, "depth": [1, 1, 1]})  # a Swin's last patches have 8 pixels
-    with pytest.raises(ValueError, match="^cell: 3 pixels do not divide the student's patches of 8"):
+    target.Config(cell=8).check(
+        32, {"patch_size": 2, "depth": [1, 1, 1]}
+    )  # a Swin's last patches have 8 pixels
+    with pytest.raises(
+        ValueError, match="^cell: 3 pixels do not divide the student's patches of 8"
+    ):
         target.Config(cell=3).check(32, {"patch_size": 8, "depth": 2})
 
 
 def test_flat_images_are_refused():
     for module in (target, pixels):
         made = module.Target(module.Config(), spec())
-        assert module.health(made, iter([torch.full((4, 3, 32, 32), 0.3)]), module.Config())["problems"]
+        assert module.health(made, iter([torch.full((4, 3, 32, 32), 0.3)]), module.Config())[
+            "problems"
+        ]
         assert not module.health(made, iter([pictures() / 255]), module.Config())["problems"]
 
 
 def test_pixels_are_maes_targets():
     images = pictures() / 255
-    normalised = (images.double() - torch.tensor(spec().mean).view(3, 1, 1)) / torch.tensor(spec().std).view(3, 1, 1)
+    normalised = (images.double() - torch.tensor(spec().mean).view(3, 1, 1)) / torch.tensor(
+        spec().std
+    ).view(3, 1, 1)
     expected = normalise_patches(patchify(normalised, 16))
-    torch.testing.assert_close(pixels.Target(pixels.Config(), spec())(images).double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        pixels.Target(pixels.Config(), spec())(images).double(), expected, atol=1e-4, rtol=1e-4
+    )
     plain = pixels.Target(pixels.Config(norm_pix=False), spec())
-    torch.testing.assert_close(plain(images).double(), patchify(normalised, 16), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        plain(images).double(), patchify(normalised, 16), atol=1e-5, rtol=1e-5
+    )
     assert plain.dim == 768
 
 

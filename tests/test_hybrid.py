@@ -1,4 +1,6 @@
-"""ConvViT against a dense float64 version of the official code, and the proof that hidden pixels do not leak."""
+"""ConvViT against a dense float64 version of the official code, and the proof that hidden pixels do
+not leak.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ from conftest import tiny_content
 from timm.layers import DropPath
 from torch import nn
 
-from stages.kit import encoder as kit
-from stages.kit import hybrid, masks, optim
-from stages.kit.loop import Progress
-from stages.kit.positions import sincos_2d
+from stages.kit.nets import encoders, hybrid, masks
+from stages.kit.nets.positions import sincos_2d
 from stages.kit.spec import Spec
+from stages.kit.train import optim
+from stages.kit.train.loop import Progress
 from stages.targets import hog
 from workflow.params import ParamsError, check
 
@@ -30,15 +32,24 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 def spec(size=32, patch=8, width=32, depth=2, heads=2, name="convvit_tiny_patch8_64", **args):
     args = {"conv_dims": [8, 12], "conv_depths": [1, 2], "conv_mlp_ratio": 2.0, **args}
-    model = {"name": name, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads,
-             "mlp_ratio": 2.0, "args": args}
+    model = {
+        "name": name,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": 2.0,
+        "args": args,
+    }
     return Spec(image_size=size, model=model, mean=MEAN, std=STD, num_classes=5, images=100)
 
 
 def build(**changes):
-    """An encoder and its fusion, every weight random: biases and norms at 0 and 1 would hide mistakes."""
+    """An encoder and its fusion, every weight random: biases and norms at 0 and 1 would hide
+    mistakes.
+    """
     torch.manual_seed(0)
-    encoder = kit.sincos_vit(spec(**changes)).eval()
+    encoder = encoders.sincos_vit(spec(**changes)).eval()
     fusion = hybrid.Fusion(encoder).eval()
     with torch.no_grad():
         for parameter in [*encoder.parameters(), *fusion.parameters()]:
@@ -56,22 +67,30 @@ def drawn(rows, patches=16, keep=6, seed=2):
     return order[:, :keep], torch.ones(rows, patches).scatter(1, order[:, :keep], 0.0)
 
 
-# --- an independent version: maps (B,C,H,W), strided convolutions, multiplication by the visibility map -----------
+# --- an independent version: maps (B,C,H,W), strided convolutions, multiplication by the visibility
+# map -----------
+
 
 def convolution(x, linear, kernel):
-    """The convolution of stride = kernel that `linear` is on patches flattened by row, column, channel."""
+    """The convolution of stride = kernel that `linear` is on patches flattened by row, column,
+    channel.
+    """
     weight = linear.weight.view(len(linear.weight), kernel, kernel, -1).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, linear.bias, stride=kernel)
 
 
 def norm(x, layer):
     assert layer.eps == 1e-5
-    return F.layer_norm(x.movedim(1, -1), x.shape[1:2], layer.weight, layer.bias, layer.eps).movedim(-1, 1)
+    return F.layer_norm(
+        x.movedim(1, -1), x.shape[1:2], layer.weight, layer.bias, layer.eps
+    ).movedim(-1, 1)
 
 
 def block(x, layer, seen):
     near = convolution(norm(x, layer.norm1), layer.conv1, 1) * seen
-    near = F.conv2d(near, layer.depthwise.weight, layer.depthwise.bias, padding=2, groups=x.shape[1])
+    near = F.conv2d(
+        near, layer.depthwise.weight, layer.depthwise.bias, padding=2, groups=x.shape[1]
+    )
     x = x + convolution(near, layer.conv2, 1)
     return x + convolution(F.gelu(convolution(norm(x, layer.norm2), layer.fc1, 1)), layer.fc2, 1)
 
@@ -104,10 +123,12 @@ def test_equals_the_dense_network_with_visibility_maps(patch, size):
     found = encoder.encode(images, ids, fusion)
     assert found.shape == (4, 6, 32)
     assert torch.allclose(found, official(encoder, fusion, images, ids, mask, patch), atol=1e-12)
-    assert torch.equal(kit.visible(encoder, images, ids, fusion), found)
+    assert torch.equal(encoders.visible(encoder, images, ids, fusion), found)
     for parameter in fusion.parameters():
         nn.init.zeros_(parameter)
-    assert torch.allclose(encoder.encode(images, ids), official(encoder, fusion, images, ids, mask, patch), atol=1e-12)
+    assert torch.allclose(
+        encoder.encode(images, ids), official(encoder, fusion, images, ids, mask, patch), atol=1e-12
+    )
     # without a mask it is the plain convolution network
     every = torch.arange(16).expand(2, -1)
     plain = official(encoder, fusion, images, every, torch.zeros(2, 16), patch)
@@ -119,15 +140,26 @@ def test_equals_the_dense_network_with_visibility_maps(patch, size):
 def test_gradients_are_those_of_the_dense_network():
     encoder, fusion = (module.double() for module in build())
     images, (ids, mask) = pictures().double(), drawn(4)
-    weights = [parameter for parameter in [*encoder.parameters(), *fusion.parameters()] if parameter.requires_grad]
-    found, expected = (torch.autograd.grad(out.square().sum(), weights) for out in (
-        encoder.encode(images, ids, fusion), official(encoder, fusion, images, ids, mask, 8)))
+    weights = [
+        parameter
+        for parameter in [*encoder.parameters(), *fusion.parameters()]
+        if parameter.requires_grad
+    ]
+    found, expected = (
+        torch.autograd.grad(out.square().sum(), weights)
+        for out in (
+            encoder.encode(images, ids, fusion),
+            official(encoder, fusion, images, ids, mask, 8),
+        )
+    )
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-9)
         assert theirs.abs().sum() > 0
 
 
-# --- hidden pixels ------------------------------------------------------------------------------------------------
+# --- hidden pixels
+# ------------------------------------------------------------------------------------------------
+
 
 def hide(images, mask, value):
     """Images (B,3,32,32) with the pixels of hidden patches of 8 x 8 replaced."""
@@ -154,10 +186,14 @@ def test_gradients_of_hidden_pixels_are_exactly_zero():
     encoder, fusion = build()
     (ids, mask), images = drawn(2), pictures().requires_grad_()
     tokens = encoder.encode(images, ids, fusion)
-    (tokens * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    (
+        tokens * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(3))
+    ).sum().backward()
     size = hide(images.grad.abs(), 1 - mask, torch.tensor(0.0))
     assert size.max() == 0
-    assert hide(images.grad.abs(), mask, torch.tensor(1.0)).min() > 0  # and every visible pixel counts
+    assert (
+        hide(images.grad.abs(), mask, torch.tensor(1.0)).min() > 0
+    )  # and every visible pixel counts
     one = pictures().requires_grad_()  # nor does one token see what its own row hides
     encoder.encode(one, ids, fusion)[0, 0].sum().backward()
     assert hide(one.grad.abs(), 1 - mask, torch.tensor(0.0)).max() == 0
@@ -165,7 +201,9 @@ def test_gradients_of_hidden_pixels_are_exactly_zero():
 
 
 def test_a_patch_hidden_in_one_view_is_seen_in_the_other():
-    """Disjoint views in one batch: changing what view 0 hides leaves view 0 as it is and changes view 1."""
+    """Disjoint views in one batch: changing what view 0 hides leaves view 0 as it is and changes
+    view 1.
+    """
     encoder, fusion = build()
     images, (first, mask) = pictures(), drawn(2, keep=8)
     second = masks.hidden_ids(mask.bool(), 8)
@@ -191,43 +229,62 @@ def test_tokens_come_in_the_order_of_the_ids():
     encoder, fusion = build()
     images, (ids, mask) = pictures(), drawn(2)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(4))
-    found, moved = encoder.encode(images, ids, fusion), encoder.encode(images, ids[:, order], fusion)
+    found, moved = (
+        encoder.encode(images, ids, fusion),
+        encoder.encode(images, ids[:, order], fusion),
+    )
     assert torch.allclose(found[:, order], moved, atol=1e-5)
     ascending = masks.hidden_ids(~mask.bool(), 6)  # from a mask alone
-    assert torch.allclose(encoder.encode(images, ascending, fusion), masks.take(found, ids.argsort(1)), atol=1e-5)
+    assert torch.allclose(
+        encoder.encode(images, ascending, fusion), masks.take(found, ids.argsort(1)), atol=1e-5
+    )
 
 
 def test_the_ways_of_a_vit_that_would_leak_are_refused():
     encoder, _ = build()
     ids, mask = drawn(2)
     with pytest.raises(ValueError, match="visible"):
-        kit.patch_tokens(encoder, pictures(), mask.bool(), torch.zeros(1, 1, 32))
+        encoders.patch_tokens(encoder, pictures(), mask.bool(), torch.zeros(1, 1, 32))
     with pytest.raises(ValueError, match="visible"):
-        kit.run_blocks(encoder, masks.take(kit.patch_tokens(encoder, pictures()), ids), ids=ids)
+        encoders.run_blocks(
+            encoder, masks.take(encoders.patch_tokens(encoder, pictures()), ids), ids=ids
+        )
 
 
 def test_visible_of_a_plain_vit():
     """Views of a ViT: the same function, the same order; no patch but those of its row counts."""
     torch.manual_seed(0)
-    encoder = kit.sincos_vit(Spec(32, {**spec().model, "name": "vit_tiny_patch16_224", "args": {}}, MEAN, STD, 5, 9))
+    encoder = encoders.sincos_vit(
+        Spec(32, {**spec().model, "name": "vit_tiny_patch16_224", "args": {}}, MEAN, STD, 5, 9)
+    )
     images, (ids, mask) = pictures(), drawn(4)
-    found = kit.visible(encoder.eval(), images, ids)
+    found = encoders.visible(encoder.eval(), images, ids)
     assert found.shape == (4, 7, 32)
     for row in range(4):
         image = images[row % 2][None]
-        tokens = masks.take(kit.patch_tokens(encoder, image), ids[row][None])
-        out, _ = kit.run_blocks(encoder, kit.with_prefix(encoder, tokens))
+        tokens = masks.take(encoders.patch_tokens(encoder, image), ids[row][None])
+        out, _ = encoders.run_blocks(encoder, encoders.with_prefix(encoder, tokens))
         assert torch.allclose(found[row], encoder.norm(out)[0], atol=1e-5)
     changed = hide(images, mask[:2], torch.tensor(5.0))
-    assert torch.equal(kit.visible(encoder, changed, ids)[:2], found[:2])
+    assert torch.equal(encoders.visible(encoder, changed, ids)[:2], found[:2])
 
 
-# --- the published network ----------------------------------------------------------------------------------------
+# --- the published network
+# ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("name", "encoder", "fusion", "fine_tuned"), [
-    ("convvit_base_patch16_224", 87.87, 4.33, 88.8), ("convvit_large_patch16_224", 321.8, None, 323.0)])
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "fusion", "fine_tuned"),
+    [
+        ("convvit_base_patch16_224", 87.87, 4.33, 88.8),
+        ("convvit_large_patch16_224", 321.8, None, 323.0),
+    ],
+)
 def test_parameter_counts(name, encoder, fusion, fine_tuned):
-    """Of the official code: the encoder without its positions, fusion, and with a head for 1000 classes."""
+    """Of the official code: the encoder without its positions, fusion, and with a head for 1000
+    classes.
+    """
+
     def millions(module):
         return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
@@ -243,13 +300,19 @@ def test_parameter_counts(name, encoder, fusion, fine_tuned):
 
 def test_grids_of_the_stages():
     for patch, size in ((4, 32), (8, 64), (16, 128)):
-        first, second, tokens = build(size=size, patch=patch)[0].patch_embed.stages(pictures(1, size))
-        assert (first.shape, second.shape, tokens.shape) == ((1, 64, 4, 4, 8), (1, 64, 2, 2, 12), (1, 64, 32))
+        first, second, tokens = build(size=size, patch=patch)[0].patch_embed.stages(
+            pictures(1, size)
+        )
+        assert (first.shape, second.shape, tokens.shape) == (
+            (1, 64, 4, 4, 8),
+            (1, 64, 2, 2, 12),
+            (1, 64, 32),
+        )
 
 
 def test_initial_weights():
     torch.manual_seed(0)
-    encoder = kit.sincos_vit(spec(width=64, conv_dims=[48, 96]))
+    encoder = encoders.sincos_vit(spec(width=64, conv_dims=[48, 96]))
     stem = encoder.patch_embed
     assert torch.equal(encoder.pos_embed[0], sincos_2d(64, 4))
     assert not encoder.pos_embed.requires_grad
@@ -261,17 +324,24 @@ def test_initial_weights():
     bound(stem.stage1[0].fc1.weight, (1 / 48) ** 0.5)
     bound(stem.stage1[0].depthwise.weight, (1 / 25) ** 0.5)
     bound(stem.embed2.proj.weight, (1 / (4 * 48)) ** 0.5)
-    for layer in (stem.embed3.proj, stem.proj, encoder.blocks[0].attn.qkv, encoder.blocks[1].mlp.fc2):
+    for layer in (
+        stem.embed3.proj,
+        stem.proj,
+        encoder.blocks[0].attn.qkv,
+        encoder.blocks[1].mlp.fc2,
+    ):
         bound(layer.weight, (6 / sum(layer.weight.shape)) ** 0.5)  # xavier
     assert stem.proj.bias.abs().max() == 0
     assert stem.embed3.proj.bias.abs().max() > 0
 
 
 def test_drop_path_rises_over_all_blocks_and_both_branches_draw_alone():
-    encoder = kit.create(spec(depth=3, drop_path_rate=0.5))
+    encoder = encoders.create(spec(depth=3, drop_path_rate=0.5))
     stem = encoder.patch_embed
     for number, layer in enumerate([*stem.stage1, *stem.stage2, *encoder.blocks]):
-        assert layer.drop_path1.drop_prob == layer.drop_path2.drop_prob == pytest.approx(0.1 * number)
+        assert (
+            layer.drop_path1.drop_prob == layer.drop_path2.drop_prob == pytest.approx(0.1 * number)
+        )
     images, (ids, _) = pictures(), drawn(4)
     calls = []
     for layer in encoder.modules():
@@ -284,24 +354,39 @@ def test_drop_path_rises_over_all_blocks_and_both_branches_draw_alone():
     assert torch.equal(encoder.eval().encode(images, ids), encoder.encode(images, ids))
 
 
-@pytest.mark.parametrize(("changes", "match"), [
-    ({"patch": 2}, "patch_size: found 2, expected a multiple of 4"), ({"size": 36}, "model.patch_size"),
-    ({"class_token": True}, "class_token"), ({"conv_dim": [8, 8]}, "conv_dim"), ({"width": 34}, "multiple of 4"),
-    ({"name": "convvit_tiny_patch8_63"}, "convvit_tiny_patch8_64"),
-])
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"patch": 2}, "patch_size: found 2, expected a multiple of 4"),
+        ({"size": 36}, "model.patch_size"),
+        ({"class_token": True}, "class_token"),
+        ({"conv_dim": [8, 8]}, "conv_dim"),
+        ({"width": 34}, "multiple of 4"),
+        ({"name": "convvit_tiny_patch8_63"}, "convvit_tiny_patch8_64"),
+    ],
+)
 def test_errors_name_the_key(changes, match):
     with pytest.raises(ValueError, match=match):
-        kit.sincos_vit(spec(**changes))
+        encoders.sincos_vit(spec(**changes))
 
 
 def test_params_know_it():
-    model = {"name": "convvit_tiny_patch8_64", "args": {"conv_dims": [8, 12], "conv_depths": [1, 1]}}
+    model = {
+        "name": "convvit_tiny_patch8_64",
+        "args": {"conv_dims": [8, 12], "conv_depths": [1, 1]},
+    }
     only = {"runs": {"mae": {"method": "mae"}, "random": {"method": "random"}}, "seeds": [0]}
-    content = tiny_content(model=model) | {"targets": {}, "methods": {"mae": {}, "random": {}}, "grid": only}
+    content = tiny_content(model=model) | {
+        "targets": {},
+        "methods": {"mae": {}, "random": {}},
+        "grid": only,
+    }
     check(content)
-    for change, message in (({"name": "convvit_tiny_patch8_63"}, "did you mean 'convvit_tiny_patch8_64'"),
-                            ({"patch_size": 2}, "model.patch_size: convvit_tiny_patch8_64 takes a multiple of 4"),
-                            ({"depth": [1, 1]}, "model.depth")):
+    for change, message in (
+        ({"name": "convvit_tiny_patch8_63"}, "did you mean 'convvit_tiny_patch8_64'"),
+        ({"patch_size": 2}, "model.patch_size: convvit_tiny_patch8_64 takes a multiple of 4"),
+        ({"depth": [1, 1]}, "model.depth"),
+    ):
         with pytest.raises(ParamsError, match=message):
             check(content | {"model": content["model"] | change})
     with pytest.raises(ParamsError, match="beitv2 takes no convvit"):
@@ -313,10 +398,14 @@ def test_another_size_of_image_is_refused():
         build()[0](torch.zeros(1, 3, 24, 32))
 
 
-# --- methods ------------------------------------------------------------------------------------------------------
+# --- methods
+# ------------------------------------------------------------------------------------------------------
 
 FOLDER = Path(__file__).parent.parent / "stages" / "methods"
-MODULES = {path.stem: importlib.import_module(f"stages.methods.{path.stem}") for path in sorted(FOLDER.glob("[!_]*.py"))}
+MODULES = {
+    path.stem: importlib.import_module(f"stages.methods.{path.stem}")
+    for path in sorted(FOLDER.glob("[!_]*.py"))
+}
 METHODS = [name for name, module in MODULES.items() if "convvit" in getattr(module, "ENCODERS", ())]
 VISIBLE = [name for name in METHODS if hasattr(MODULES[name].Method, "encode")]
 
@@ -324,13 +413,19 @@ VISIBLE = [name for name in METHODS if hasattr(MODULES[name].Method, "encode")]
 def method_of(name):
     module = MODULES[name]
     torch.manual_seed(0)
-    return module.Method(module.Config(), spec(), hog.Target(hog.Config(), spec()) if module.TARGET else None)
+    return module.Method(
+        module.Config(), spec(), hog.Target(hog.Config(), spec()) if module.TARGET else None
+    )
 
 
 def step_of(module, count=4):
     rows = torch.arange(count)
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(5))
-    batch = {"view": F.interpolate(coarse, size=32, mode="bilinear").clamp(0, 1), "row": rows, "index": rows}
+    batch = {
+        "view": F.interpolate(coarse, size=32, mode="bilinear").clamp(0, 1),
+        "row": rows,
+        "index": rows,
+    }
     if module.LABELS:
         batch["label"] = rows % 5
     return batch, Progress(step=3, steps=10, epoch=0.5, seed=0, rows=rows, device=rows.device)
@@ -363,16 +458,20 @@ def test_methods_encode_without_a_leak(name, dtype):
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         found = method.encode(images, ids)
         assert torch.equal(found, method.encode(hide(images, mask, pictures(3, seed=8)), ids))
-        assert not torch.equal(found, method.encode(hide(images, 1 - mask, pictures(3, seed=8)), ids))
+        assert not torch.equal(
+            found, method.encode(hide(images, 1 - mask, pictures(3, seed=8)), ids)
+        )
     assert found.shape == (3, 6, 32)
 
 
-# --- export, fine-tuning ------------------------------------------------------------------------------------------
+# --- export, fine-tuning
+# ------------------------------------------------------------------------------------------
+
 
 def test_export_is_bit_equal(tmp_path):
     encoder, _ = build()
     for folder in ("a", "b"):
-        kit.save(encoder, tmp_path / folder, spec())
+        encoders.save(encoder, tmp_path / folder, spec())
     loaded = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True).eval()
     images, (ids, _) = pictures(), drawn(4)
     assert torch.equal(loaded.forward_features(images), encoder.forward_features(images))
@@ -380,52 +479,64 @@ def test_export_is_bit_equal(tmp_path):
     assert tuple(loaded.pretrained_cfg["mean"]) == MEAN
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    features = kit.features(kit.load(tmp_path / "a").eval(), images)
+    features = encoders.features(encoders.load(tmp_path / "a").eval(), images)
     assert torch.equal(features["patch"], encoder.forward_features(images))
     assert torch.equal(features["cls"], features["patch"].mean(1))
     assert torch.equal(loaded(images), features["cls"])
-    maps = kit.attention(encoder, images)
+    maps = encoders.attention(encoder, images)
     assert torch.allclose(maps.sum(-1), torch.ones(2, 2, 16))
 
 
 def test_without_the_project_a_copy_of_the_file_is_enough(tmp_path):
     encoder, _ = build()
-    kit.save(encoder, tmp_path / "encoder", spec())
+    encoders.save(encoder, tmp_path / "encoder", spec())
     shutil.copy(hybrid.__file__, tmp_path / "hybrid.py")
-    script = ("import hybrid, timm, torch; torch.set_num_threads(1); torch.save(timm.create_model('local-dir:encoder', "
-              "pretrained=True).eval().forward_features(torch.load('images')), 'features')")
+    script = (
+        "import hybrid, timm, torch; torch.set_num_threads(1); torch.save(timm.create_model('local-dir:encoder', "
+        "pretrained=True).eval().forward_features(torch.load('images')), 'features')"
+    )
     torch.save(pictures(), tmp_path / "images")
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env={"PATH": "", "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        check=True,
+        env={"PATH": "", "OMP_NUM_THREADS": "1"},
+    )
     assert torch.equal(torch.load(tmp_path / "features"), encoder.forward_features(pictures()))
 
 
 def test_classifier(tmp_path):
     """Mean of the tokens -> new norm -> head; the pretrained norm and the fusion are gone."""
     encoder, _ = build()
-    kit.save(encoder, tmp_path, spec())
-    model, images = kit.classifier(tmp_path, 7, drop_path=0.4).eval(), pictures()
+    encoders.save(encoder, tmp_path, spec())
+    model, images = encoders.classifier(tmp_path, 7, drop_path=0.4).eval(), pictures()
     state, new = encoder.state_dict(), model.state_dict()
     assert set(new) - set(state) == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
     assert set(state) - set(new) == {"norm.weight", "norm.bias"}
     assert all(torch.equal(state[key], new[key]) for key in set(state) & set(new))
     assert all(parameter.requires_grad for parameter in model.parameters())
-    tokens, _ = kit.run_blocks(encoder, kit.patch_tokens(encoder, images))
+    tokens, _ = encoders.run_blocks(encoder, encoders.patch_tokens(encoder, images))
     pooled = F.layer_norm(tokens.mean(1), (32,), eps=1e-6)
     assert torch.allclose(model(images), pooled @ model.head.weight.T, atol=1e-7)
-    rates = [layer.drop_path1.drop_prob for layer in [*model.patch_embed.stage1, *model.patch_embed.stage2, *model.blocks]]
+    rates = [
+        layer.drop_path1.drop_prob
+        for layer in [*model.patch_embed.stage1, *model.patch_embed.stage2, *model.blocks]
+    ]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-    assert kit.classifier(tmp_path, 7, img_size=48)(pictures(2, 48)).shape == (2, 7)
+    assert encoders.classifier(tmp_path, 7, img_size=48)(pictures(2, 48)).shape == (2, 7)
     with pytest.raises(ValueError, match="no class token"):
-        kit.classifier(tmp_path, 7, pool="token")
+        encoders.classifier(tmp_path, 7, pool="token")
 
 
 def test_layer_decay_counts_the_stem_as_the_embedding(tmp_path):
-    """Official layers: patch embeddings, stages 1 and 2, positions 0; transformer block i i + 1; the rest last."""
-    kit.save(build()[0], tmp_path, spec())
-    model = kit.classifier(tmp_path, 7)
+    """Official layers: patch embeddings, stages 1 and 2, positions 0; transformer block i i + 1;
+    the rest last.
+    """
+    encoders.save(build()[0], tmp_path, spec())
+    model = encoders.classifier(tmp_path, 7)
     name = {id(parameter): key for key, parameter in model.named_parameters()}
     layers = {}
-    for group in optim.layer_decay_groups(model, kit.depths(model), 0.5, 0.05, set()):
+    for group in optim.layer_decay_groups(model, encoders.depths(model), 0.5, 0.05, set()):
         for parameter in group["params"]:
             key = name[id(parameter)]
             layers[key] = 3 + round(math.log2(group["lr_scale"]))

@@ -1,6 +1,8 @@
-"""Facts of iBOT (arXiv 2111.07832 and its official code): masks, two losses, one head, two centres, schedules, collapse.
+"""Facts of iBOT (arXiv 2111.07832 and its official code): masks, two losses, one head, two centres,
+schedules, collapse.
 
-What it shares with DINO (crops, class-token loss, teacher, resting layers) is also tested in test_dino.py.
+What it shares with DINO (crops, class-token loss, teacher, resting layers) is also tested in
+test_dino.py.
 """
 
 from __future__ import annotations
@@ -15,18 +17,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.kit import encoder as kit
-from stages.kit import keyed, optim
-from stages.kit.loop import Progress, Recipe
-from stages.kit.masks import random_masks
-from stages.kit.patches import colour_codes, windows
-from stages.kit.prototypes import cross_entropy
+from stages.kit import keyed
+from stages.kit.nets import encoders
+from stages.kit.nets.masks import random_masks
+from stages.kit.nets.patches import colour_codes, windows
+from stages.kit.parts.prototypes import cross_entropy
 from stages.kit.spec import Spec, configure
+from stages.kit.train import optim
+from stages.kit.train.loop import Progress, Recipe
 from stages.methods import ibot
 from workflow import params
 
-MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,
-         "mlp_ratio": 2.0, "args": {}}
+MODEL = {
+    "name": "vit_tiny_patch16_224",
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "args": {},
+}
 SMALL = dict(prototypes=24, hidden=16, bottleneck=8, n_local=2, drop_path=0.0)
 
 
@@ -41,7 +51,9 @@ def progress(step: int = 0, steps: int = 10, per_epoch: int = 5, rows: int = 4) 
 def method(seed: int = 0, image_size: int = 16, **changes) -> ibot.Method:
     torch.manual_seed(seed)
     found = ibot.Method(ibot.Config(**{**SMALL, **changes}), spec(image_size))
-    with torch.no_grad():  # as after some training: no part may stand at a value that hides a mistake
+    with (
+        torch.no_grad()
+    ):  # as after some training: no part may stand at a value that hides a mistake
         found.mask_token.normal_()
         for centre in (found.teacher.centre, found.patch_centre):
             centre.value.normal_(std=0.1)
@@ -54,14 +66,20 @@ def method(seed: int = 0, image_size: int = 16, **changes) -> ibot.Method:
 def batch(model: ibot.Method, size: int = 4, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     sizes = {name: view.size for name, view in ibot.views(model.config, model.spec).items()}
-    return {name: torch.rand(size, 3, side, side, generator=generator) for name, side in sizes.items()}
+    return {
+        name: torch.rand(size, 3, side, side, generator=generator) for name, side in sizes.items()
+    }
 
 
 def masks_of(model: ibot.Method, now: Progress) -> dict:
-    return {name: model.masks(now.uniform, name, model.config.mask_share) for name in ("global1", "global2")}
+    return {
+        name: model.masks(now.uniform, name, model.config.mask_share)
+        for name in ("global1", "global2")
+    }
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------
+# --- the loss
+# ---------------------------------------------------------------------------------------------------------
 
 
 def soft(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -82,7 +100,13 @@ def exact(monkeypatch):
 def test_the_loss_by_hand(exact, shared):
     """The whole loss, view by view, patch by patch, in float64 numpy from the networks' tokens."""
     weights = dict(cls_weight=0.7, patch_weight=1.3)
-    model = method(shared_head=shared, teacher_temp_end=0.07, patch_temp_end=0.05, teacher_temp_warmup=0.5, **weights)
+    model = method(
+        shared_head=shared,
+        teacher_temp_end=0.07,
+        patch_temp_end=0.05,
+        teacher_temp_warmup=0.5,
+        **weights,
+    )
     now, x = progress(step=2), {name: value.double() for name, value in batch(model).items()}
     out = model(x, now)
     teacher, student = model.teacher, model.student
@@ -99,7 +123,10 @@ def test_the_loss_by_hand(exact, shared):
                 h = 0.5 * h * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
         h = h / np.linalg.norm(h, axis=-1, keepdims=True)
         v = last(network, patches).weight.numpy()
-        return h @ (last(network, patches).gain.numpy() * v / np.linalg.norm(v, axis=1, keepdims=True)).T
+        return (
+            h
+            @ (last(network, patches).gain.numpy() * v / np.linalg.norm(v, axis=1, keepdims=True)).T
+        )
 
     masks = masks_of(model, now)
     with torch.no_grad():
@@ -110,11 +137,20 @@ def test_the_loss_by_hand(exact, shared):
         temperature, patch_temperature = 0.04 + 0.03 * 0.4, 0.04 + 0.01 * 0.4
         cls, patch = [], []
         for q in large:
-            p = soft(logits(teacher, seen[q]["cls"], False) - teacher.centre.value.numpy(), temperature)
+            p = soft(
+                logits(teacher, seen[q]["cls"], False) - teacher.centre.value.numpy(), temperature
+            )
             for v in made:
                 if v != q:
-                    cls.append(-(p * np.log(soft(logits(student, made[v]["cls"], False), 0.1))).sum(-1).mean())
-            p = soft(logits(teacher, seen[q]["patch"], True) - model.patch_centre.value.numpy(), patch_temperature)
+                    cls.append(
+                        -(p * np.log(soft(logits(student, made[v]["cls"], False), 0.1)))
+                        .sum(-1)
+                        .mean()
+                    )
+            p = soft(
+                logits(teacher, seen[q]["patch"], True) - model.patch_centre.value.numpy(),
+                patch_temperature,
+            )
             s = np.log(soft(logits(student, made[q]["patch"], True), 0.1))
             for b in range(4):
                 hidden = masks[q][b].numpy()
@@ -133,11 +169,19 @@ def test_ten_local_views_make_22_terms_none_with_itself():
     found = model(x, now)["cls_loss"]
     masks = masks_of(model, now)
     with torch.no_grad():
-        assigned = {q: model.teacher.centre.sharpen(model.teacher.head(model.teacher.features(x[q])["cls"]), 0.04)
-                    for q in masks}
+        assigned = {
+            q: model.teacher.centre.sharpen(
+                model.teacher.head(model.teacher.features(x[q])["cls"]), 0.04
+            )
+            for q in masks
+        }
         made = {v: model.logits(x[v]) for v in x if v.startswith("local")}
-        made |= {v: model.student.head(model.tokens(x[v], mask)["cls"]) for v, mask in masks.items()}
-        terms = [cross_entropy(made[v], assigned[q]).mean() for q in assigned for v in made if v != q]
+        made |= {
+            v: model.student.head(model.tokens(x[v], mask)["cls"]) for v, mask in masks.items()
+        }
+        terms = [
+            cross_entropy(made[v], assigned[q]).mean() for q in assigned for v in made if v != q
+        ]
     assert len(made) == 12 and len(terms) == 22
     torch.testing.assert_close(found, torch.stack(terms).mean())
 
@@ -158,11 +202,16 @@ def test_patch_loss_hears_hidden_patches_only():
 
 
 def test_a_student_that_says_what_the_teacher_says_has_the_least_loss():
-    model, now = method(student_temp=0.05, teacher_temp=0.05, teacher_temp_end=None, patch_temp_end=None), progress()
+    model, now = (
+        method(student_temp=0.05, teacher_temp=0.05, teacher_temp_end=None, patch_temp_end=None),
+        progress(),
+    )
     model.patch_centre.value.zero_()
     tokens, mask = torch.randn(2, 16, 16), torch.rand(2, 16) < 0.3
     with torch.no_grad():
-        loss, least, entropy = model.patch_loss(model.student.patch_logits(tokens), tokens, mask, now)
+        loss, least, entropy = model.patch_loss(
+            model.student.patch_logits(tokens), tokens, mask, now
+        )
     torch.testing.assert_close(loss, least)
     p = model.student.patch_logits(tokens)[mask].detach().div(0.05).softmax(-1)
     torch.testing.assert_close(entropy, -(p * p.log()).sum(-1).mean())
@@ -190,7 +239,8 @@ def test_no_gradient_reaches_teacher_or_centres(shared):
     assert {"teacher.centre.value", "patch_centre.value"} <= set(dict(model.named_buffers()))
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
+# --- masks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def official_mask(rows: int, columns: int, high: float, draw: random.Random) -> np.ndarray:
@@ -217,7 +267,9 @@ def official_mask(rows: int, columns: int, high: float, draw: random.Random) -> 
 
 @functools.cache
 def drawn(side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(masks, share of the patches that was asked for: 0 where nothing is hidden) of many samples on a grid."""
+    """(masks, share of the patches that was asked for: 0 where nothing is hidden) of many samples
+    on a grid.
+    """
     model, now = method(image_size=4 * side), progress(rows=10_000 if side == 8 else 2000)
     chosen, ratio = now.uniform("global1-ratio", 2).unbind(1)
     return model.masks(now.uniform, "global1", 0.5), (0.1 + 0.4 * ratio) * (chosen < 0.5)
@@ -227,16 +279,25 @@ def drawn(side: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_half_of_the_views_are_masked_by_at_most_their_ratio(side):
     mask, asked = drawn(side)
     count = mask.sum(1)
-    assert float((count == 0).float().mean()) == pytest.approx(0.5, abs=0.02 * math.sqrt(10_000 / len(mask)))
+    assert float((count == 0).float().mean()) == pytest.approx(
+        0.5, abs=0.02 * math.sqrt(10_000 / len(mask))
+    )
     assert torch.equal(count > 0, asked > 0)
     some = asked[asked > 0]
-    assert float(some.min()) >= 0.1 and float(some.max()) <= 0.5 and float(some.mean()) == pytest.approx(0.3, abs=0.015)
+    assert (
+        float(some.min()) >= 0.1
+        and float(some.max()) <= 0.5
+        and float(some.mean()) == pytest.approx(0.3, abs=0.015)
+    )
     assert (count <= asked * side * side).all()
 
 
 def test_both_views_draw_on_their_own():
     model = method(mask="random")
-    masks = [model.masks(progress(rows=4000).uniform, view, 0.5).any(1) for view in ("global1", "global2")]
+    masks = [
+        model.masks(progress(rows=4000).uniform, view, 0.5).any(1)
+        for view in ("global1", "global2")
+    ]
     assert float((masks[0] & masks[1]).float().mean()) == pytest.approx(0.25, abs=0.03)
 
 
@@ -249,23 +310,33 @@ def test_block_masks_are_those_of_the_official_rule(side):
     draw, masks, expected = random.Random(0), [], []
     for _ in range(2000):
         ratio = draw.uniform(0.1, 0.5)
-        masks.append(torch.from_numpy(official_mask(side, side, ratio * side * side, draw)).double())
+        masks.append(
+            torch.from_numpy(official_mask(side, side, ratio * side * side, draw)).double()
+        )
         expected.append(masks[-1].mean() / ratio)
     expected, masks = torch.stack(expected).float(), torch.stack(masks)
     assert float(reached.mean()) == pytest.approx(float(expected.mean()), abs=0.005)
     quantiles = torch.tensor([0.01, 0.1, 0.3, 0.5])
-    torch.testing.assert_close(reached.quantile(quantiles), expected.quantile(quantiles), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        reached.quantile(quantiles), expected.quantile(quantiles), atol=0.02, rtol=0
+    )
     torch.testing.assert_close(mask.mean(0), masks.mean(0), atol=0.09, rtol=0)
-    edges, official = ((m[:, 1:] != m[:, :-1]).double().mean() for m in (mask, masks))  # how ragged they are
+    edges, official = (
+        (m[:, 1:] != m[:, :-1]).double().mean() for m in (mask, masks)
+    )  # how ragged they are
     assert float(edges) == pytest.approx(float(official), rel=0.05)
     if side == 14:
-        assert float(reached.mean()) == pytest.approx(0.98, abs=0.01) and float(reached.min()) < 0.75  # not all that is asked
+        assert (
+            float(reached.mean()) == pytest.approx(0.98, abs=0.01) and float(reached.min()) < 0.75
+        )  # not all that is asked
 
 
 def test_random_masks_hide_exactly_the_whole_part_of_what_is_asked():
     mask = random_masks(keyed.uniform(1, torch.arange(500), 16), torch.linspace(0, 8, 500))
     assert mask.sum(1).tolist() == [int(x) for x in torch.linspace(0, 8, 500).tolist()]
-    assert float((mask.float().mean(0) - mask.float().mean()).abs().max()) < 0.08  # no place is preferred
+    assert (
+        float((mask.float().mean(0) - mask.float().mean()).abs().max()) < 0.08
+    )  # no place is preferred
     model = method(mask="random", mask_ratio=(0.6, 0.7), mask_share=1.0)
     count = model.masks(progress(rows=300).uniform, "global1", 1.0).sum(1)
     assert set(count.tolist()) == {9, 10, 11} and model.most == 11
@@ -279,7 +350,8 @@ def test_every_hidden_patch_is_in_the_loss():
         assert int(mask.sum(1).max()) == model.most == int(ratio * 64)
 
 
-# --- the student's input ----------------------------------------------------------------------------------------------
+# --- the student's input
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_hidden_patch_is_mask_token_and_position_whatever_its_pixels():
@@ -294,12 +366,17 @@ def test_a_hidden_patch_is_mask_token_and_position_whatever_its_pixels():
         assert tokens.shape == (2, 17, 16)  # none is dropped
         torch.testing.assert_close(tokens[:, 1:][mask], expected[mask])
     assert not torch.isclose(seen[0][:, 1:], seen[1][:, 1:])[~mask].any(-1).all()
-    torch.testing.assert_close(seen[0][:, :1], (encoder.cls_token + encoder.pos_embed[:, :1]).expand(2, -1, -1))
+    torch.testing.assert_close(
+        seen[0][:, :1], (encoder.cls_token + encoder.pos_embed[:, :1]).expand(2, -1, -1)
+    )
 
 
 def test_without_masks_the_student_is_a_plain_vit():
     model, x = method().eval(), torch.rand(2, 3, 16, 16)
-    found, expected = model.tokens(x, torch.zeros(2, 16, dtype=torch.bool)), model.student.features(x)
+    found, expected = (
+        model.tokens(x, torch.zeros(2, 16, dtype=torch.bool)),
+        model.student.features(x),
+    )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -309,13 +386,18 @@ def test_local_views_are_not_masked():
     model.student.encoder.patch_embed.register_forward_hook(lambda _, i, o: calls.append(o.shape))
     before = model.student.encoder.forward_features
     plain = []
-    model.student.encoder.forward_features = lambda images: plain.append(images.shape) or before(images)
+    model.student.encoder.forward_features = lambda images: (
+        plain.append(images.shape) or before(images)
+    )
     model(x, progress())
-    assert plain == [(8, 3, 8, 8)]  # the local views, all at once; the global ones go through `tokens`
+    assert plain == [
+        (8, 3, 8, 8)
+    ]  # the local views, all at once; the global ones go through `tokens`
     assert len(calls) == 2
 
 
-# --- heads, teacher, schedules ----------------------------------------------------------------------------------------
+# --- heads, teacher, schedules
+# ----------------------------------------------------------------------------------------
 
 
 def test_a_shared_head_is_one_layer_and_an_unshared_one_two():
@@ -333,8 +415,10 @@ def test_a_shared_head_is_one_layer_and_an_unshared_one_two():
         for logits in (network.head(30 * tokens), network.patch_logits(30 * tokens)):
             assert float(logits.detach().abs().max()) <= 1 + 1e-6
     # the trunk is one in any case
-    torch.testing.assert_close(apart.student.patch_logits(tokens),
-                               apart.student.patch_last_layer(apart.student.head.trunk(tokens)))
+    torch.testing.assert_close(
+        apart.student.patch_logits(tokens),
+        apart.student.patch_last_layer(apart.student.head.trunk(tokens)),
+    )
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -344,7 +428,9 @@ def test_teacher_starts_as_a_copy_and_follows_by_momentum(shared):
     ours, theirs = dict(model.teacher.named_parameters()), dict(model.student.named_parameters())
     assert ours.keys() == theirs.keys()  # the mask token is not among them
     assert not model.mask_token.any() and model.mask_token.shape == (1, 1, 16)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)  # each last layer with its own counterpart
+    assert all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )  # each last layer with its own counterpart
     with torch.no_grad():
         for parameter in theirs.values():
             parameter.add_(torch.randn(parameter.shape))
@@ -364,8 +450,14 @@ def test_the_preset_is_the_published_recipe():
     settings = runs["ibot"].settings
     config, per = configure(ibot.Config, settings.config), 1251
     recipe = Recipe.of(config, settings.train, per)
-    assert (recipe.epochs, recipe.warmup, recipe.lr) == (800, 10 * per, pytest.approx(5e-4 * 1024 / 256))
-    assert config.teacher_temp_warmup * 800 == pytest.approx(30) and recipe.views == pytest.approx(3.84, abs=0.02)
+    assert (recipe.epochs, recipe.warmup, recipe.lr) == (
+        800,
+        10 * per,
+        pytest.approx(5e-4 * 1024 / 256),
+    )
+    assert config.teacher_temp_warmup * 800 == pytest.approx(30) and recipe.views == pytest.approx(
+        3.84, abs=0.02
+    )
     shown = Spec(224, {**MODEL, "patch_size": 16}, (0.5,) * 3, (0.5,) * 3, 2, 1)
     sizes = [(view.size, view.scale) for view in ibot.views(config, shown).values()]
     assert sizes == [(224, (0.25, 1.0))] * 2 + [(96, (0.05, 0.25))] * 10
@@ -377,8 +469,16 @@ def test_the_preset_is_the_published_recipe():
 
 def test_schedules_of_the_published_recipe():
     """800 epochs, of which 30 warm the temperatures up and 10 the rate."""
-    config = ibot.Config(**SMALL, teacher_temp=0.04, teacher_temp_end=0.07, patch_temp_end=0.07, teacher_temp_warmup=30 / 800,
-                         momentum=0.996, warmup=10 / 800, freeze_last_layer=1)
+    config = ibot.Config(
+        **SMALL,
+        teacher_temp=0.04,
+        teacher_temp_end=0.07,
+        patch_temp_end=0.07,
+        teacher_temp_warmup=30 / 800,
+        momentum=0.996,
+        warmup=10 / 800,
+        freeze_last_layer=1,
+    )
     model, per = ibot.Method(config, spec()), 10
     for end in ("teacher_temp_end", "patch_temp_end"):
         found = [model.temperature(epoch / 800, end) for epoch in (0, 15, 30, 400, 799)]
@@ -387,7 +487,11 @@ def test_schedules_of_the_published_recipe():
     decays = [recipe.weight_decay_at(step, config.weight_decay) for step in (0, 4000, 7999)]
     assert decays == pytest.approx([0.04, 0.22, 0.4], abs=1e-6)
     assert recipe.lr_at(0) == 0 and recipe.lr_at(100) == pytest.approx(5e-4 * 4)
-    assert recipe.lr_at(7999) == pytest.approx(1e-6, rel=0.1) and recipe.clip_mode == "tensor" and recipe.clip == 3.0
+    assert (
+        recipe.lr_at(7999) == pytest.approx(1e-6, rel=0.1)
+        and recipe.clip_mode == "tensor"
+        and recipe.clip == 3.0
+    )
     moved = []
     for step in (0, 7999):
         with torch.no_grad():
@@ -402,7 +506,9 @@ def test_schedules_of_the_published_recipe():
 def test_last_layers_rest_in_the_first_epoch_only(shared):
     for epoch, rests in ((0, True), (1, False)):
         model, now = method(shared_head=shared, norm_last=False), progress(step=5 * epoch)
-        optimiser = optim.build(Recipe(1, 4, 5, lr=0.1, weight_decay=0.5), optim.groups(model, 0.5), torch.device("cpu"))
+        optimiser = optim.build(
+            Recipe(1, 4, 5, lr=0.1, weight_decay=0.5), optim.groups(model, 0.5), torch.device("cpu")
+        )
         before = {name: value.clone() for name, value in model.student.named_parameters()}
         model(batch(model), now)["loss"].backward()
         model.before_step(now)
@@ -419,29 +525,54 @@ def test_weight_decay_spares_biases_norms_and_nothing_else():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert (id(parameter) in plain) == (name.endswith(".bias") or parameter.ndim == 1), name
-    assert {id(model.mask_token), id(model.student.encoder.pos_embed), id(model.student.encoder.cls_token)} <= decayed
+    assert {
+        id(model.mask_token),
+        id(model.student.encoder.pos_embed),
+        id(model.student.encoder.cls_token),
+    } <= decayed
 
 
-@pytest.mark.parametrize("name, dim, heads, millions", [("small", 384, 6, 21.67), ("base", 768, 12, 85.80)])
+@pytest.mark.parametrize(
+    "name, dim, heads, millions", [("small", 384, 6, 21.67), ("base", 768, 12, 85.80)]
+)
 def test_sizes_of_the_published_models(name, dim, heads, millions):
-    model = {**MODEL, "name": f"vit_{name}_patch16_224", "patch_size": 16, "embed_dim": dim, "depth": 12, "num_heads": heads,
-             "mlp_ratio": 4.0}
+    model = {
+        **MODEL,
+        "name": f"vit_{name}_patch16_224",
+        "patch_size": 16,
+        "embed_dim": dim,
+        "depth": 12,
+        "num_heads": heads,
+        "mlp_ratio": 4.0,
+    }
     with torch.device("meta"):
         config = ibot.Config(prototypes=8192, hidden=2048, bottleneck=256)
         found = ibot.Method(config, Spec(224, model, (0.5,) * 3, (0.5,) * 3, 2, 1))
-    count = {key: sum(p.numel() for p in part.parameters()) for key, part in
-             (("encoder", found.encoder), ("student", found.student.encoder), ("head", found.student.head))}
-    assert count["encoder"] / 1e6 == pytest.approx(millions, abs=0.006) and count["student"] == count["encoder"]
+    count = {
+        key: sum(p.numel() for p in part.parameters())
+        for key, part in (
+            ("encoder", found.encoder),
+            ("student", found.student.encoder),
+            ("head", found.student.head),
+        )
+    }
+    assert (
+        count["encoder"] / 1e6 == pytest.approx(millions, abs=0.006)
+        and count["student"] == count["encoder"]
+    )
     assert found.mask_token.numel() == dim  # which the encoder does not hold
     assert count["head"] / 1e6 == pytest.approx(7.61 if dim == 384 else 8.40, abs=0.005)
 
 
-# --- centres ----------------------------------------------------------------------------------------------------------
+# --- centres
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_centres_after_one_step_from_zero(parts):
-    """A tenth of the mean of the teacher's raw logits, of all positions whether masked or not, however the batch is cut."""
+    """A tenth of the mean of the teacher's raw logits, of all positions whether masked or not,
+    however the batch is cut.
+    """
     model = method()
     for centre in (model.teacher.centre, model.patch_centre):
         centre.value.zero_()
@@ -451,14 +582,22 @@ def test_centres_after_one_step_from_zero(parts):
         cls = torch.cat([model.teacher.head(s["cls"]) for s in seen]).double()
         patch = torch.cat([model.teacher.patch_logits(s["patch"]) for s in seen]).double()
     for rows in torch.arange(4).chunk(parts):
-        model({name: value[rows] for name, value in x.items()}, Progress(0, 10, 0, 0, rows, now.device))
+        model(
+            {name: value[rows] for name, value in x.items()},
+            Progress(0, 10, 0, 0, rows, now.device),
+        )
     assert not model.patch_centre.value.any()  # used before it is moved
     model.after_step(now)
-    torch.testing.assert_close(model.teacher.centre.value.double(), 0.1 * cls.mean(0), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(model.patch_centre.value.double(), 0.1 * patch.mean((0, 1)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        model.teacher.centre.value.double(), 0.1 * cls.mean(0), atol=1e-6, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        model.patch_centre.value.double(), 0.1 * patch.mean((0, 1)), atol=1e-6, rtol=1e-5
+    )
 
 
-# --- pictures and settings --------------------------------------------------------------------------------------------
+# --- pictures and settings
+# --------------------------------------------------------------------------------------------
 
 
 def test_prototype_sheet_puts_patches_of_one_prototype_in_a_row():
@@ -470,12 +609,14 @@ def test_prototype_sheet_puts_patches_of_one_prototype_in_a_row():
     around = windows(images, 4)
     assert around.shape == (32, 3, 12, 12)
     padded = F.pad(images, (4, 4, 4, 4), mode="replicate")
-    torch.testing.assert_close(around[16 + 6], padded[1, :, 4:16, 8:20])  # patch in row 1, column 2 of the second image
+    torch.testing.assert_close(
+        around[16 + 6], padded[1, :, 4:16, 8:20]
+    )  # patch in row 1, column 2 of the second image
     cell = 12 * 8 + 4  # eight times enlarged, with a gap
 
     def shown(row, column):
         top, left = row * cell, column * cell
-        return torch.from_numpy(sheet[top:top + 96:8, left:left + 96:8]).permute(2, 0, 1)
+        return torch.from_numpy(sheet[top : top + 96 : 8, left : left + 96 : 8]).permute(2, 0, 1)
 
     for place, expected in (((0, 0), 31), ((0, 1), 30), ((1, 0), 20), ((1, 1), 4)):
         assert torch.equal(shown(*place), (around[expected] * 255).round().to(torch.uint8))
@@ -486,17 +627,24 @@ def test_colours_tell_codes_apart():
     codes = torch.tensor([[0, 1, 2, 0]])
     picture = colour_codes(codes, 8)
     assert picture.shape == (1, 3, 8, 8) and torch.equal(picture[0, :, 0, 0], picture[0, :, 7, 7])
-    assert (picture[0, :, 0, 0] - picture[0, :, 0, 7]).abs().max() > 0.2 and picture.min() >= 0 and picture.max() <= 1
+    assert (
+        (picture[0, :, 0, 0] - picture[0, :, 0, 7]).abs().max() > 0.2
+        and picture.min() >= 0
+        and picture.max() <= 1
+    )
 
 
-@pytest.mark.parametrize("change, key", [
-    (dict(prototypes=1), "prototypes"),
-    (dict(mask_ratio=(0.5, 0.1)), "mask_ratio"),
-    (dict(mask_ratio=(0.0, 0.5)), "mask_ratio"),
-    (dict(mask_share=1.5), "mask_share"),
-    (dict(patch_temp_end=0.0), "patch_temp_end"),
-    (dict(patch_weight=-1.0), "patch_weight"),
-])
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        (dict(prototypes=1), "prototypes"),
+        (dict(mask_ratio=(0.5, 0.1)), "mask_ratio"),
+        (dict(mask_ratio=(0.0, 0.5)), "mask_ratio"),
+        (dict(mask_share=1.5), "mask_share"),
+        (dict(patch_temp_end=0.0), "patch_temp_end"),
+        (dict(patch_weight=-1.0), "patch_weight"),
+    ],
+)
 def test_bad_config_names_the_key(change, key):
     with pytest.raises(ValueError, match=f"^{key}: found"):
         ibot.Config(**change)
@@ -510,16 +658,25 @@ def test_a_ratio_that_never_hides_anything_is_refused():
 
 def test_exported_features_are_the_teachers(tmp_path):
     model, x = method(), torch.randn(2, 3, 16, 16)
-    kit.save(model.encoder, tmp_path, model.spec)
-    assert torch.equal(kit.load(tmp_path).eval().forward_features(x), model.teacher.encoder.forward_features(x))
+    encoders.save(model.encoder, tmp_path, model.spec)
+    assert torch.equal(
+        encoders.load(tmp_path).eval().forward_features(x),
+        model.teacher.encoder.forward_features(x),
+    )
 
 
-@pytest.mark.parametrize("weights, silent", [({"patch_weight": 0.0}, "patch"), ({"cls_weight": 0.0}, "class")])
+@pytest.mark.parametrize(
+    "weights, silent", [({"patch_weight": 0.0}, "patch"), ({"cls_weight": 0.0}, "class")]
+)
 def test_what_no_loss_trains_may_stay_silent(monkeypatch, weights, silent):
-    """Ablations without one of the losses: the untrained layer tells nothing, and that is no collapse."""
-    monkeypatch.setattr("stages.kit.collapse.LEAST_STEPS", 2)
+    """Ablations without one of the losses: the untrained layer tells nothing, and that is no
+    collapse.
+    """
+    monkeypatch.setattr("stages.kit.parts.collapse.LEAST_STEPS", 2)
     model = method(shared_head=False, **weights)
-    layers = {"patch": (model.patch_watch, model.watch), "class": (model.watch, model.patch_watch)}[silent]
+    layers = {"patch": (model.patch_watch, model.watch), "class": (model.watch, model.patch_watch)}[
+        silent
+    ]
     untrained, trained = layers
     for step in range(4):
         untrained.count(torch.full((4, 24), 1 / 24))

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_content, write_params
 
-from stages.kit import job as jobs
-from stages.kit.job import JobError, running, write_atomic, write_json
+from stages.kit.job.job import JobError, running, write_atomic, write_json
+from stages.kit.job.job import job as jobs
 from workflow.plan import load
 from workflow.plugins import ROOT
 
@@ -34,12 +34,16 @@ def finish(plan, id: str, **summary) -> None:
         run.summary.update(summary)
 
 
-# ----------------------------------------------------------------------------------------------- whole or not
+# -----------------------------------------------------------------------------------------------
+# whole or not
 
 
 def test_a_finished_job_leaves_a_complete_manifest(plan, capsys):
     with running(plan.jobs["data"], plan) as run:
-        assert run.work == plan.results.parent / "work" / plan.jobs["data"].fingerprint and run.work.is_dir()
+        assert (
+            run.work == plan.results.parent / "work" / plan.jobs["data"].fingerprint
+            and run.work.is_dir()
+        )
         write_atomic(run.out / "train/images", b"123")
         write_json(run.out / "data.json", {"a": (1, 2)})
         (run.work / "checkpoint").write_text("x")
@@ -56,7 +60,10 @@ def test_a_finished_job_leaves_a_complete_manifest(plan, capsys):
         manifest["code"]["stages/data.py"]
         == hashlib.sha256((ROOT / "stages/data.py").read_bytes()).hexdigest()
     )
-    assert manifest["environment"]["python"] == sys.version.split()[0] and manifest["environment"]["torch"]
+    assert (
+        manifest["environment"]["python"] == sys.version.split()[0]
+        and manifest["environment"]["torch"]
+    )
     assert manifest["wall_s"] >= 0 and manifest["peak_memory_mb"] > 10 and manifest["threads"] >= 1
     assert manifest["summary"] == {"images": 48, "share": 0.123456}
     assert set(manifest) >= {"stage", "name", "inputs", "git", "device", "created"}
@@ -82,7 +89,9 @@ def test_an_error_passes_through_and_leaves_no_manifest(plan, error):
         write_atomic(run.out / "half", "x")
         raise error
     assert not plan.jobs["data"].manifest.exists() and not plan.fresh("data")
-    assert (run.work / "checkpoint").read_text() == "step 3", "work in progress stays for the next attempt"
+    assert (run.work / "checkpoint").read_text() == "step 3", (
+        "work in progress stays for the next attempt"
+    )
     with running(plan.jobs["data"], plan) as run:
         assert (run.work / "checkpoint").exists() and not (run.out / "half").exists()
 
@@ -116,7 +125,11 @@ def test_the_processes_of_a_job_share_its_threads(monkeypatch):
     import torch
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: seen.append((number, os.environ["OMP_NUM_THREADS"])))
+    monkeypatch.setattr(
+        torch,
+        "set_num_threads",
+        lambda number: seen.append((number, os.environ["OMP_NUM_THREADS"])),
+    )
     seen = []
     for processes in ("1", "2", "16"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
@@ -128,18 +141,20 @@ def test_commands_are_those_of_the_engines(plan):
     assert jobs.command(plan.jobs["report"]) == "python -m stages.report"
     assert jobs.command(plan.jobs["target/vqkd"]) == "python -m stages.target --name vqkd"
     assert (
-        jobs.command(plan.jobs["transfer/mae-s0/knn"]) == "python -m stages.transfer --run mae-s0 --task knn"
+        jobs.command(plan.jobs["transfer/mae-s0/knn"])
+        == "python -m stages.transfer --run mae-s0 --task knn"
     )
 
 
-# ------------------------------------------------------------------------------------------------- real kills
+# -------------------------------------------------------------------------------------------------
+# real kills
 
 SCRIPT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
 sys.path.insert(0, {root!r})
 from workflow.plan import load
-from stages.kit.job import running, write_atomic
+from stages.kit.job.job import running, write_atomic
 plan = load({params!r}, {results!r})
 with running(plan.jobs["data"], plan) as run:
     write_atomic(run.out / "value", "x")
@@ -189,7 +204,8 @@ def test_the_same_job_twice_at_once_is_refused(plan):
         finish(plan, "target/teacher")
 
 
-# ------------------------------------------------------------------------------------------------ a full disk
+# ------------------------------------------------------------------------------------------------ a
+# full disk
 
 
 def full(*_args, **_kwargs):
@@ -213,7 +229,10 @@ def test_a_full_disk_inside_a_job_is_said_clearly_and_leaves_no_file_half_writte
             (run.out / "half").write_text("ha")
             raise error
         assert list(plan.jobs["data"].output.iterdir()) == []
-    with pytest.raises(RuntimeError, match="something else"), running(plan.jobs["data"], plan) as run:
+    with (
+        pytest.raises(RuntimeError, match="something else"),
+        running(plan.jobs["data"], plan) as run,
+    ):
         (run.out / "health.json").write_text("{}")
         raise RuntimeError("something else")
     assert len(list(plan.jobs["data"].output.iterdir())) == 1
@@ -238,7 +257,13 @@ def test_json_is_always_valid(tmp_path):
 
     write_json(
         tmp_path / "a.json",
-        {"nan": float("nan"), "inf": [float("inf")], "np": np.float32(0.5), "t": (1, 2), 3: Path("x")},
+        {
+            "nan": float("nan"),
+            "inf": [float("inf")],
+            "np": np.float32(0.5),
+            "t": (1, 2),
+            3: Path("x"),
+        },
     )
     assert json.loads((tmp_path / "a.json").read_text()) == {
         "nan": None,
@@ -258,12 +283,13 @@ def test_files_get_the_permissions_of_ordinary_ones(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-# --------------------------------------------------------------------------------------------- around the job
+# ---------------------------------------------------------------------------------------------
+# around the job
 
 
 def test_tracking_never_stops_a_job(tmp_path, monkeypatch, capsys):
     plan = load(write_params(tmp_path, tiny_content(compute__tracking=True)), tmp_path / "results")
-    from stages.kit import track
+    from stages.kit.job.job import track
 
     monkeypatch.setattr(track, "start", lambda run: 1 / 0)
     finish(plan, "data")
@@ -297,7 +323,10 @@ def test_errors_for_the_user_have_no_traceback(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "mask_ratoi" in done.stderr and "Traceback" not in done.stderr
     done = subprocess.run(
-        [sys.executable, "-c", "from stages.kit import job; 1 / 0"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", "from stages.kit import job; 1 / 0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert "Traceback" in done.stderr
 
@@ -311,7 +340,8 @@ def test_only_rank_0_touches_the_output(plan, monkeypatch):
     assert not plan.jobs["data"].output.exists()
 
 
-# ---------------------------------------------------------------------------------------------------- devices
+# ----------------------------------------------------------------------------------------------------
+# devices
 
 
 class Cuda:
@@ -356,11 +386,13 @@ def test_the_cpu_without_cuda(cuda):
 def test_each_job_gets_a_gpu_of_its_own_and_gives_it_back(cuda):
     with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
         assert (
-            str(jobs.choose_device("auto", first)) == "cuda:0" and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+            str(jobs.choose_device("auto", first)) == "cuda:0"
+            and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
         )
         os.environ.pop("CUDA_VISIBLE_DEVICES")  # as in another process
         assert (
-            str(jobs.choose_device("auto", second)) == "cuda:0" and os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+            str(jobs.choose_device("auto", second)) == "cuda:0"
+            and os.environ["CUDA_VISIBLE_DEVICES"] == "1"
         )
         second.close()
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
@@ -393,7 +425,9 @@ def test_named_devices_and_launchers(cuda, monkeypatch):
 
 
 def test_torch_is_imported_only_for_a_device(plan):
-    code = SCRIPT.format(root=str(ROOT), params=str(plan.params_file), results=str(plan.results), seconds=0)
+    code = SCRIPT.format(
+        root=str(ROOT), params=str(plan.params_file), results=str(plan.results), seconds=0
+    )
     code += textwrap.dedent("""
         assert "torch" not in sys.modules
         assert str(run.device) == "cpu"

@@ -129,7 +129,9 @@ def test_uniform_statistics():
     chi = ((counts - n / 256) ** 2 / (n / 256)).sum()
     assert abs(chi - 255) < 5 * math.sqrt(2 * 255)
     low = (
-        (keyed.bits(keyed.key("statistics"), torch.arange(500), 400) & 255).flatten().bincount(minlength=256)
+        (keyed.bits(keyed.key("statistics"), torch.arange(500), 400) & 255)
+        .flatten()
+        .bincount(minlength=256)
     )
     assert abs(((low - n / 256) ** 2 / (n / 256)).sum() - 255) < 5 * math.sqrt(2 * 255)
 
@@ -137,7 +139,13 @@ def test_uniform_statistics():
 def test_no_correlation_between_neighbours():
     u = keyed.uniform(100, torch.arange(400), 400) - 0.5
     limit = 5 / math.sqrt(400 * 400) / 12
-    for other in (u.roll(1, 0), u.roll(1, 1), u.roll((1, 1), (0, 1)), u.t(), u.roll((1, -1), (0, 1))):
+    for other in (
+        u.roll(1, 0),
+        u.roll(1, 1),
+        u.roll((1, 1), (0, 1)),
+        u.t(),
+        u.roll((1, -1), (0, 1)),
+    ):
         assert abs((u * other).mean()) < limit
     for base in (101, 99, 100 + 2**32, -100):
         assert abs((u * (keyed.uniform(base, torch.arange(400), 400) - 0.5)).mean()) < limit
@@ -164,7 +172,9 @@ def test_permutation():
     for n in (0, 1, 2, 1000):
         assert torch.equal(keyed.permutation(n, 1, "order").sort().values, torch.arange(n))
     orders = {
-        tuple(keyed.permutation(20, seed, "order", epoch).tolist()) for seed in range(4) for epoch in range(4)
+        tuple(keyed.permutation(20, seed, "order", epoch).tolist())
+        for seed in range(4)
+        for epoch in range(4)
     }
     assert len(orders) == 16
     first = torch.stack([keyed.permutation(4, i) for i in range(2000)])[:, 0].bincount(minlength=4)
@@ -178,7 +188,9 @@ def test_generator():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_same_bits_on_the_gpu():
-    assert torch.equal(keyed.uniform(9, ROWS, 1000), keyed.uniform(9, ROWS, 1000, device="cuda").cpu())
+    assert torch.equal(
+        keyed.uniform(9, ROWS, 1000), keyed.uniform(9, ROWS, 1000, device="cuda").cpu()
+    )
     assert torch.equal(keyed.uniform(9, ROWS, 1000), keyed.uniform(9, ROWS.cuda(), 1000).cpu())
     a, b = keyed.normal(9, ROWS, 1000), keyed.normal(9, ROWS, 1000, device="cuda").cpu()
     assert (a != b).float().mean() < 1e-4

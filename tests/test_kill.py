@@ -1,5 +1,5 @@
-"""Every stage that trains, killed at many moments, stopped by signals, on a full disk: started again, it ends with the
-bytes of a run that nothing happened to.
+"""Every stage that trains, killed at many moments, stopped by signals, on a full disk: started
+again, it ends with the bytes of a run that nothing happened to.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from conftest import tiny_content, write_params
 from warm import context
 
 WORKERS = (0, 2)  # loader threads, in turn from one start to the next
-TRAIN = {"epochs": 2, "batch_size": 16, "micro_batch": 8, "save_minutes": 1e-9}  # a checkpoint after every step
+TRAIN = {
+    "epochs": 2,
+    "batch_size": 16,
+    "micro_batch": 8,
+    "save_minutes": 1e-9,
+}  # a checkpoint after every step
 TARGETS = {
     "teacher": {"kind": "dino", "prototypes": 32, "hidden": 16, "bottleneck": 8, "n_local": 1, "min_rank": 0.0,
                 "min_information": 0.0},
@@ -35,7 +40,15 @@ JOBS = {
     "transfer/beitv2-s0/finetune": ("stages.transfer", "--run", "beitv2-s0", "--task", "finetune"),
 }
 TRAINED = list(JOBS)[1:]
-CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree"}  # Python's audit events
+CHANGES = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.chmod",
+    "shutil.rmtree",
+}  # Python's audit events
 
 
 def run(folder: Path, job: str, workers: int = 0, moment: tuple = ()) -> int:
@@ -63,7 +76,9 @@ def _job(folder: str, words: tuple, workers: int, moment: tuple) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     module = importlib.import_module(words[0])
-    module.load = functools.partial(module.load, root=Path("code"))  # a job that is edited meanwhile would start anew
+    module.load = functools.partial(
+        module.load, root=Path("code")
+    )  # a job that is edited meanwhile would start anew
     seen = _watch(os.path.realpath(folder), moment)
     if moment[:1] == ("room",):
         resource.setrlimit(resource.RLIMIT_FSIZE, (moment[1], resource.RLIM_INFINITY))
@@ -79,8 +94,9 @@ def _job(folder: str, words: tuple, workers: int, moment: tuple) -> None:
 def _watch(folder: str, moment: tuple) -> dict:
     """Counts what changes files below the folder and acts at one of them.
 
-    moment: ("event", n): SIGKILL at the n-th change; ("at", pattern, n): at the n-th whose path fits; ("torn", pattern, n):
-    as soon as 500 bytes have been written to a file after that; (signal number, pattern, n): that signal then.
+    moment: ("event", n): SIGKILL at the n-th change; ("at", pattern, n): at the n-th whose path
+    fits; ("torn", pattern, n): as soon as 500 bytes have been written to a file after that; (signal
+    number, pattern, n): that signal then.
     """
     kind, *rest = moment or ("", "")
     pattern = re.compile(rest[0] if rest and isinstance(rest[0], str) else ".")
@@ -89,7 +105,9 @@ def _watch(folder: str, moment: tuple) -> dict:
     def hook(event, arguments):
         if event not in CHANGES or not arguments or not isinstance(arguments[0], str | os.PathLike):
             return
-        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        if event == "open" and not (
+            isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
             return
         path = os.path.abspath(arguments[0])
         if not path.startswith(folder):
@@ -116,7 +134,9 @@ def _watch(folder: str, moment: tuple) -> dict:
 def outputs(folder: Path, job: str) -> dict[str, bytes]:
     """Every file of a job but its manifest."""
     base = folder / "results" / job
-    files = [path for path in sorted(base.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    files = [
+        path for path in sorted(base.rglob("*")) if path.is_file() and path.name != "manifest.json"
+    ]
     return {path.relative_to(base).as_posix(): path.read_bytes() for path in files}
 
 
@@ -125,11 +145,17 @@ def straight(tmp_path_factory):
     """Every job without any interruption; events: {job: how often it changed files}."""
     folder = tmp_path_factory.mktemp("kill") / "straight"
     for part in ("stages", "workflow"):
-        shutil.copytree(Path(__file__).parents[1] / part, folder / "code" / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            Path(__file__).parents[1] / part,
+            folder / "code" / part,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
     content = tiny_content(train=TRAIN)
     content["targets"] = TARGETS
     content["tasks"] = {"finetune": {"epochs": 2, "batch_size": 16}}
-    content["grid"]["runs"] = {"beitv2": {"method": "beitv2", "target": "vqkd", "set": {"drop_path": 0.2}}}
+    content["grid"]["runs"] = {
+        "beitv2": {"method": "beitv2", "target": "vqkd", "set": {"drop_path": 0.2}}
+    }
     for workers in WORKERS:
         content["compute"]["workers"] = workers
         write_params(folder, content).rename(folder / f"params{workers}.yaml")
@@ -160,7 +186,11 @@ def test_killed_at_any_moment_and_started_again_ends_with_the_same_bytes(job, st
         ("at", r"os.rename .*checkpoint", 2),  # between the two renames of one
         ("event", draw.randint(1, events // 3)),
         ("after", draw.uniform(0.0, 0.5)),
-        ("torn", r"os.mkdir .*/encoder|open .*/\.(target|predictions)", 1),  # while the result is exported
+        (
+            "torn",
+            r"os.mkdir .*/encoder|open .*/\.(target|predictions)",
+            1,
+        ),  # while the result is exported
         (signal.SIGINT, r"os.mkdir .*/encoder|open .*/\.(target|predictions)", 1),
         ("at", r"results.*manifest\.json", 3),  # all but the last act
         ("event", draw.randint(1, 20)),
@@ -169,17 +199,28 @@ def test_killed_at_any_moment_and_started_again_ends_with_the_same_bytes(job, st
     log = (lab / "log").read_text()
     assert codes[2] == 143 and codes[8] == 130, (codes, log)
     expected = {-signal.SIGKILL, -signal.SIGXFSZ, 143, 130}
-    assert sum(code in expected for code in codes) >= 9 and not set(codes) - expected - {0}, (codes, log)
-    assert codes.count(-signal.SIGXFSZ) == 2 and "continuing at step" in log and "the checkpoint is written" in log
+    assert sum(code in expected for code in codes) >= 9 and not set(codes) - expected - {0}, (
+        codes,
+        log,
+    )
+    assert (
+        codes.count(-signal.SIGXFSZ) == 2
+        and "continuing at step" in log
+        and "the checkpoint is written" in log
+    )
     assert run(lab, job) == 0
     assert outputs(lab, job) == outputs(straight[0], job)
-    assert (lab / "results" / job / "manifest.json").is_file() and not list((lab / "work").glob("*/checkpoint*"))
+    assert (lab / "results" / job / "manifest.json").is_file() and not list(
+        (lab / "work").glob("*/checkpoint*")
+    )
 
 
 @pytest.mark.parametrize("job", TRAINED)
 @pytest.mark.parametrize("room", [100, 3000])
 def test_without_room_the_error_says_so_and_no_file_is_half_written(job, room, straight, lab):
-    """No file can grow beyond some bytes, whoever writes it: as on a full disk, but for each file alone."""
+    """No file can grow beyond some bytes, whoever writes it: as on a full disk, but for each file
+    alone.
+    """
     (lab / "log").unlink()
     assert run(lab, job, 0, ("room", room)) == 1
     log = (lab / "log").read_text()
@@ -213,7 +254,9 @@ def test_a_small_disk_that_is_full(straight, small_disk):
         file.write(bytes(shutil.disk_usage(small_disk).free - 40960))
     assert run(small_disk, job) == 1
     log = (small_disk / "log").read_text()
-    assert "the disk is full (" in log and "No space left on device" in log and "Traceback" not in log, log
+    assert (
+        "the disk is full (" in log and "No space left on device" in log and "Traceback" not in log
+    ), log
     assert outputs(small_disk, job) == {}
     ballast.unlink()
     assert run(small_disk, job) == 0

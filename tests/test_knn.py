@@ -79,11 +79,15 @@ def test_order_chunks_and_blocks_change_nothing():
 def test_unit_is_centred_and_of_length_one():
     values = torch.tensor([[3.0, 4.0], [6.0, 9.0]])
     torch.testing.assert_close(unit(values, torch.zeros(()), "cpu")[0], torch.tensor([0.6, 0.8]))
-    torch.testing.assert_close(unit(values, torch.tensor([3.0, 5.0]), "cpu")[1], torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(
+        unit(values, torch.tensor([3.0, 5.0]), "cpu")[1], torch.tensor([0.6, 0.8])
+    )
 
 
 def test_score_by_hand():
-    scores = torch.tensor([[9.0, 1, 0, 0, 0, 0], [9, 1, 0, 0, 0, -1], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]])
+    scores = torch.tensor(
+        [[9.0, 1, 0, 0, 0, 0], [9, 1, 0, 0, 0, -1], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]]
+    )
     result = score(scores, torch.tensor([0, 0, 5, 1]))
     assert result["top1"] == 3 / 4 and result["top5"] == 3 / 4  # the third's label is in last place
     assert result["per_class_mean"] == pytest.approx((1 + 0 + 1) / 3)

@@ -1,4 +1,6 @@
-"""Several jobs on one machine's GPUs, and several processes on one job. The GPUs are pretended, the locks are real."""
+"""Several jobs on one machine's GPUs, and several processes on one job. The GPUs are pretended, the
+locks are real.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from pathlib import Path
 import pytest
 from conftest import tiny_content, write_params
 
-from stages.kit import device, launch, loop
-from stages.kit.files import JobError
+from stages.kit.job.files import JobError
+from stages.kit.job.job import device, launch
+from stages.kit.train import loop
 from workflow import ledger
 from workflow.plan import load
 
@@ -34,8 +37,13 @@ def bare(monkeypatch, tmp_path):
 def start(folder: Path, code: str, **environment) -> subprocess.Popen:
     """A process with the locks of this test."""
     head = f"import sys, time, contextlib; sys.path.insert(0, {str(ROOT)!r})\nfrom stages.kit import device\n"
-    return subprocess.Popen([sys.executable, "-c", head + code], stdout=subprocess.PIPE, text=True, cwd=folder,
-                            env=os.environ | {"TMPDIR": str(folder)} | environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", head + code],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"TMPDIR": str(folder)} | environment,
+    )
 
 
 def wait_for(condition) -> None:
@@ -53,11 +61,15 @@ def free(name: str) -> bool:
     return file is not None
 
 
-# ------------------------------------------------------------------------------------------------------ locks
+# ------------------------------------------------------------------------------------------------------
+# locks
 
 
 def test_the_gpu_of_a_killed_job_is_free_at_once(tmp_path):
-    job = start(tmp_path, 'h = contextlib.ExitStack(); print(*device.hold(["0"], 1, h), flush=True); time.sleep(100)')
+    job = start(
+        tmp_path,
+        'h = contextlib.ExitStack(); print(*device.hold(["0"], 1, h), flush=True); time.sleep(100)',
+    )
     assert job.stdout.readline() == "0\n" and not free("0")
     os.kill(job.pid, signal.SIGKILL)
     job.communicate()
@@ -98,13 +110,18 @@ def test_a_job_of_two_gpus_waits_for_both_and_takes_none_meanwhile(monkeypatch, 
         monkeypatch.setattr(device.time, "sleep", meanwhile)
         assert device.hold(["0", "1"], 2, second) == ["0", "1"]
         assert not free("0") and not free("1")
-    assert capsys.readouterr().err == "waiting for 2 GPUs: too many of 0, 1 are in use by other jobs\n"
+    assert (
+        capsys.readouterr().err == "waiting for 2 GPUs: too many of 0, 1 are in use by other jobs\n"
+    )
     assert free("0") and free("1")
 
 
 def test_another_users_lock_is_respected(tmp_path, monkeypatch):
     """Their file can be read, not written."""
-    job = start(tmp_path, 'h = contextlib.ExitStack(); print(*device.hold(["0"], 1, h), flush=True); time.sleep(100)')
+    job = start(
+        tmp_path,
+        'h = contextlib.ExitStack(); print(*device.hold(["0"], 1, h), flush=True); time.sleep(100)',
+    )
     job.stdout.readline()
 
     def theirs(path, mode="r"):
@@ -137,7 +154,11 @@ def test_locks_are_for_every_user_whatever_the_umask(tmp_path, private):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_second_user_waits_for_a_gpu_and_then_has_it(private, monkeypatch):
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder, contextlib.ExitStack() as held, contextlib.ExitStack() as theirs:
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as folder,
+        contextlib.ExitStack() as held,
+        contextlib.ExitStack() as theirs,
+    ):
         os.chmod(folder, 0o1777)
         monkeypatch.setattr(tempfile, "gettempdir", lambda: folder)
         device.hold(["0"], 1, held)
@@ -153,7 +174,9 @@ def test_a_second_user_waits_for_a_gpu_and_then_has_it(private, monkeypatch):
 
 @pytest.mark.parametrize("started", [False, True])
 def test_a_job_is_on_the_gpu_that_it_has_locked(started, monkeypatch):
-    """Also where torch counts devices by starting CUDA, which has then read CUDA_VISIBLE_DEVICES: no NVML, or MIG."""
+    """Also where torch counts devices by starting CUDA, which has then read CUDA_VISIBLE_DEVICES:
+    no NVML, or MIG.
+    """
     import torch
 
     def count() -> int:
@@ -183,17 +206,26 @@ def test_each_slurm_job_counts_its_own_gpus(monkeypatch):
 
 def test_gpus_for_snakemake(monkeypatch):
     monkeypatch.setattr(ledger.Path, "glob", lambda self, _: [1, 2, 3, 4])
-    assert ledger.gpus_here() == 4 and [ledger.gpus(d) for d in ("auto", "cuda", "cpu")] == [1, 1, 0]
+    assert ledger.gpus_here() == 4 and [ledger.gpus(d) for d in ("auto", "cuda", "cpu")] == [
+        1,
+        1,
+        0,
+    ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
     assert ledger.gpus_here() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert ledger.gpus_here() == 0 and [ledger.gpus(d) for d in ("auto", "cuda", "cuda:1")] == [0, 1, 1]
+    assert ledger.gpus_here() == 0 and [ledger.gpus(d) for d in ("auto", "cuda", "cuda:1")] == [
+        0,
+        1,
+        1,
+    ]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert ledger.gpus_here() == 0, "Slurm gave this job none, whatever the node has"
 
 
-# -------------------------------------------------------------------------------------------------- processes
+# --------------------------------------------------------------------------------------------------
+# processes
 
 
 class Replaced(Exception):
@@ -215,7 +247,9 @@ def become(monkeypatch):
 
 
 def plan_of(folder: Path, **compute):
-    return load(write_params(folder, tiny_content(compute={"processes": 2, **compute})), folder / "results")
+    return load(
+        write_params(folder, tiny_content(compute={"processes": 2, **compute})), folder / "results"
+    )
 
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 -m --"
@@ -231,8 +265,14 @@ def test_a_job_becomes_torchrun_with_its_share_of_threads(tmp_path, become):
 def test_what_several_processes_cannot_share_stays_with_one(tmp_path, become, monkeypatch):
     plan = plan_of(tmp_path)
     several = {id for id in plan.jobs if plan.processes(id) == 2}
-    assert several == {"target/teacher", "target/vqkd", "pretrain/mae-s0", "pretrain/beitv2-s0", "pretrain/supervised-s0",
-                       *(f"transfer/{run}-s0/finetune" for run in ("mae", "beitv2", "random", "supervised"))}
+    assert several == {
+        "target/teacher",
+        "target/vqkd",
+        "pretrain/mae-s0",
+        "pretrain/beitv2-s0",
+        "pretrain/supervised-s0",
+        *(f"transfer/{run}-s0/finetune" for run in ("mae", "beitv2", "random", "supervised")),
+    }
     launch.spread(plan, plan.jobs["pretrain/random-s0"], [])
     monkeypatch.setattr(launch, "_die_with_parent", lambda: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -258,8 +298,10 @@ def test_gpus_are_locked_together_and_stay_locked_in_torchrun(tmp_path, become, 
             launch.spread(plan, plan.jobs["pretrain/mae-s0"], [])
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,6" and inheritable == [True, True]
     monkeypatch.undo()
-    code = ('import os\nheld = contextlib.ExitStack(); device.take_gpus(1, 1, held)\nos.execv(sys.executable, '
-            '[sys.executable, "-c", "import time; print(1, flush=True); time.sleep(100)"])')
+    code = (
+        "import os\nheld = contextlib.ExitStack(); device.take_gpus(1, 1, held)\nos.execv(sys.executable, "
+        '[sys.executable, "-c", "import time; print(1, flush=True); time.sleep(100)"])'
+    )
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     job = start(tmp_path, code)
     job.stdout.readline()
@@ -274,13 +316,20 @@ def test_too_few_gpus_and_one_named_gpu_are_refused(tmp_path, become, monkeypatc
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     plan = plan_of(tmp_path, device="cuda")
-    with pytest.raises(JobError, match="compute.processes: 2 processes need a CUDA device each, but torch sees 1"):
+    with pytest.raises(
+        JobError, match="compute.processes: 2 processes need a CUDA device each, but torch sees 1"
+    ):
         launch.spread(plan, plan.jobs["pretrain/mae-s0"], [])
     plan = plan_of(tmp_path, device="cuda:0")
     with pytest.raises(JobError, match="compute.processes: 2 processes cannot share cuda:0"):
         launch.spread(plan, plan.jobs["pretrain/mae-s0"], [])
-    monkeypatch.setenv("LOCAL_RANK", "1")  # torchrun by hand, with one more process than there are devices
-    with contextlib.ExitStack() as held, pytest.raises(JobError, match="need a CUDA device each, but torch sees 1"):
+    monkeypatch.setenv(
+        "LOCAL_RANK", "1"
+    )  # torchrun by hand, with one more process than there are devices
+    with (
+        contextlib.ExitStack() as held,
+        pytest.raises(JobError, match="need a CUDA device each, but torch sees 1"),
+    ):
         device.choose_device("cuda", held)
 
 
@@ -298,9 +347,11 @@ def test_sigterm_from_slurm_and_from_torchrun_is_one_sigterm():
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process that its parent died"
+)
 def test_a_killed_torchrun_leaves_no_process_behind(tmp_path):
-    worker = "from stages.kit.launch import spread\nspread(None, None)\nprint(1, flush=True); time.sleep(9); print('alive')"
+    worker = "from stages.kit.job.launch import spread\nspread(None, None)\nprint(1, flush=True); time.sleep(9); print('alive')"
     parent = "import subprocess, os\nsubprocess.Popen([sys.executable, '-c', {!r}], start_new_session=True)\ntime.sleep(100)"
     head = f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
     job = start(tmp_path, parent.format(head + worker), LOCAL_RANK="0")
@@ -310,7 +361,10 @@ def test_a_killed_torchrun_leaves_no_process_behind(tmp_path):
     job.wait()
 
 
-@pytest.mark.skipif(not (Path(sys.executable).parent / "snakemake").exists(), reason="needs snakemake beside this Python")
+@pytest.mark.skipif(
+    not (Path(sys.executable).parent / "snakemake").exists(),
+    reason="needs snakemake beside this Python",
+)
 def test_snakemake_runs_a_job_of_two_processes(tmp_path):
     """The real Snakefile and stages: two processes, and the losses of one."""
     losses = {}
@@ -318,10 +372,22 @@ def test_snakemake_runs_a_job_of_two_processes(tmp_path):
         plan = plan_of(tmp_path / str(processes), processes=processes)
         config = [f"params={plan.params_file}", f"results={plan.results}", "dvc=false"]
         job = plan.jobs["pretrain/mae-s0"]
-        command = ["-m", "snakemake", "--cores", "2", "--nolock", "--config", *config, "--", str(job.manifest)]
+        command = [
+            "-m",
+            "snakemake",
+            "--cores",
+            "2",
+            "--nolock",
+            "--config",
+            *config,
+            "--",
+            str(job.manifest),
+        ]
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
         log = plan.results.parent / "logs/pretrain/mae-s0.log"
-        assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+        assert done.returncode == 0, (
+            done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+        )
         rows = (job.output / "history.jsonl").read_text().splitlines()
         losses[processes] = [json.loads(row)["loss"] for row in rows]
         assert job.manifest.is_file() and not plan.missing(job.id)

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from stages.kit import keyed
-from stages.kit.lars import LARS, adapted
+from stages.kit.train.lars import LARS, adapted
 from stages.tasks.linear import EPS, Config, Head, keep, scores, statistics, train
 
 
@@ -37,7 +37,10 @@ def test_lars_equals_its_closed_form():
     )
     optimiser = LARS([matrix, vector], lr=0.1, momentum=0.9, weight_decay=0.01, trust=0.001)
     p, q, m, v = matrix.detach().double(), vector.detach().double(), 0.0, 0.0
-    for gradients in ([[0.1, 0.2], [0.3, 0.4]], [1.0, 2.0]), ([[-1.0, 0.0], [0.5, 0.2]], [0.0, -3.0]):
+    for gradients in (
+        ([[0.1, 0.2], [0.3, 0.4]], [1.0, 2.0]),
+        ([[-1.0, 0.0], [0.5, 0.2]], [0.0, -3.0]),
+    ):
         g, b = torch.tensor(gradients[0]).double(), torch.tensor(gradients[1]).double()
         matrix.grad, vector.grad = g.float(), b.float()
         optimiser.step()
@@ -62,8 +65,9 @@ def test_lars_keeps_the_gradient_where_a_norm_is_zero():
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 @pytest.mark.parametrize("norm", ["batchnorm", "none"])
 def test_a_head_of_many_is_torchs_own_training(optimizer, norm):
-    """The batched hand-written gradient against autograd, nn.BatchNorm1d, torch's SGD and a cosine written
-    out."""
+    """The batched hand-written gradient against autograd, nn.BatchNorm1d, torch's SGD and a cosine
+    written out.
+    """
     x, labels = problem(256)
     config = Config(epochs=3, batch_size=64, optimizer=optimizer, warmup=0.25)
     heads = [Head("cls", norm, lr) for lr in (0.01, 0.1, 1.0)] + [Head("patch", norm, 0.1)]
@@ -79,7 +83,9 @@ def test_a_head_of_many_is_torchs_own_training(optimizer, norm):
         == 12 * 4 + 4
         == stacks[0].weight[1].numel() + stacks[0].bias[1].numel()
     )
-    optimiser = (LARS if optimizer == "lars" else torch.optim.SGD)(model.parameters(), lr=0.1, momentum=0.9)
+    optimiser = (LARS if optimizer == "lars" else torch.optim.SGD)(
+        model.parameters(), lr=0.1, momentum=0.9
+    )
     step = 0
     for epoch in range(3):
         for rows in keyed.permutation(256, 5, "order", epoch).split(64):
@@ -115,16 +121,20 @@ def test_batchnorm_head_is_invariant_to_channel_scales_and_the_plain_one_is_not(
     config = Config(epochs=4, batch_size=64)
     for norm, same in (("batchnorm", True), ("none", False)):
         head = Head("cls", norm, 0.1)
-        plain = scores(train({"cls": x[None]}, labels, [head], 4, config, 1), {"cls": x}, torch.arange(256))[
-            head
-        ]
+        plain = scores(
+            train({"cls": x[None]}, labels, [head], 4, config, 1), {"cls": x}, torch.arange(256)
+        )[head]
         scaled = train({"cls": x[None] * scale}, labels, [head], 4, config, 1)
         scaled = scores(scaled, {"cls": x * scale}, torch.arange(256))[head]
         assert torch.allclose(plain, scaled, rtol=1e-2, atol=1e-2) == same
 
 
 def test_statistics_are_exact_far_from_zero():
-    x = torch.randn(2, 500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-2 + 100
+    x = (
+        torch.randn(2, 500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        * 1e-2
+        + 100
+    )
     mean, var = statistics(x.float(), chunk=77)
     x = x.float().double().flatten(0, 1)
     torch.testing.assert_close(mean, x.mean(0).float())
@@ -152,11 +162,16 @@ def test_small_batches_normalise_by_the_whole_training_set():
     x, labels = problem(40)
     head = Head("cls", "batchnorm", 0.3)
     stacks = train({"cls": x[None]}, labels, [head], 4, Config(epochs=1, batch_size=8), 0)
-    rows = torch.arange(5)  # below 64: an image's score does not depend on its company in training either
+    rows = torch.arange(
+        5
+    )  # below 64: an image's score does not depend on its company in training either
     torch.testing.assert_close(stacks[0].whiten(x)[rows], stacks[0].whiten(x[rows]))
     assert (
         accuracy(
-            train({"cls": x[None]}, labels, [head], 4, Config(epochs=60, batch_size=8), 0), head, x, labels
+            train({"cls": x[None]}, labels, [head], 4, Config(epochs=60, batch_size=8), 0),
+            head,
+            x,
+            labels,
         )
         > 0.9
     )
@@ -164,7 +179,12 @@ def test_small_batches_normalise_by_the_whole_training_set():
 
 def test_keep_takes_the_right_heads():
     x, labels = problem(128)
-    heads = [Head(f, n, lr) for f in ("cls", "patch") for n in ("batchnorm", "none") for lr in (0.01, 0.1)]
+    heads = [
+        Head(f, n, lr)
+        for f in ("cls", "patch")
+        for n in ("batchnorm", "none")
+        for lr in (0.01, 0.1)
+    ]
     tables = {"cls": x[None], "patch": x[None]}
     stacks = train(tables, labels, heads, 4, Config(epochs=1, batch_size=64), 0)
     everything = scores(stacks, {"cls": x, "patch": x}, torch.arange(20))
@@ -175,7 +195,15 @@ def test_keep_takes_the_right_heads():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"lrs": ()}, {"lrs": (0.0,)}, {"epochs": 0}, {"passes": 0}, {"warmup": 1.0}, {"crop_min": 0.0}]
+    "bad",
+    [
+        {"lrs": ()},
+        {"lrs": (0.0,)},
+        {"epochs": 0},
+        {"passes": 0},
+        {"warmup": 1.0},
+        {"crop_min": 0.0},
+    ],
 )
 def test_bad_settings_name_their_key(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -1,4 +1,6 @@
-"""Batches are a pure function of seed and step: not of threads, ranks, micro batches or what came before."""
+"""Batches are a pure function of seed and step: not of threads, ranks, micro batches or what came
+before.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.kit import keyed, loader
-from stages.kit.loader import Batches, evaluation, prefetch
-from stages.kit.views import View, apply
+from stages.kit import keyed
+from stages.kit.data import loader
+from stages.kit.data.loader import Batches, evaluation, prefetch
+from stages.kit.data.views import View, apply
 
 VIEWS = {
     "view": View(8, (0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1)),
@@ -22,7 +25,9 @@ VIEWS = {
 
 
 class FakeSplit:
-    """What the loader needs of a store.Split: 10-pixel images, in memory or decoded one by one (shards)."""
+    """What the loader needs of a store.Split: 10-pixel images, in memory or decoded one by one
+    (shards).
+    """
 
     def __init__(self, count: int = 22, shards: bool = False, labelled: bool = True) -> None:
         random = np.random.default_rng(0)
@@ -73,7 +78,9 @@ def test_a_batch_is_what_the_contract_says():
         and batch["label"].dtype == torch.int64
     )
     for name, view in VIEWS.items():
-        expected = apply(view, torch.from_numpy(split.pixels[index.numpy()]), keyed.key(3, 1, name), index)
+        expected = apply(
+            view, torch.from_numpy(split.pixels[index.numpy()]), keyed.key(3, 1, name), index
+        )
         assert torch.equal(batch[name], expected) and expected.shape == (6, 3, view.size, view.size)
 
 
@@ -141,7 +148,8 @@ def test_ranks_and_micro_batches_only_cut_the_global_batch(world, micro):
 def test_a_stream_can_start_anywhere():
     batches = Batches(FakeSplit(), VIEWS, 6, 5, workers=2)
     assert all(
-        same(a[0], b[0]) for a, b in zip(list(batches.stream(0, 7))[4:], batches.stream(4, 7), strict=True)
+        same(a[0], b[0])
+        for a, b in zip(list(batches.stream(0, 7))[4:], batches.stream(4, 7), strict=True)
     )
     assert list(batches.stream(3, 3)) == []
 
@@ -161,10 +169,12 @@ def test_drop_last():
     batches = Batches(split, {}, 6, 0, micro=2, drop_last=False, workers=2)
     assert batches.steps_per_epoch == 4
     steps = list(batches.stream(0, 8))
-    assert [[len(part["index"]) for part in parts] for parts in steps] == ([[2, 2, 2]] * 3 + [[2, 2]]) * 2
-    assert sorted(torch.cat([part["index"] for parts in steps[:4] for part in parts]).tolist()) == list(
-        range(22)
-    )
+    assert [[len(part["index"]) for part in parts] for parts in steps] == (
+        [[2, 2, 2]] * 3 + [[2, 2]]
+    ) * 2
+    assert sorted(
+        torch.cat([part["index"] for parts in steps[:4] for part in parts]).tolist()
+    ) == list(range(22))
     assert Batches(FakeSplit(5), {}, 6, 0, drop_last=False).steps_per_epoch == 1
 
 
@@ -174,14 +184,16 @@ def test_evaluation_reads_everything_once_in_order():
         batches = list(evaluation(split, 10, 4, workers))
         assert [len(index) for *_, index in batches] == [4, 4, 3]
         images, labels, index = (torch.cat(part) for part in zip(*batches, strict=True))
-        assert torch.equal(index, torch.arange(11)) and torch.equal(labels, torch.from_numpy(split.labels))
+        assert torch.equal(index, torch.arange(11)) and torch.equal(
+            labels, torch.from_numpy(split.labels)
+        )
         assert torch.equal(images, torch.from_numpy(split.pixels).permute(0, 3, 1, 2).float() / 255)
         assert images.is_contiguous()
 
 
 @pytest.mark.parametrize("memmap", [True, False])
 def test_with_a_split_as_it_is_stored(tmp_path, memmap):
-    store = pytest.importorskip("stages.kit.store")
+    store = pytest.importorskip("stages.kit.data.store")
     pixels = FakeSplit(9).pixels
     writer = store.SplitWriter(tmp_path, "train", 10, ["a", "b"], memmap=memmap)
     for i, image in enumerate(pixels):
@@ -197,7 +209,9 @@ def test_with_a_split_as_it_is_stored(tmp_path, memmap):
     for step, parts in enumerate(Batches(split, VIEWS, 4, 5, labels=True, workers=2).stream(0, 4)):
         assert same(parts[0], expected.batch(step))
     found = [torch.cat(part) for part in zip(*evaluation(split, 10, 4), strict=True)]
-    assert torch.equal((found[0] * 255).round().to(torch.uint8), torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert torch.equal(
+        (found[0] * 255).round().to(torch.uint8), torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    )
     assert found[1].tolist() == fake.labels.tolist() and found[2].tolist() == list(range(9))
 
 
@@ -205,7 +219,9 @@ def test_with_a_split_as_it_is_stored(tmp_path, memmap):
 
 
 def test_too_few_images_say_so():
-    with pytest.raises(ValueError, match=r"train.batch_size: 64 is more than the 22 images.*at most 22"):
+    with pytest.raises(
+        ValueError, match=r"train.batch_size: 64 is more than the 22 images.*at most 22"
+    ):
         _ = Batches(FakeSplit(22), {}, 64, 0, micro=8).steps_per_epoch
     with pytest.raises(ValueError, match="no optimiser step would ever be taken"):
         next(Batches(FakeSplit(22), {}, 64, 0, micro=8).stream(0, 1))
@@ -307,7 +323,9 @@ def test_the_caller_s_own_threads_are_not_reduced():
 def test_the_order_is_computed_once_per_epoch(monkeypatch):
     loader._order.cache_clear()
     calls = []
-    monkeypatch.setattr(keyed, "permutation", lambda n, *parts: calls.append(parts) or torch.arange(n))
+    monkeypatch.setattr(
+        keyed, "permutation", lambda n, *parts: calls.append(parts) or torch.arange(n)
+    )
     list(Batches(FakeSplit(), {}, 6, 77, workers=0).stream(0, 6))
     loader._order.cache_clear()
     assert calls == [(77, "order", 0), (77, "order", 1)]
@@ -316,4 +334,6 @@ def test_the_order_is_computed_once_per_epoch(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_pinned_memory():
     assert all(t.is_pinned() for t in Batches(FakeSplit(), VIEWS, 6, 0).batch(0).values())
-    assert not any(t.is_pinned() for t in Batches(FakeSplit(), VIEWS, 6, 0, pin=False).batch(0).values())
+    assert not any(
+        t.is_pinned() for t in Batches(FakeSplit(), VIEWS, 6, 0, pin=False).batch(0).values()
+    )

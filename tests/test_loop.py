@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from stages.kit import checkpoint as checkpoints
-from stages.kit import ema, keyed, loop
-from stages.kit.checkpoint import Checkpoint
-from stages.kit.loop import NonFiniteError, Progress, Recipe, fit
+from stages.kit import keyed
+from stages.kit.nets import ema
+from stages.kit.train import checkpoint as checkpoints
+from stages.kit.train import loop
+from stages.kit.train.checkpoint import Checkpoint
+from stages.kit.train.loop import NonFiniteError, Progress, Recipe, fit
 
 ROOT = Path(__file__).parents[1]
 IMAGES, BATCH = 24, 8
@@ -43,8 +45,8 @@ class ToyBatches:
 
 
 class Toy(nn.Module):
-    """Two layers with dropout, keyed noise, a momentum copy and a buffer: everything that a resume could
-    lose.
+    """Two layers with dropout, keyed noise, a momentum copy and a buffer: everything that a resume
+    could lose.
     """
 
     def __init__(self, dropout=0.5, act=None):
@@ -98,7 +100,9 @@ def recipe(epochs=4, **changes) -> Recipe:
         "precision": "fp32",
         "save_minutes": 1e9,
     }
-    return Recipe(epochs=epochs, batch_size=BATCH, steps_per_epoch=IMAGES // BATCH, **{**values, **changes})
+    return Recipe(
+        epochs=epochs, batch_size=BATCH, steps_per_epoch=IMAGES // BATCH, **{**values, **changes}
+    )
 
 
 def state_bytes(module: nn.Module) -> dict:
@@ -116,10 +120,14 @@ def test_fit_takes_the_steps_that_a_plain_loop_takes(tmp_path):
     plain, batches = Toy().train(), ToyBatches()
     decayed = [p for p in plain.body.parameters() if p.ndim > 1]
     others = [p for p in plain.body.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others}], betas=r.betas, foreach=False)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others}], betas=r.betas, foreach=False
+    )
     losses = []
     for step in range(r.steps):
-        for group, decay in zip(optimizer.param_groups, (r.weight_decay_at(step, 0.1), 0.0), strict=True):
+        for group, decay in zip(
+            optimizer.param_groups, (r.weight_decay_at(step, 0.1), 0.0), strict=True
+        ):
             group["lr"], group["weight_decay"] = r.lr_at(step), decay
         torch.manual_seed(keyed.key(5, "dropout", step, 0))
         batch = batches.batch(step)
@@ -136,7 +144,9 @@ def test_fit_takes_the_steps_that_a_plain_loop_takes(tmp_path):
     rows = rows_of(run)
     assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["epoch"] == 4
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
-    assert [row["lr"] for row in rows] == [r.lr_at(step) for step in range(12)] and rows[0]["lr"] == 0
+    assert [row["lr"] for row in rows] == [r.lr_at(step) for step in range(12)] and rows[0][
+        "lr"
+    ] == 0
     assert all(row["fixed"] == 2 and row["half"] == pytest.approx(row["loss"] / 2) for row in rows)
     assert set(rows[0]) == {"step", "epoch", "lr", "loss", "half", "fixed", "grad_norm"}
     assert run.summary["images_seen"] == 12 * BATCH and run.summary["effective_epochs"] == 4
@@ -228,7 +238,9 @@ def test_several_trainings_of_one_stage_keep_apart(tmp_path):
     other = Toy()
     fit(other, ToyBatches(), recipe(), run, seed=5, name="lr-2")
     assert other.seen[0][0] == 0 and set(run.summary) == {"lr-1", "lr-2"}
-    assert (run.out / "lr-1-history.jsonl").read_bytes() == (run.out / "lr-2-history.jsonl").read_bytes()
+    assert (run.out / "lr-1-history.jsonl").read_bytes() == (
+        run.out / "lr-2-history.jsonl"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "text"])
@@ -256,7 +268,9 @@ def test_checkpoint_never_runs_code_and_survives_a_kill_between_its_renames(tmp_
     folder = Checkpoint(tmp_path)
     folder.save({"step": 1})
     folder.save({"step": 2})
-    os.replace(folder.path, tmp_path / "gone")  # killed after the old one moved away, before the new one came
+    os.replace(
+        folder.path, tmp_path / "gone"
+    )  # killed after the old one moved away, before the new one came
     (tmp_path / "checkpoint.77.tmp").write_bytes(b"half")
     assert folder.load() == {"step": 1}
     assert not list(tmp_path.glob("*.tmp"))
@@ -277,7 +291,9 @@ def test_crc_sees_every_part():
             {**base, "d": 0},
         )
     }
-    assert len(seen) == 5 and checkpoints.crc(base) == checkpoints.crc({**base, "a": torch.arange(3)})
+    assert len(seen) == 5 and checkpoints.crc(base) == checkpoints.crc(
+        {**base, "a": torch.arange(3)}
+    )
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(tmp_path, monkeypatch, capsys):
@@ -296,7 +312,9 @@ def test_nan_in_the_data_names_step_and_term_and_dumps_the_batch(tmp_path):
     with pytest.raises(NonFiniteError) as error:
         fit(Toy(), ToyBatches(micro=2, poison=7), recipe(save_minutes=0), run, seed=5)
     message = str(error.value)
-    assert "step 7 of 12" in message and "half, grad_norm, loss" not in message and "half" in message
+    assert (
+        "step 7 of 12" in message and "half, grad_norm, loss" not in message and "half" in message
+    )
     assert "non-finite numbers in view" in message and "nan-batch.pt" in message
     dump = torch.load(run.work / "nan-batch.pt", weights_only=True)
     assert dump["step"] == 7 and dump["micro"] == 0 and dump["batch"]["view"].isnan().sum() == 1
@@ -316,7 +334,9 @@ def test_nan_gradient_of_a_finite_loss_is_found_too(tmp_path):
                 )  # 0, with an infinite slope
             return found
 
-    with pytest.raises(NonFiniteError, match="grad_norm became NaN or infinite at step 4.*\n.*\n.*lower lr"):
+    with pytest.raises(
+        NonFiniteError, match="grad_norm became NaN or infinite at step 4.*\n.*\n.*lower lr"
+    ):
         fit(Root(), ToyBatches(), recipe(), make_run(tmp_path), seed=5)
 
 
@@ -348,7 +368,11 @@ def test_before_step_sees_gradients_and_param_groups_are_used(tmp_path):
     class Hooked(Toy):
         def param_groups(self, weight_decay):
             return [
-                {"params": self.body[0].parameters(), "weight_decay": weight_decay, "lr_scale": 0.0},
+                {
+                    "params": self.body[0].parameters(),
+                    "weight_decay": weight_decay,
+                    "lr_scale": 0.0,
+                },
                 {"params": self.body[3].parameters(), "weight_decay": 0.0, "lr_scale": 1.0},
             ]
 
@@ -391,7 +415,7 @@ sys.path.insert(0, {root!r})
 sys.path.insert(0, {tests!r})
 from test_loop import BATCH, Toy, ToyBatches, make_run, recipe
 from stages.kit import dist
-from stages.kit.loop import fit
+from stages.kit.train.loop import fit
 torch.set_num_threads(1)
 
 class Half(ToyBatches):
@@ -415,7 +439,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     fit(alone, ToyBatches(), recipe(), run, seed=5)
     script = tmp_path / "two.py"
     two = tmp_path / "two"
-    script.write_text(DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(two)))
+    script.write_text(
+        DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(two))
+    )
     command = [
         sys.executable,
         "-m",
@@ -426,7 +452,11 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         str(script),
     ]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     states = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -434,10 +464,13 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         torch.testing.assert_close(states[0][name], value, msg=name)
         assert torch.equal(states[0][name], states[1][name])
     ours = [json.loads(line) for line in (two / "out" / "history.jsonl").read_text().splitlines()]
-    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in rows_of(run)], rel=1e-4)
+    assert [row["loss"] for row in ours] == pytest.approx(
+        [row["loss"] for row in rows_of(run)], rel=1e-4
+    )
 
 
-# --- batches that give NaN --------------------------------------------------------------------------------------------
+# --- batches that give NaN
+# --------------------------------------------------------------------------------------------
 
 
 class Brittle(Toy):
@@ -455,7 +488,9 @@ class Brittle(Toy):
 
 
 def test_the_dump_reproduces_the_error_with_the_weights_of_the_last_checkpoint(tmp_path):
-    """Resumed steps are the same steps, so that the weights at the bad step can be had again, and with them the error."""
+    """Resumed steps are the same steps, so that the weights at the bad step can be had again, and
+    with them the error.
+    """
     run, bad = make_run(tmp_path), (8,)
     with pytest.raises(NonFiniteError) as first:
         fit(Brittle(bad), ToyBatches(micro=4), recipe(save_minutes=0), run, seed=5)
@@ -463,21 +498,31 @@ def test_the_dump_reproduces_the_error_with_the_weights_of_the_last_checkpoint(t
     dump = (run.work / "nan-batch.pt").read_bytes()
     with pytest.raises(NonFiniteError) as second:
         fit(Brittle(bad), ToyBatches(micro=4), recipe(save_minutes=0), run, seed=5)
-    assert str(second.value) == str(first.value) and (run.work / "nan-batch.pt").read_bytes() == dump
+    assert (
+        str(second.value) == str(first.value) and (run.work / "nan-batch.pt").read_bytes() == dump
+    )
     found = torch.load(run.work / "nan-batch.pt", weights_only=True)
-    assert (found["step"], found["micro"], found["rank"], found["seed"]) == (8, 0, 0, 5) and found["terms"] == ["loss"]
+    assert (found["step"], found["micro"], found["rank"], found["seed"]) == (8, 0, 0, 5) and found[
+        "terms"
+    ] == ["loss"]
     module, state = Brittle(bad), Checkpoint(run.work).load()
-    assert state["step"] == found["step"]  # a checkpoint after every step: these are the weights before the bad one
+    assert (
+        state["step"] == found["step"]
+    )  # a checkpoint after every step: these are the weights before the bad one
     module.load_state_dict(state["model"])
     rows, steps = found["batch"]["row"], recipe().steps
-    here = Progress(found["step"], steps, found["step"] / 3, found["seed"], rows, torch.device("cpu"))
+    here = Progress(
+        found["step"], steps, found["step"] / 3, found["seed"], rows, torch.device("cpu")
+    )
     assert not module(found["batch"], here)["loss"].isfinite()
     sound = Progress(7, steps, 7 / 3, found["seed"], rows, torch.device("cpu"))
     assert module(found["batch"], sound)["loss"].isfinite()
 
 
 def test_a_bad_batch_is_left_out_as_if_it_had_never_been(tmp_path):
-    """Whenever checkpoints were written; the other steps keep their numbers, and the history has no row for it."""
+    """Whenever checkpoints were written; the other steps keep their numbers, and the history has no
+    row for it.
+    """
     states = []
     for folder, minutes in (("never", 1e9), ("always", 0)):
         run = make_run(tmp_path / folder)
@@ -501,10 +546,19 @@ def test_leaving_out_survives_a_stop_at_any_step(tmp_path, minutes):
     again = make_run(tmp_path / "again")
     for stop in (1, 4, 4, 9, 10):
         with pytest.raises(SystemExit):
-            fit(Brittle((3, 8), act=stop_once(stop)), ToyBatches(micro=4), recipe(nan_skips=2, save_minutes=minutes), again, 5)
+            fit(
+                Brittle((3, 8), act=stop_once(stop)),
+                ToyBatches(micro=4),
+                recipe(nan_skips=2, save_minutes=minutes),
+                again,
+                5,
+            )
     resumed = Brittle((3, 8))
     fit(resumed, ToyBatches(micro=4), recipe(nan_skips=2, save_minutes=minutes), again, seed=5)
-    assert state_bytes(resumed) == state_bytes(straight) and again.summary["skipped_steps"] == [3, 8]
+    assert state_bytes(resumed) == state_bytes(straight) and again.summary["skipped_steps"] == [
+        3,
+        8,
+    ]
     assert (again.out / "history.jsonl").read_bytes() == (run.out / "history.jsonl").read_bytes()
 
 
@@ -521,7 +575,10 @@ def stop_once(least):
 
 
 def test_only_so_many_batches_are_left_out(tmp_path, capsys):
-    with pytest.raises(NonFiniteError, match=r"loss became NaN or infinite at step 8.*\n.*\n.*\n.*\(1, of which 1 used\)"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"loss became NaN or infinite at step 8.*\n.*\n.*\n.*\(1, of which 1 used\)",
+    ):
         fit(Brittle((3, 8)), ToyBatches(), recipe(nan_skips=1), make_run(tmp_path), seed=5)
     said = capsys.readouterr().err
     assert "at step 3 of 12" in said and "to continue without that batch" in said
@@ -541,18 +598,19 @@ def test_a_dump_that_finds_no_room_does_not_hide_the_error(tmp_path, monkeypatch
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stages.kit.files.os.fsync", full)
+    monkeypatch.setattr("stages.kit.job.files.os.fsync", full)
     with pytest.raises(NonFiniteError, match="at step 8.*\n.*could not be written.*disk is full"):
         fit(Brittle((8,)), ToyBatches(), recipe(), make_run(tmp_path), seed=5)
 
 
-# --- drop path --------------------------------------------------------------------------------------------------------
+# --- drop path
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_drop_path_is_drawn_by_row_layer_and_step():
     from timm.layers import DropPath
 
-    from stages.kit import droppath
+    from stages.kit.train import droppath
 
     module = nn.ModuleList([DropPath(0.5), DropPath(0.5), DropPath(0.0)])
     ones, rows = torch.ones(64, 3), torch.arange(64)
@@ -566,15 +624,22 @@ def test_drop_path_is_drawn_by_row_layer_and_step():
         assert set(whole.tolist()) == {0.0, 2.0} and 16 < (whole > 0).sum() < 48
         assert torch.equal(drawn(0, rows), whole)  # a forward pass that is repeated
         assert torch.equal(torch.cat([drawn(0, half) for half in (rows[:32], rows[32:])]), whole)
-        assert not torch.equal(drawn(1, rows), whole) and not torch.equal(drawn(0, rows, step=1), whole)
+        assert not torch.equal(drawn(1, rows), whole) and not torch.equal(
+            drawn(0, rows, step=1), whole
+        )
         assert torch.equal(drawn(2, rows), ones[:, 0])
         two = drawn(0, rows, views=2)
-        assert torch.equal(torch.cat([drawn(0, rows[:32], views=2)[:32], drawn(0, rows[32:], views=2)[:32]]), two[:64])
+        assert torch.equal(
+            torch.cat([drawn(0, rows[:32], views=2)[:32], drawn(0, rows[32:], views=2)[:32]]),
+            two[:64],
+        )
         assert not torch.equal(two[:64], two[64:])
         module.eval()
         assert torch.equal(drawn(0, rows), ones[:, 0])
         module.train()
-        with pytest.raises(ValueError, match="drop path of 0: 3 samples are not views of the 2 images"):
+        with pytest.raises(
+            ValueError, match="drop path of 0: 3 samples are not views of the 2 images"
+        ):
             tell(Progress(0, 10, 0.0, 3, rows[:2], torch.device("cpu")))
             module[0](ones[:3])
     many = [module[0](ones).mean().item() for _ in range(20)]

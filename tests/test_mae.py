@@ -1,4 +1,6 @@
-"""MAE: the facts of the paper (arXiv 2111.06377) and its official code, against independent calculations."""
+"""MAE: the facts of the paper (arXiv 2111.06377) and its official code, against independent
+calculations.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import torch
 from torch import nn
 
 from stages.kit import keyed
-from stages.kit.masks import random_masking
-from stages.kit.positions import sincos_2d
+from stages.kit.nets.masks import random_masking
+from stages.kit.nets.positions import sincos_2d
 from stages.kit.spec import Spec
 from stages.methods.mae import Config, Method, views
 
@@ -21,14 +23,27 @@ SMALL = Config(decoder_dim=16, decoder_depth=1, decoder_heads=2)
 
 
 def spec(size=16, patch=4, width=16, depth=2, heads=2):
-    model = {"name": "vit_tiny_patch16_224", "patch_size": patch, "embed_dim": width, "depth": depth,
-             "num_heads": heads, "mlp_ratio": 4.0, "args": {}}
-    return Spec(image_size=size, model=model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=5,
-                images=100)
+    model = {
+        "name": "vit_tiny_patch16_224",
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": 4.0,
+        "args": {},
+    }
+    return Spec(
+        image_size=size,
+        model=model,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.25, 0.3),
+        num_classes=5,
+        images=100,
+    )
 
 
 def progress(rows=6, step=0, seed=0):
-    """As much of kit/loop.py's Progress as a method may use."""
+    """As much of kit/train/loop.py's Progress as a method may use."""
     index = torch.arange(rows)
 
     def uniform(name, *shape):
@@ -55,8 +70,12 @@ def test_sequence_lengths_at_full_size():
     """224 pixels, patch 16, ratio 0.75: the encoder sees 1 + 49 tokens, the decoder 1 + 196."""
     method = Method(SMALL, spec(size=224, patch=16, depth=1))
     seen = {}
-    method.encoder.blocks[0].register_forward_hook(lambda m, args, out: seen.update(encoder=out.shape[1]))
-    method.decoder.blocks[0].register_forward_hook(lambda m, args, out: seen.update(decoder=out.shape[1]))
+    method.encoder.blocks[0].register_forward_hook(
+        lambda m, args, out: seen.update(encoder=out.shape[1])
+    )
+    method.decoder.blocks[0].register_forward_hook(
+        lambda m, args, out: seen.update(decoder=out.shape[1])
+    )
     with torch.no_grad():
         method(batch(2, 224), progress(2))
     assert seen == {"encoder": 50, "decoder": 197}
@@ -76,7 +95,7 @@ def test_only_dropped_patches_have_a_loss(method, monkeypatch):
     seen, decode = {}, method.decode
     monkeypatch.setattr(method, "decode", lambda *args: seen.setdefault("predicted", decode(*args)))
     out = method(batch(), progress())
-    gradient, = torch.autograd.grad(out["loss"], seen["predicted"])
+    (gradient,) = torch.autograd.grad(out["loss"], seen["predicted"])
     mask = masking()[2].bool()
     assert (gradient[~mask] == 0).all()
     assert (gradient[mask] != 0).any(dim=-1).all()
@@ -92,7 +111,7 @@ def test_loss_is_the_formula(norm_pix, monkeypatch):
     for b in range(6):
         for n in range(16):
             y, x = 4 * (n // 4), 4 * (n % 4)
-            patch = images[b, :, y:y + 4, x:x + 4].transpose(1, 2, 0).reshape(-1)
+            patch = images[b, :, y : y + 4, x : x + 4].transpose(1, 2, 0).reshape(-1)
             patch = (patch - np.tile(spec().mean, 16)) / np.tile(spec().std, 16)
             if norm_pix:
                 patch = (patch - patch.mean()) / math.sqrt(patch.var(ddof=1) + 1e-6)
@@ -110,12 +129,16 @@ def test_dropped_pixels_do_not_reach_the_prediction(method):
 
 
 def test_tokens_return_to_their_places(method):
-    """With the blocks taken out: the token of a kept patch, or the mask token, plus its own position."""
+    """With the blocks taken out: the token of a kept patch, or the mask token, plus its own
+    position.
+    """
     for name in ("blocks", "norm", "embed", "pred"):
         setattr(method.decoder, name, nn.Identity())
     ids_keep, ids_restore, mask = masking()
     tokens = torch.randn(6, 16, 16)
-    encoded = torch.cat([torch.randn(6, 1, 16), tokens.gather(1, ids_keep[..., None].expand(-1, -1, 16))], 1)
+    encoded = torch.cat(
+        [torch.randn(6, 1, 16), tokens.gather(1, ids_keep[..., None].expand(-1, -1, 16))], 1
+    )
     out = method.decode(encoded, ids_restore) - sincos_2d(16, 4)
     expected = torch.where(mask.bool()[..., None], method.decoder.mask_token, tokens)
     assert torch.allclose(out, expected, atol=1e-6)
@@ -130,10 +153,14 @@ def test_kept_tokens_carry_their_positions(method):
     assert torch.allclose(out, sincos_2d(16, 4)[ids_keep], atol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "patch", "width", "depth", "heads", "encoder", "decoder"), [
-    (224, 16, 768, 12, 12, 85.80, 26.11), (224, 16, 1024, 24, 16, 303.3, 26.2),
-    (224, 14, 1280, 32, 16, 630.8, 26.3),
-])
+@pytest.mark.parametrize(
+    ("size", "patch", "width", "depth", "heads", "encoder", "decoder"),
+    [
+        (224, 16, 768, 12, 12, 85.80, 26.11),
+        (224, 16, 1024, 24, 16, 303.3, 26.2),
+        (224, 14, 1280, 32, 16, 630.8, 26.3),
+    ],
+)
 def test_published_parameter_counts(size, patch, width, depth, heads, encoder, decoder):
     config = Config(decoder_dim=512, decoder_depth=8, decoder_heads=16)
     with torch.device("meta"):
@@ -148,7 +175,9 @@ def test_published_parameter_counts(size, patch, width, depth, heads, encoder, d
     assert frozen == {"encoder.pos_embed"}
     if width == 768:
         assert count[True] == 85_798_656
-        trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+        trained = sum(
+            parameter.numel() for parameter in method.parameters() if parameter.requires_grad
+        )
         assert trained == count[True] + count[False] - 197 * (768 + 512)
 
 
@@ -157,7 +186,9 @@ def test_initialisation():
     method = Method(Config(decoder_dim=64, decoder_depth=1, decoder_heads=2), spec(width=64))
     for name, layer in method.named_modules():
         if isinstance(layer, nn.Linear):
-            bound = math.sqrt(6 / sum(layer.weight.shape))  # xavier; a fused qkv is one 3D x D matrix
+            bound = math.sqrt(
+                6 / sum(layer.weight.shape)
+            )  # xavier; a fused qkv is one 3D x D matrix
             assert 0.95 * bound < layer.weight.abs().max() <= bound, name
             assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
             assert layer.bias.abs().max() == 0, name
@@ -181,7 +212,9 @@ def test_tokens_are_decayed(method):
 
 def test_masks_differ_between_steps_and_repeat_for_a_step(method):
     with torch.no_grad():
-        first, again, other = (float(method(batch(), progress(step=step))["loss"]) for step in (0, 0, 1))
+        first, again, other = (
+            float(method(batch(), progress(step=step))["loss"]) for step in (0, 0, 1)
+        )
     assert first == again != other
 
 
@@ -199,18 +232,25 @@ def test_picture_of_a_perfect_prediction_is_the_image(method, monkeypatch):
     assert sheet.dtype == np.uint8
     column = 96 + 4
     assert sheet.shape == (8 * column - 4, 3 * column - 4, 3)
-    original, masked, filled = (sheet[:, i * column:i * column + 96].astype(int) for i in range(3))
+    original, masked, filled = (
+        sheet[:, i * column : i * column + 96].astype(int) for i in range(3)
+    )
     assert abs(original - filled).max() <= 1
     grey = (masked[:96] == 128).all(-1).mean()
     assert grey == pytest.approx(0.75, abs=0.02)
 
 
-@pytest.mark.parametrize(("values", "key"), [
-    ({"mask_ratio": 0.0}, "mask_ratio"), ({"mask_ratio": 1.0}, "mask_ratio"),
-    ({"decoder_heads": 3}, "decoder_heads"),
-    ({"decoder_dim": 18, "decoder_heads": 2}, "decoder_dim"), ({"decoder_depth": 0}, "decoder_depth"),
-    ({"crop_min": 0.0}, "crop_min"),
-])
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"mask_ratio": 0.0}, "mask_ratio"),
+        ({"mask_ratio": 1.0}, "mask_ratio"),
+        ({"decoder_heads": 3}, "decoder_heads"),
+        ({"decoder_dim": 18, "decoder_heads": 2}, "decoder_dim"),
+        ({"decoder_depth": 0}, "decoder_depth"),
+        ({"crop_min": 0.0}, "crop_min"),
+    ],
+)
 def test_bad_config(values, key):
     with pytest.raises(ValueError, match=f"^{key}"):
         Config(**values)

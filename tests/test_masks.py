@@ -1,4 +1,6 @@
-"""Masks: exact counts, purity per row, and the distribution of the block rule against a plain reference."""
+"""Masks: exact counts, purity per row, and the distribution of the block rule against a plain
+reference.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.kit import keyed, masks
-from stages.kit.checks import keep_count
+from stages.kit import keyed
+from stages.kit.nets import masks
+from workflow.checks import keep_count
 
 
 def uniforms(rows: torch.Tensor, seed: int = 0):
@@ -19,7 +22,9 @@ def uniforms(rows: torch.Tensor, seed: int = 0):
 
 
 def reference_block_mask(side: int, count: int, smallest: int, rng: random.Random) -> np.ndarray:
-    """BEiT's rule (arXiv 2106.08254, alg. 1) as written for one image, with a generator that advances."""
+    """BEiT's rule (arXiv 2106.08254, alg. 1) as written for one image, with a generator that
+    advances.
+    """
     mask = np.zeros((side, side), bool)
     while mask.sum() < count:
         cap, grown = count - mask.sum(), False
@@ -29,9 +34,9 @@ def reference_block_mask(side: int, count: int, smallest: int, rng: random.Rando
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height < side and width < side:
                 top, left = rng.randint(0, side - height), rng.randint(0, side - width)
-                new = height * width - mask[top:top + height, left:left + width].sum()
+                new = height * width - mask[top : top + height, left : left + width].sum()
                 if 0 < new <= cap:
-                    mask[top:top + height, left:left + width] = grown = True
+                    mask[top : top + height, left : left + width] = grown = True
                     break
         if not grown:
             break
@@ -79,7 +84,9 @@ def test_block_mask_frequencies(official):
 
 
 def test_block_rule_statistics():
-    """v1's rule, without top-up: published measurements over 14x14 masks (mean 74.5, exactly 75 in 68 %)."""
+    """v1's rule, without top-up: published measurements over 14x14 masks (mean 74.5, exactly 75 in
+    68 %).
+    """
     count = masks.block_masks(uniforms(torch.arange(3000)), (14, 14), 75, 16).sum(1)
     assert count.max() == 75
     assert count.min() >= 60
@@ -125,13 +132,21 @@ def test_a_row_does_not_depend_on_its_batch():
     assert not torch.equal(masks.exact_block_masks(uniforms(rows, 1), (8, 8), 25, 4), whole)
 
 
-@pytest.mark.parametrize(("grid", "count", "smallest"), [
-    ((4, 4), 6, 4), ((2, 2), 1, 1), ((3, 5), 14, 4), ((4, 4), 15, 20),
-])
+@pytest.mark.parametrize(
+    ("grid", "count", "smallest"),
+    [
+        ((4, 4), 6, 4),
+        ((2, 2), 1, 1),
+        ((3, 5), 14, 4),
+        ((4, 4), 15, 20),
+    ],
+)
 def test_small_and_odd_grids(grid, count, smallest):
     mask = masks.exact_block_masks(uniforms(torch.arange(64)), grid, count, smallest)
     assert (mask.sum(1) == count).all()
-    assert masks.block_masks(uniforms(torch.arange(64)), grid, count, smallest).sum(1).max() <= count
+    assert (
+        masks.block_masks(uniforms(torch.arange(64)), grid, count, smallest).sum(1).max() <= count
+    )
 
 
 def test_a_block_is_smaller_than_the_grid_both_ways(monkeypatch):
@@ -147,7 +162,9 @@ def test_largest_block_is_obeyed():
     """Blocks of two cells make far more ragged masks than blocks of sixteen."""
     borders = []
     for smallest, largest in ((2, 2), (16, None)):
-        mask = masks.block_masks(uniforms(torch.arange(200)), (8, 8), 25, smallest, largest).view(-1, 8, 8)
+        mask = masks.block_masks(uniforms(torch.arange(200)), (8, 8), 25, smallest, largest).view(
+            -1, 8, 8
+        )
         borders.append((mask[:, 1:] != mask[:, :-1]).float().mean())
     assert borders[0] > 1.5 * borders[1]
     one = masks.block_masks(uniforms(torch.arange(200)), (8, 8), 2, smallest=2, largest=1)
@@ -162,10 +179,14 @@ def test_hidden_ids_and_take():
     assert torch.equal(masks.take(tokens, ids).flatten(0, 1), tokens[mask])
 
 
-# --- disjoint masks (DMJD, arXiv 2301.00230) ----------------------------------------------------------------
+# --- disjoint masks (DMJD, arXiv 2301.00230)
+# ----------------------------------------------------------------
+
 
 def sets(noise, ratio, predict=1.0, cell=1):
-    """disjoint_masking's result as one bool mask (B,V,N), after checking that both lists are a partition."""
+    """disjoint_masking's result as one bool mask (B,V,N), after checking that both lists are a
+    partition.
+    """
     visible, hidden = masks.disjoint_masking(noise, ratio, predict, cell)
     both = torch.cat([visible, hidden], dim=-1).sort(dim=-1).values
     assert torch.equal(both, torch.arange(both.shape[-1]).expand_as(both))
@@ -176,17 +197,33 @@ def noises(rows, views, cells, seed=0):
     return keyed.uniform(keyed.key(seed, "mask"), torch.arange(rows), views, cells)
 
 
-@pytest.mark.parametrize(("cell", "ratio", "visible", "masked", "union", "both", "never"), [
-    (2, 0.6, 76, 120, 196, 44, 0), (2, 0.75, 48, 148, 196, 100, 0), (2, 0.5, 96, 100, 196, 4, 0),
-    (2, 0.4, 116, 80, 156, 4, 40), (1, 0.75, 49, 147, 196, 98, 0), (1, 0.6, 78, 118, 196, 40, 0),
-    (1, 0.5, 98, 98, 196, 0, 0),
-])
-def test_two_disjoint_views_have_the_official_counts(cell, ratio, visible, masked, union, both, never):
+@pytest.mark.parametrize(
+    ("cell", "ratio", "visible", "masked", "union", "both", "never"),
+    [
+        (2, 0.6, 76, 120, 196, 44, 0),
+        (2, 0.75, 48, 148, 196, 100, 0),
+        (2, 0.5, 96, 100, 196, 4, 0),
+        (2, 0.4, 116, 80, 156, 4, 40),
+        (1, 0.75, 49, 147, 196, 98, 0),
+        (1, 0.6, 78, 118, 196, 40, 0),
+        (1, 0.5, 98, 98, 196, 0, 0),
+    ],
+)
+def test_two_disjoint_views_have_the_official_counts(
+    cell, ratio, visible, masked, union, both, never
+):
     """What the official code gives for 196 patches, for every sample."""
     found = sets(noises(50, 2, 196 // cell**2), ratio, cell=cell)
     one, two = found.unbind(1)
-    for count, expected in (((~one), visible), (~two, visible), (one, masked), (two, masked), (one | two, union),
-                            (one & two, both), (~(one | two), never)):
+    for count, expected in (
+        ((~one), visible),
+        (~two, visible),
+        (one, masked),
+        (two, masked),
+        (one | two, union),
+        (one & two, both),
+        (~(one | two), never),
+    ):
         assert count.sum(1).tolist() == [expected] * 50
     if ratio >= 0.5:
         assert not (~one & ~two).any()  # the visible sets are disjoint
@@ -205,7 +242,9 @@ def test_union_is_what_predict_asks_for(ratio, cells):
 
 @pytest.mark.parametrize(("ratio", "views"), [(0.25, 4), (0.3, 4), (0.3, 3), (0.6, 4), (0.2, 5)])
 def test_any_number_of_views_covers_what_it_can(ratio, views):
-    """After v views int(min(1, v * ratio) * 100) cells of 100 have been hidden, and each view hides the same."""
+    """After v views int(min(1, v * ratio) * 100) cells of 100 have been hidden, and each view hides
+    the same.
+    """
     found = sets(noises(20, views, 100), ratio)
     assert found.sum(2).unique().tolist() == [round(100 * ratio)]
     for v in range(1, views + 1):
@@ -214,14 +253,20 @@ def test_any_number_of_views_covers_what_it_can(ratio, views):
 
 @pytest.mark.parametrize(("ratio", "predict"), [(0.6, 1.0), (0.4, 0.6), (0.6, None), (0.3, 1.0)])
 def test_each_cell_is_hidden_equally_often_in_each_view(ratio, predict):
-    """Chi-square of 36 cells in each of three views; the statistic has mean n - 1 after the correction for
-    drawing without replacement."""
+    """Chi-square of 36 cells in each of three views; the statistic has mean n - 1 after the
+    correction for drawing without replacement.
+    """
     rows, cells = 6000, 36
     found = sets(noises(rows, 3, cells), ratio, predict)
     share = found[0, 0].float().mean().item()
     for view in range(3):
         observed = found[:, view].double().sum(0)
-        statistic = ((observed - rows * share)**2).sum() / (rows * share * (1 - share)) * (cells - 1) / cells
+        statistic = (
+            ((observed - rows * share) ** 2).sum()
+            / (rows * share * (1 - share))
+            * (cells - 1)
+            / cells
+        )
         assert abs(statistic - (cells - 1)) < 4.5 * math.sqrt(2 * (cells - 1))
 
 
@@ -236,7 +281,9 @@ def test_cells_are_whole_and_in_the_official_order():
     found = sets(noises(5, 2, 16), 0.6, 1.0, cell=2).view(5, 2, 4, 2, 4, 2)
     assert torch.equal(found.any(5).any(3), found.all(5).all(3))
     quarters = visible.view(5, 2, 4, 6)  # top left, top right, bottom left, bottom right
-    assert torch.equal(quarters - quarters[:, :, :1], torch.tensor([0, 1, 8, 9]).view(4, 1).expand(5, 2, 4, 6))
+    assert torch.equal(
+        quarters - quarters[:, :, :1], torch.tensor([0, 1, 8, 9]).view(4, 1).expand(5, 2, 4, 6)
+    )
     assert (quarters[:, :, 0] % 2 == 0).all()
     assert (quarters[:, :, 0] // 8 % 2 == 0).all()
     assert hidden.shape == (5, 2, 40)
@@ -248,21 +295,31 @@ def test_one_view_of_patches_is_maes_masking():
     ids_keep, _, mask = masks.random_masking(noise[:, 0], 16)
     assert torch.equal(visible[:, 0], ids_keep)
     assert torch.equal(sets(noise, 0.75)[:, 0], mask.bool())
-    assert torch.equal(masks.disjoint_masking(noises(7, 3, 64), 0.75)[0][:, 0], ids_keep)  # later views change nothing
+    assert torch.equal(
+        masks.disjoint_masking(noises(7, 3, 64), 0.75)[0][:, 0], ids_keep
+    )  # later views change nothing
 
 
 def test_disjoint_rows_do_not_depend_on_their_batch():
     noise, part = noises(30, 3, 36), torch.tensor([17, 4])
     whole = masks.disjoint_masking(noise, 0.6, 1.0, 2)
-    assert all(torch.equal(a[part], b) for a, b in
-               zip(whole, masks.disjoint_masking(noise[part], 0.6, 1.0, 2), strict=True))
+    assert all(
+        torch.equal(a[part], b)
+        for a, b in zip(whole, masks.disjoint_masking(noise[part], 0.6, 1.0, 2), strict=True)
+    )
     assert len({tuple(row.tolist()) for row in whole[0][:, 1]}) == 30
 
 
-@pytest.mark.parametrize(("cells", "ratio", "predict", "views", "key"), [
-    (16, 0.6, 0.5, 2, "predict_ratio"), (16, 0.6, 1.1, 2, "predict_ratio"), (16, 0.6, 1.0, 0, "views"),
-    (16, 0.0, 1.0, 2, "mask_ratio"), (4, 0.9, 1.0, 2, "mask_ratio"),
-])
+@pytest.mark.parametrize(
+    ("cells", "ratio", "predict", "views", "key"),
+    [
+        (16, 0.6, 0.5, 2, "predict_ratio"),
+        (16, 0.6, 1.1, 2, "predict_ratio"),
+        (16, 0.6, 1.0, 0, "views"),
+        (16, 0.0, 1.0, 2, "mask_ratio"),
+        (4, 0.9, 1.0, 2, "mask_ratio"),
+    ],
+)
 def test_disjoint_counts_refuse(cells, ratio, predict, views, key):
     with pytest.raises(ValueError, match=f"^{key}"):
         masks.disjoint_counts(cells, ratio, predict, views)

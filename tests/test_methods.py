@@ -1,4 +1,6 @@
-"""What every method must do, swept over stages/methods: a new file there is tested as soon as it exists."""
+"""What every method must do, swept over stages/methods: a new file there is tested as soon as it
+exists.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import checks
-from stages.kit import encoder as kit
-from stages.kit.loop import Progress
+from stages.kit.nets import encoders
 from stages.kit.spec import Spec
+from stages.kit.train.loop import Progress
+from workflow import checks
 
 FOLDER = Path(__file__).parent.parent / "stages" / "methods"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 MODULES = {name: importlib.import_module(f"stages.methods.{name}") for name in NAMES}
 TRAINED = [name for name in NAMES if MODULES[name].TRAINS]
-MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2,
-         "mlp_ratio": 2.0, "args": {}}
-SPEC = Spec(image_size=16, model=MODEL, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=4, images=64)
+MODEL = {
+    "name": "vit_tiny_patch16_224",
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "args": {},
+}
+SPEC = Spec(
+    image_size=16, model=MODEL, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=4, images=64
+)
 ROWS = torch.arange(8)
 
 
 class Target(nn.Module):
-    """A stand-in for a frozen target on the student's grid: ids or features that depend on the colour."""
+    """A stand-in for a frozen target on the student's grid: ids or features that depend on the
+    colour.
+    """
 
     def __init__(self, kind):
         super().__init__()
@@ -43,7 +56,11 @@ class Target(nn.Module):
         assert images.min() >= 0, "a target takes images in [0, 1], not normalised ones"
         assert images.max() <= 1, "a target takes images in [0, 1], not normalised ones"
         colours = F.adaptive_avg_pool2d(images, SPEC.grid).flatten(2).transpose(1, 2)
-        return (colours.sum(-1) * 20).long() % self.codes if self.kind == "ids" else colours @ self.weight.T
+        return (
+            (colours.sum(-1) * 20).long() % self.codes
+            if self.kind == "ids"
+            else colours @ self.weight.T
+        )
 
 
 def progress(rows=ROWS, step=3):
@@ -58,11 +75,15 @@ def build(name, seed=0):
 
 
 def batch(name, rows=8):
-    """Smooth pictures, the same for every view of a size; labels only for methods that declare them."""
+    """Smooth pictures, the same for every view of a size; labels only for methods that declare
+    them.
+    """
     module, generator = MODULES[name], torch.Generator().manual_seed(5)
     coarse = torch.rand(rows, 3, 4, 4, generator=generator)
-    out = {view: F.interpolate(coarse, size=recipe.size, mode="bilinear").clamp(0, 1)
-           for view, recipe in module.views(module.Config(), SPEC).items()}
+    out = {
+        view: F.interpolate(coarse, size=recipe.size, mode="bilinear").clamp(0, 1)
+        for view, recipe in module.views(module.Config(), SPEC).items()
+    }
     out |= {"index": torch.arange(rows), "row": torch.arange(rows)}
     if module.LABELS:
         out["label"] = torch.arange(rows) % SPEC.num_classes
@@ -76,7 +97,8 @@ def rows(batch, chosen):
 def train(name, steps, lr=3e-3, seed=0, still=False):
     """Steps on one batch, always with the same masks. -> (method, losses)
 
-    still: a teacher that follows the student stands still, and what is given is the divergence from it.
+    still: a teacher that follows the student stands still, and what is given is the divergence from
+    it.
     """
     method, _ = build(name, seed)
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=lr)
@@ -106,12 +128,22 @@ def test_declarations(name):
     assert isinstance(module.TRAINS, bool)
     assert "arXiv" in module.__doc__
     tree = ast.parse((FOLDER / f"{name}.py").read_text())
-    literals = {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body
-                if isinstance(node, ast.Assign) and node.targets[0].id in ("TARGET", "LABELS", "TRAINS")}
+    literals = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("TARGET", "LABELS", "TRAINS")
+    }
     assert literals == {"TARGET": module.TARGET, "LABELS": module.LABELS, "TRAINS": module.TRAINS}
-    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    space = {"dataclass": dataclasses.dataclass, "field": dataclasses.field, "Literal": Literal,
-             "checks": checks, "__name__": "alone"}
+    config = next(
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"
+    )
+    space = {
+        "dataclass": dataclasses.dataclass,
+        "field": dataclasses.field,
+        "Literal": Literal,
+        "checks": checks,
+        "__name__": "alone",
+    }
     exec(compile(ast.Module([config], []), name, "exec", dont_inherit=True), space)
     alone = space["Config"]()
     assert dataclasses.asdict(alone) == dataclasses.asdict(module.Config())
@@ -179,7 +211,9 @@ def test_gradients_reach_what_should_learn_and_nothing_else(name):
         assert all(parameter.grad is None for parameter in target.parameters())
         assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
         ours = {id(tensor) for tensor in [*method.parameters(), *method.buffers()]}
-        assert not ours & {id(tensor) for tensor in target.parameters()}, "a target is not trained or saved"
+        assert not ours & {id(tensor) for tensor in target.parameters()}, (
+            "a target is not trained or saved"
+        )
     assert all(torch.equal(value, buffers[key]) for key, value in method.named_buffers())
 
 
@@ -195,24 +229,34 @@ def test_the_same_seed_gives_the_same_bits(name):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_sample_does_not_depend_on_who_is_beside_it(name, monkeypatch):
-    """Masks are drawn per row, so a step's global batch can be cut anywhere: halves have the whole's loss."""
+    """Masks are drawn per row, so a step's global batch can be cut anywhere: halves have the
+    whole's loss.
+    """
     draw, drawn = Progress.uniform, []
-    monkeypatch.setattr(Progress, "uniform", lambda self, *args: drawn.append(args) or draw(self, *args))
+    monkeypatch.setattr(
+        Progress, "uniform", lambda self, *args: drawn.append(args) or draw(self, *args)
+    )
     method, _ = build(name)
     method.eval()
     with torch.no_grad():
         whole = method(batch(name), progress())["loss"].item()
-        halves = [method(rows(batch(name), half), progress(half))["loss"].item()
-                  for half in (torch.tensor([0, 3, 4, 6]), torch.tensor([5, 7, 1, 2]))]
+        halves = [
+            method(rows(batch(name), half), progress(half))["loss"].item()
+            for half in (torch.tensor([0, 3, 4, 6]), torch.tensor([5, 7, 1, 2]))
+        ]
         swapped = method(rows(batch(name), torch.arange(8).flip(0)), progress())["loss"].item()
     assert sum(halves) / 2 == pytest.approx(whole, rel=1e-5)
     if drawn:
-        assert swapped != pytest.approx(whole, rel=1e-5)  # other masks on the images do change the loss
+        assert swapped != pytest.approx(
+            whole, rel=1e-5
+        )  # other masks on the images do change the loss
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_labels_are_not_needed(name):
-    """A method that does not declare labels works, and works the same, when they are garbage or missing."""
+    """A method that does not declare labels works, and works the same, when they are garbage or
+    missing.
+    """
     if MODULES[name].LABELS:
         pytest.skip("trains on labels")
     method, _ = build(name)
@@ -227,14 +271,14 @@ def test_labels_are_not_needed(name):
 def test_export_is_bit_equal(name, tmp_path):
     method = train(name, 2)[0] if MODULES[name].TRAINS else build(name)[0]
     encoder = method.encoder.eval()
-    kit.save(encoder, tmp_path, SPEC)
+    encoders.save(encoder, tmp_path, SPEC)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     features = loaded.forward_features(images)
     assert torch.isfinite(features).all()
     assert torch.equal(features, encoder.forward_features(images))
     assert tuple(loaded.pretrained_cfg["mean"]) == SPEC.mean
-    assert kit.classifier(tmp_path, 4)(images).shape == (2, 4)
+    assert encoders.classifier(tmp_path, 4)(images).shape == (2, 4)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -253,7 +297,9 @@ def test_pictures_are_pictures(name):
     if not hasattr(method, "pictures"):
         pytest.skip("has none")
     state, given = copy.deepcopy(method.state_dict()), batch(name, 9)
-    given["view"] = next(iter(given.values()))  # the stage gives whole images under this name, whatever the views
+    given["view"] = next(
+        iter(given.values())
+    )  # the stage gives whole images under this name, whatever the views
     for key, picture in method.eval().pictures(given).items():
         assert picture.dtype == np.uint8, key
         assert picture.ndim == 3, key
@@ -266,11 +312,19 @@ def test_pictures_are_pictures(name):
 def test_names_without_weight_decay_exist(name):
     method, _ = build(name)
     if hasattr(method, "no_weight_decay"):
-        optional = {"encoder.reg_token", "encoder.dist_token"}  # timm names them whether there or not
-        assert set(method.no_weight_decay()) <= {key for key, _ in method.named_parameters()} | optional
+        optional = {
+            "encoder.reg_token",
+            "encoder.dist_token",
+        }  # timm names them whether there or not
+        assert (
+            set(method.no_weight_decay())
+            <= {key for key, _ in method.named_parameters()} | optional
+        )
 
 
-@pytest.mark.parametrize(("family", "name"), [("vit", "mae"), ("beit", "beitv2"), ("beit", "simmim")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("vit", "mae"), ("beit", "beitv2"), ("beit", "simmim")]
+)
 def test_the_untrained_encoder_is_that_of_the_methods(family, name):
     torch.manual_seed(4)
     untrained = MODULES["random"].Method(MODULES["random"].Config(family=family), SPEC).encoder
@@ -282,17 +336,34 @@ def test_the_untrained_encoder_is_that_of_the_methods(family, name):
     assert all(torch.equal(untrained[key], trained[key]) for key in untrained | trained)
 
 
-@pytest.mark.parametrize(("config", "model", "message"), [
-    ({"family": "beit"}, {"name": "swin_tiny_patch4_window7_224", "depth": [2, 2]}, "family: found 'beit', expected 'vit'"),
-    ({"family": "beit"}, {"name": "convvit_tiny", "depth": 2}, "family: found 'beit', expected 'vit'"),
-    ({"family": "beit", "depth": 1}, {"name": "vit_tiny_patch16_224", "depth": 2}, "depth: cuts an encoder of family vit"),
-])
+@pytest.mark.parametrize(
+    ("config", "model", "message"),
+    [
+        (
+            {"family": "beit"},
+            {"name": "swin_tiny_patch4_window7_224", "depth": [2, 2]},
+            "family: found 'beit', expected 'vit'",
+        ),
+        (
+            {"family": "beit"},
+            {"name": "convvit_tiny", "depth": 2},
+            "family: found 'beit', expected 'vit'",
+        ),
+        (
+            {"family": "beit", "depth": 1},
+            {"name": "vit_tiny_patch16_224", "depth": 2},
+            "depth: cuts an encoder of family vit",
+        ),
+    ],
+)
 def test_random_refuses_a_family_that_the_model_has_not(config, model, message):
     with pytest.raises(ValueError, match=message):
         MODULES["random"].Config(**config).check(32, {"embed_dim": 16, **model})
 
 
-# --- supervised -------------------------------------------------------------------------------------------
+# --- supervised
+# -------------------------------------------------------------------------------------------
+
 
 def supervised(**config):
     torch.manual_seed(0)
@@ -304,7 +375,7 @@ def supervised(**config):
 def test_supervised_loss_is_smoothed_cross_entropy(pool):
     method, data = supervised(pool=pool, label_smoothing=0.1), batch("supervised")
     out = method(data, progress())
-    features = kit.features(method.encoder, SPEC.normalise(data["view"]))
+    features = encoders.features(method.encoder, SPEC.normalise(data["view"]))
     logits = method.head(features["cls"] if pool == "token" else features["patch"].mean(1))
     assert torch.allclose(out["loss"], F.cross_entropy(logits, data["label"], label_smoothing=0.1))
     assert torch.allclose(out["accuracy"], (logits.argmax(1) == data["label"]).float().mean())
@@ -321,7 +392,9 @@ def test_supervised_leaves_unlabelled_images_out():
 
 @pytest.mark.parametrize("config", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
 def test_mixtures_keep_images_and_labels_in_step(config):
-    """Images constant at 1 for class 0 and at 0 for class 1: the mean pixel must be the share of class 0."""
+    """Images constant at 1 for class 0 and at 0 for class 1: the mean pixel must be the share of
+    class 0.
+    """
     method = supervised(**config)
     images = torch.tensor([1.0, 0.0, 1.0, 0.0]).view(4, 1, 1, 1).expand(4, 3, 16, 16)
     soft = F.one_hot(torch.tensor([0, 1, 0, 1]), 4).float()
@@ -333,8 +406,10 @@ def test_mixtures_keep_images_and_labels_in_step(config):
         again, _ = method.mix(images, soft, progress(torch.arange(4), step).generator("mix"))
         assert torch.equal(mixed, again)
         shares.append(labels[0, 0].item())
-        halves = [method.mix(images[half], soft[half], progress(torch.arange(2), step).generator("mix"))
-                  for half in (slice(2), slice(2, 4))]  # partners stay together in micro batches
+        halves = [
+            method.mix(images[half], soft[half], progress(torch.arange(2), step).generator("mix"))
+            for half in (slice(2), slice(2, 4))
+        ]  # partners stay together in micro batches
         assert torch.equal(mixed, torch.cat([half for half, _ in halves]))
     assert min(shares) < 0.5 < max(shares)
     assert images.unique().tolist() == [0.0, 1.0]
@@ -342,10 +417,15 @@ def test_mixtures_keep_images_and_labels_in_step(config):
         method.mix(images[:3], soft[:3], progress(torch.arange(3)).generator("mix"))
 
 
-@pytest.mark.parametrize(("values", "key"), [
-    ({"mixup": -1.0}, "mixup"), ({"label_smoothing": 1.0}, "label_smoothing"),
-    ({"drop_path": -0.1}, "drop_path"), ({"crop_min": 0.0}, "crop_min"),
-])
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"mixup": -1.0}, "mixup"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"drop_path": -0.1}, "drop_path"),
+        ({"crop_min": 0.0}, "crop_min"),
+    ],
+)
 def test_supervised_bad_config(values, key):
     with pytest.raises(ValueError, match=f"^{key}"):
         MODULES["supervised"].Config(**values)
@@ -353,4 +433,6 @@ def test_supervised_bad_config(values, key):
 
 def test_supervised_needs_classes():
     with pytest.raises(ValueError, match="classes"):
-        MODULES["supervised"].Method(MODULES["supervised"].Config(), dataclasses.replace(SPEC, num_classes=1))
+        MODULES["supervised"].Method(
+            MODULES["supervised"].Config(), dataclasses.replace(SPEC, num_classes=1)
+        )

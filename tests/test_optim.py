@@ -10,9 +10,10 @@ import timm
 import torch
 from torch import nn
 
-from stages.kit import ema, optim, precision, schedule
-from stages.kit.loop import Recipe
+from stages.kit.nets import ema
 from stages.kit.spec import Spec, configure
+from stages.kit.train import optim, precision, schedule
+from stages.kit.train.loop import Recipe
 
 
 class Toy(nn.Module):
@@ -55,7 +56,10 @@ def test_layer_decay_scales_of_vit_b_at_065():
     assert of["blocks.11.attn.qkv.weight"]["lr_scale"] == 0.65
     assert of["norm.weight"]["lr_scale"] == of["head.weight"]["lr_scale"] == 1
     free = {name for name, group in of.items() if group["weight_decay"] == 0}
-    assert free == {name for name, p in vit.named_parameters() if p.ndim <= 1} | {"pos_embed", "cls_token"}
+    assert free == {name for name, p in vit.named_parameters() if p.ndim <= 1} | {
+        "pos_embed",
+        "cls_token",
+    }
 
 
 def test_layer_decay_finds_an_encoder_inside_a_module_and_refuses_a_wrong_depth():
@@ -86,7 +90,9 @@ def test_clip_global_is_torchs_and_tensor_clips_each():
     ours, before = gradients(), gradients()
     optim.clip(ours, 1.5, "tensor")
     assert ours[0].grad.norm() == pytest.approx(1.5, rel=1e-5)
-    assert torch.equal(ours[1].grad, before[1].grad) and ours[2].grad is None  # small enough, and none at all
+    assert (
+        torch.equal(ours[1].grad, before[1].grad) and ours[2].grad is None
+    )  # small enough, and none at all
     ours = gradients()
     optim.clip(ours, None)
     assert torch.equal(ours[0].grad, before[0].grad)
@@ -125,8 +131,13 @@ def test_rate_is_zero_at_first_peak_after_warmup_and_min_at_the_end():
     assert recipe.weight_decay_at(0, 0.04) == pytest.approx(0.04) and recipe.weight_decay_at(
         40, 0.04
     ) == pytest.approx(0.4)
-    assert recipe.weight_decay_at(20, 0.04) == pytest.approx(0.22) and recipe.weight_decay_at(20, 0.0) == 0
-    absolute = Recipe.of(SimpleNamespace(lr=0.1, lr_per=None, clip=3.0), {"epochs": 1, "batch_size": 64}, 2)
+    assert (
+        recipe.weight_decay_at(20, 0.04) == pytest.approx(0.22)
+        and recipe.weight_decay_at(20, 0.0) == 0
+    )
+    absolute = Recipe.of(
+        SimpleNamespace(lr=0.1, lr_per=None, clip=3.0), {"epochs": 1, "batch_size": 64}, 2
+    )
     assert (
         absolute.lr == 0.1
         and absolute.clip == 3.0
@@ -144,8 +155,13 @@ def test_rate_that_drops_at_given_shares_of_the_training():
 
 
 def test_schedules_are_clamped():
-    assert schedule.linear(-1, 0.04, 0.07) == 0.04 and schedule.linear(2, 0.04, 0.07) == pytest.approx(0.07)
-    assert schedule.cosine(0.5, 1.0, 0.0) == pytest.approx(0.5) and schedule.cosine(7, 1.0, 0.25) == 0.25
+    assert schedule.linear(-1, 0.04, 0.07) == 0.04 and schedule.linear(
+        2, 0.04, 0.07
+    ) == pytest.approx(0.07)
+    assert (
+        schedule.cosine(0.5, 1.0, 0.0) == pytest.approx(0.5)
+        and schedule.cosine(7, 1.0, 0.25) == 0.25
+    )
 
 
 def test_ema_averages_parameters_and_copies_buffers():
@@ -202,14 +218,16 @@ def test_spec_normalises_and_survives_json():
     spec = Spec.of(info, 32, {"patch_size": 4})
     assert (spec.grid, spec.num_classes, spec.images) == (8, 2, 7)
     images = torch.rand(2, 3, 5, 5)
-    wanted = (images - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.1, 0.3])[
-        :, None, None
-    ]
+    wanted = (images - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor(
+        [0.2, 0.1, 0.3]
+    )[:, None, None]
     torch.testing.assert_close(spec.normalise(images), wanted)
     torch.testing.assert_close(spec.denormalise(spec.normalise(images)), images)
     assert Spec.from_json(spec.to_json()) == spec
 
 
 def test_configure_turns_lists_back_into_tuples():
-    made = configure(lambda **values: values, {"betas": [0.9, 0.95], "nested": [[1, 2], [3]], "name": "x"})
+    made = configure(
+        lambda **values: values, {"betas": [0.9, 0.95], "nested": [[1, 2], [3]], "name": "x"}
+    )
     assert made == {"betas": (0.9, 0.95), "nested": ((1, 2), (3,)), "name": "x"}

@@ -37,26 +37,50 @@ BAD = [  # changes to good parameters, and what the message must contain
         {"data__source": "shpaes"},
         ["data.source: no source is called 'shpaes'", "did you mean 'shapes'", "folder:PATH"],
     ),
-    ({"data__source": "folder"}, ["data.source: folder needs something to read, as in folder:PATH"]),
-    ({"data__source": "shapes:here"}, ["data.source: shapes takes nothing after the colon (found 'here')"]),
-    ({"data__options__trian": 5}, ["data.options.trian: unknown key (found 5)", "did you mean 'train'"]),
+    (
+        {"data__source": "folder"},
+        ["data.source: folder needs something to read, as in folder:PATH"],
+    ),
+    (
+        {"data__source": "shapes:here"},
+        ["data.source: shapes takes nothing after the colon (found 'here')"],
+    ),
+    (
+        {"data__options__trian": 5},
+        ["data.options.trian: unknown key (found 5)", "did you mean 'train'"],
+    ),
     ({"data": 3}, ["data: must be a section with keys source, image_size", "found 3"]),
     ({"model__num_heads": 3}, ["model.embed_dim: 16 is not a multiple of model.num_heads 3"]),
     (
         {"model__name": "vit_tinny_patch16_224"},
         ["model.name: timm has no model", "did you mean 'vit_tiny_patch16_224'"],
     ),
-    ({"model__name": "vit9000"}, ["model.name: timm has no model 'vit9000'; expected a ViT such as vit_tiny_patch16_224"]),
-    ({"model__name": "resnet50"}, ["model.name: 'resnet50' is a ResNet, expected a ViT such as vit_tiny_patch16_224"]),
+    (
+        {"model__name": "vit9000"},
+        ["model.name: timm has no model 'vit9000'; expected a ViT such as vit_tiny_patch16_224"],
+    ),
+    (
+        {"model__name": "resnet50"},
+        ["model.name: 'resnet50' is a ResNet, expected a ViT such as vit_tiny_patch16_224"],
+    ),
     ({"model__name": 7}, ["model.name: must be text (found 7)"]),
-    ({"model__depth": "2"}, ["params.yaml:\n  model.depth: must be a valid integer or a list (found '2')"]),
-    ({"model__depth": [2, "a"]}, ["params.yaml:\n  model.depth.1: must be a valid integer (found 'a')"]),
+    (
+        {"model__depth": "2"},
+        ["params.yaml:\n  model.depth: must be a valid integer or a list (found '2')"],
+    ),
+    (
+        {"model__depth": [2, "a"]},
+        ["params.yaml:\n  model.depth.1: must be a valid integer (found 'a')"],
+    ),
     ({"model__depth": 0}, ["model.depth", "greater than or equal to 1", "found 0"]),
     (
         {"train__batch_size": 10, "train__micro_batch": 4},
         ["train.micro_batch: micro_batch 4 does not divide batch_size 10"],
     ),
-    ({"train__micro_batch": 32}, ["micro_batch 32 does not divide batch_size 16", "never make a whole step"]),
+    (
+        {"train__micro_batch": 32},
+        ["micro_batch 32 does not divide batch_size 16", "never make a whole step"],
+    ),
     (
         {"methods__mae__micro_batch": 5},
         ["methods.mae.micro_batch: micro_batch 5 does not divide batch_size 16"],
@@ -67,10 +91,16 @@ BAD = [  # changes to good parameters, and what the message must contain
     ),
     ({"train__epochs": -3}, ["train.epochs: must be greater than or equal to 1 (found -3)"]),
     ({"train__epochs": None}, ["train.epochs: must be a valid integer (found nothing)"]),
-    ({"train__save_minutes": float("inf")}, ["train.save_minutes: must be a finite number (found inf)"]),
+    (
+        {"train__save_minutes": float("inf")},
+        ["train.save_minutes: must be a finite number (found inf)"],
+    ),
     ({"train__epochs": True}, ["train.epochs", "integer", "found True"]),
     ({"methods__mae__mask_ratio": 1.0}, ["methods.mae.mask_ratio", "1.0"]),
-    ({"methods__mae__mask_ratio": 1.5}, ["methods.mae.mask_ratio: found 1.5, expected a number in (0, 1)"]),
+    (
+        {"methods__mae__mask_ratio": 1.5},
+        ["methods.mae.mask_ratio: found 1.5, expected a number in (0, 1)"],
+    ),
     ({"methods__mae__lr": float("nan")}, ["methods.mae.lr: must be a finite number (found nan)"]),
     ({"methods__mae__betas": 0.9}, ["methods.mae.betas: must be a list (found 0.9)"]),
     ({"methods__mae__betas": [0.9, 0.9, 0.9]}, ["methods.mae.betas: must have at most 2 items"]),
@@ -95,13 +125,22 @@ BAD = [  # changes to good parameters, and what the message must contain
     ),
     (
         {"targets__vqkd__upstream": None},
-        ["targets.vqkd.upstream: kind vqkd needs an upstream target that produces features", "'teacher'"],
+        [
+            "targets.vqkd.upstream: kind vqkd needs an upstream target that produces features",
+            "'teacher'",
+        ],
     ),
     (
         {"targets__vqkd__upstream": ["teacher"]},
-        ["targets.vqkd.upstream: kind vqkd needs an upstream target", "such as 'teacher' (found ['teacher'])"],
+        [
+            "targets.vqkd.upstream: kind vqkd needs an upstream target",
+            "such as 'teacher' (found ['teacher'])",
+        ],
     ),
-    ({"targets__teacher__upstream": "vqkd"}, ["targets.teacher.upstream: kind dino takes no upstream"]),
+    (
+        {"targets__teacher__upstream": "vqkd"},
+        ["targets.teacher.upstream: kind dino takes no upstream"],
+    ),
     ({"targets__vqkd__upstream": "vqkd"}, ["targets.vqkd.upstream", "circle: vqkd -> vqkd"]),
     ({"targets__vqkd__seed": -1}, ["targets.vqkd.seed: must be a whole number", "-1"]),
     ({"targets__vqkd__lr": "fast"}, ["targets.vqkd.lr", "found 'fast'"]),
@@ -118,7 +157,10 @@ BAD = [  # changes to good parameters, and what the message must contain
     ({"tasks__knnn": {}}, ["tasks.knnn: there is no task 'knnn'", "did you mean 'knn'"]),
     ({"tasks__linear__epoch": 3}, ["tasks.linear.epoch: unknown key", "did you mean 'epochs'"]),
     ({"tasks__knn__micro_batch": 8}, ["tasks.knn.micro_batch: unknown key"]),
-    ({"grid__runs__mae__method": "meh"}, ["grid.runs.mae.method: 'meh' has no section under methods"]),
+    (
+        {"grid__runs__mae__method": "meh"},
+        ["grid.runs.mae.method: 'meh' has no section under methods"],
+    ),
     (
         {"grid__runs__beitv2__target": None},
         ["grid.runs.beitv2.target: method beitv2 needs a target that produces ids, such as 'vqkd'"],
@@ -127,7 +169,10 @@ BAD = [  # changes to good parameters, and what the message must contain
         {"grid__runs__beitv2__target": "vqdk"},
         ["grid.runs.beitv2.target: no target is called 'vqdk'", "did you mean 'vqkd'"],
     ),
-    ({"grid__runs__beitv2__target": "teacher"}, ["'teacher' produces features, method beitv2 needs ids"]),
+    (
+        {"grid__runs__beitv2__target": "teacher"},
+        ["'teacher' produces features, method beitv2 needs ids"],
+    ),
     (
         {"grid__runs__mae__target": "vqkd"},
         ["grid.runs.mae.target: method mae takes no target (found 'vqkd')"],
@@ -144,17 +189,35 @@ BAD = [  # changes to good parameters, and what the message must contain
     ({"grid__seeds": []}, ["grid.seeds: must have at least 1 item (found [])"]),
     ({"grid__seeds": 0}, ["grid.seeds: must be a list (found 0)"]),
     ({"grid__runs": None}, ["grid.runs: must be a section with keys and values (found nothing)"]),
-    ({"grid__runs__mae": None}, ["grid.runs.mae: must be a section with keys method, target", "(found nothing)"]),
-    ({"grid__runs__mae__set": 3}, ["grid.runs.mae.set: must be a section with keys and values (found 3)"]),
-    ({"grid__contrasts": {"gain": 3}}, ["grid.contrasts.gain: must be a section with keys of, against (found 3)"]),
-    ({"grid__runs__mae__stages": 0}, ["grid.runs.mae.stages: must be greater than or equal to 1 (found 0)"]),
+    (
+        {"grid__runs__mae": None},
+        ["grid.runs.mae: must be a section with keys method, target", "(found nothing)"],
+    ),
+    (
+        {"grid__runs__mae__set": 3},
+        ["grid.runs.mae.set: must be a section with keys and values (found 3)"],
+    ),
+    (
+        {"grid__contrasts": {"gain": 3}},
+        ["grid.contrasts.gain: must be a section with keys of, against (found 3)"],
+    ),
+    (
+        {"grid__runs__mae__stages": 0},
+        ["grid.runs.mae.stages: must be greater than or equal to 1 (found 0)"],
+    ),
     (
         {"grid__runs__mae__stages": 2},
-        ["grid.runs.mae.stages: method mae takes no target, expected one that learns from features", "(found 2)"],
+        [
+            "grid.runs.mae.stages: method mae takes no target, expected one that learns from features",
+            "(found 2)",
+        ],
     ),
     (
         {"grid__runs__x": {"method": "dbot", "target": "techer"}, "methods__dbot": {}},
-        ["grid.runs.x.target: no target is called 'techer'; did you mean 'teacher'?", "or run:NAME"],
+        [
+            "grid.runs.x.target: no target is called 'techer'; did you mean 'teacher'?",
+            "or run:NAME",
+        ],
     ),
     (
         {"grid__runs__x": {"method": "dbot", "target": "run:randm"}, "methods__dbot": {}},
@@ -165,12 +228,17 @@ BAD = [  # changes to good parameters, and what the message must contain
         ["compute.device: must be auto, cpu, cuda or cuda:<number> (found 'mps')"],
     ),
     ({"compute__workers": -1}, ["compute.workers", "-1"]),
-    ({"compute__compile": "always"}, ["compute.compile: must be 'auto', True or False (found 'always')"]),
+    (
+        {"compute__compile": "always"},
+        ["compute.compile: must be 'auto', True or False (found 'always')"],
+    ),
     ({"experiment": "My experiment"}, ["experiment: 'My experiment' must be lower-case"]),
 ]
 
 
-@pytest.mark.parametrize("changes, words", BAD, ids=[f"{n}-{next(iter(c))}" for n, (c, _) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    "changes, words", BAD, ids=[f"{n}-{next(iter(c))}" for n, (c, _) in enumerate(BAD)]
+)
 def test_bad_input_is_named_before_anything_runs(changes, words):
     with pytest.raises(ParamsError) as caught:
         check(tiny_content(**changes))
@@ -180,7 +248,9 @@ def test_bad_input_is_named_before_anything_runs(changes, words):
 
 def test_good_params_are_complete_and_typed():
     it = check(
-        tiny_content(methods__mae={"epochs": 7}, grid__runs__mae__set={"mask_ratio": 0.5, "batch_size": 8})
+        tiny_content(
+            methods__mae={"epochs": 7}, grid__runs__mae__set={"mask_ratio": 0.5, "batch_size": 8}
+        )
     )
     mae = it.runs["mae"].settings
     assert (
@@ -215,7 +285,12 @@ def test_all_problems_are_listed_at_once():
     assert "4 problems" in said
     assert all(
         k in said
-        for k in ("methods.mae.mask_ratio", "tasks.knn.kk", "model.embed_dim", "grid.runs.mae.target")
+        for k in (
+            "methods.mae.mask_ratio",
+            "tasks.knn.kk",
+            "model.embed_dim",
+            "grid.runs.mae.target",
+        )
     )
 
 
@@ -236,12 +311,24 @@ def test_combinations_with_the_model_are_checked_for_the_runs_that_use_them():
         ("just words", ["holds a str"]),
         ("a: [1, 2", ["is not YAML"]),
         ("a: !!python/object/apply:os.system [ls]\n", ["is not YAML"]),
-        ("data: {source: folder:photos}\n", ["line 1: found folder:photos within brackets, expected quotes"]),
-        ("data:\n\timage_size: 8\n", ["params.yaml, line 2, column 1: is not YAML", "spaces, not with tabs"]),
-        ("data:\n  seed:0\n  image_size: 8\n", ["line 3, column 13: is not YAML", "a space missing after a colon"]),
+        (
+            "data: {source: folder:photos}\n",
+            ["line 1: found folder:photos within brackets, expected quotes"],
+        ),
+        (
+            "data:\n\timage_size: 8\n",
+            ["params.yaml, line 2, column 1: is not YAML", "spaces, not with tabs"],
+        ),
+        (
+            "data:\n  seed:0\n  image_size: 8\n",
+            ["line 3, column 13: is not YAML", "a space missing after a colon"],
+        ),
         ("data: {{root}}\n", ["line 1: found brackets as a key, expected a word"]),
         ("1: a\n'1': b\n", ["line 2: key '1' is given twice"]),
-        ("experiment: a\nexperiment: b\n", ["line 2: key 'experiment' is given twice (first in line 1)"]),
+        (
+            "experiment: a\nexperiment: b\n",
+            ["line 2: key 'experiment' is given twice (first in line 1)"],
+        ),
         ("data: {image_size: 8, image_size: 16}\n", ["line 1: key 'image_size' is given twice"]),
         ("experiment: x\n", ["data: required", "model: required", "grid: required"]),
         (b"\xff\xfe\x00", ["params.yaml"]),
@@ -273,11 +360,14 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
 @pytest.mark.parametrize("number", ["1e-3", "1E-3", "+1e-3", "1.0e-03", ".1e-2", "0.001"])
 def test_numbers_are_read_as_yaml_1_2_does(tmp_path, number):
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(tiny_content(methods__mae__lr="NUMBER")).replace("NUMBER", number))
+    path.write_text(
+        yaml.safe_dump(tiny_content(methods__mae__lr="NUMBER")).replace("NUMBER", number)
+    )
     assert read(path).runs["mae"].settings.config["lr"] == 0.001
 
 
-# --------------------------------------------------------------------------------------------------- plug-ins
+# ---------------------------------------------------------------------------------------------------
+# plug-ins
 
 
 def tree(folder: Path, **files: str) -> Path:
@@ -329,7 +419,10 @@ class Config:
         ("@dataclass(frozen=True)\nclass Config:\n    x: Path = 1\n", "may use only builtins"),
         ("@dataclass(frozen=True)\nclass Config:\n    x: list = []\n", "cannot be read"),
         ("def f(:\n", "line 1"),
-        ("TARGET = f()\n@dataclass(frozen=True)\nclass Config:\n    pass\n", "TARGET must be a literal"),
+        (
+            "TARGET = f()\n@dataclass(frozen=True)\nclass Config:\n    pass\n",
+            "TARGET must be a literal",
+        ),
     ],
 )
 def test_a_plugin_that_cannot_be_read_is_named(tmp_path, text, words):
@@ -356,7 +449,9 @@ def test_cycles_of_targets_are_shown(tmp_path):
         "grid": grid,
     }
     content["data"] = {"source": "shapes", "image_size": 16}
-    with pytest.raises(ParamsError, match="targets.a.upstream: goes round in a circle: a -> b -> c -> a"):
+    with pytest.raises(
+        ParamsError, match="targets.a.upstream: goes round in a circle: a -> b -> c -> a"
+    ):
         check(content, root=root)
 
 
@@ -365,16 +460,20 @@ def test_every_plugin_of_the_project_can_be_read(kind):
     assert plugin_names(kind)
     for name in plugin_names(kind):
         found = plugin(kind, name)
-        assert len(found.defaults()) == len(found.fields), f"{found.path}: every setting needs a default"
+        assert len(found.defaults()) == len(found.fields), (
+            f"{found.path}: every setting needs a default"
+        )
         if kind == "target":
             assert found.literals["PRODUCES"] in ("ids", "features")
 
 
-# -------------------------------------------------------------------------------------------- committed files
+# --------------------------------------------------------------------------------------------
+# committed files
 
 
 @pytest.mark.parametrize(
-    "path", ["params.yaml", *(f"presets/{p.name}" for p in sorted((ROOT / "presets").glob("*.yaml")))]
+    "path",
+    ["params.yaml", *(f"presets/{p.name}" for p in sorted((ROOT / "presets").glob("*.yaml")))],
 )
 def test_every_params_file_of_the_project_is_good_and_fits_the_schema(path):
     import jsonschema
@@ -413,9 +512,7 @@ def test_the_schema_knows_plugins_and_refuses_typing_errors():
 
 
 def test_the_plan_needs_no_torch():
-    code = (
-        "import sys, workflow.plan as p; p.load(); assert not {'torch', 'timm', 'mlflow'} & set(sys.modules)"
-    )
+    code = "import sys, workflow.plan as p; p.load(); assert not {'torch', 'timm', 'mlflow'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -423,7 +520,10 @@ def test_the_plan_needs_no_torch():
 def test_command_line(tmp_path):
     def run(path):
         return subprocess.run(
-            [sys.executable, "-m", "workflow.params", str(path)], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-m", "workflow.params", str(path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
 
     good = run(write_params(tmp_path, tiny_content()))
@@ -435,4 +535,7 @@ def test_command_line(tmp_path):
 def test_contrasts_name_runs_by_pattern():
     contrast = Contrast(of=["hog-*", "mae"], against=["*-one"])
     runs = ["mae", "hog-one", "hog-two", "pixels-one"]
-    assert contrast.sides(runs) == {"of": ["mae", "hog-one", "hog-two"], "against": ["hog-one", "pixels-one"]}
+    assert contrast.sides(runs) == {
+        "of": ["mae", "hog-one", "hog-two"],
+        "against": ["hog-one", "pixels-one"],
+    }

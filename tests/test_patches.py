@@ -1,10 +1,12 @@
-"""kit/patches.py: a convolution over patches as a matrix product, and the statistics of patches."""
+"""kit/nets/patches.py: a convolution over patches as a matrix product, and the statistics of
+patches.
+"""
 
 import pytest
 import torch
 from torch import nn
 
-from stages.kit.patches import PatchConv, patch_statistics, patchify, project
+from stages.kit.nets.patches import PatchConv, patch_statistics, patchify, project
 
 
 def convolution(**kw) -> nn.Conv2d:
@@ -19,8 +21,10 @@ def test_patch_conv_is_the_convolution_with_its_gradients():
     assert found.shape == expected.shape == (2, 5, 2, 3)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(expected)
-    gradients = [torch.autograd.grad((out * weight).sum(), (images, layer.weight, layer.bias))
-                 for out, layer in ((found, ours), (expected, plain))]
+    gradients = [
+        torch.autograd.grad((out * weight).sum(), (images, layer.weight, layer.bias))
+        for out, layer in ((found, ours), (expected, plain))
+    ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert list(ours.state_dict()) == list(plain.state_dict())
@@ -35,10 +39,14 @@ def test_patch_conv_has_the_convolutions_bits_in_evaluation():
 def test_project_takes_any_patches():
     images, conv = torch.randn(2, 3, 8, 8, dtype=torch.float64), convolution()
     some = patchify(images, 4)[:, [3, 0]]
-    torch.testing.assert_close(project(conv, some), conv(images).flatten(2).transpose(1, 2)[:, [3, 0]])
+    torch.testing.assert_close(
+        project(conv, some), conv(images).flatten(2).transpose(1, 2)[:, [3, 0]]
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"stride": 2}, {"padding": 1}, {"kernel_size": (4, 2), "stride": (4, 2)}])
+@pytest.mark.parametrize(
+    "wrong", [{"stride": 2}, {"padding": 1}, {"kernel_size": (4, 2), "stride": (4, 2)}]
+)
 def test_overlapping_patches_are_refused(wrong):
     with pytest.raises(ValueError, match="side by side"):
         PatchConv.of(convolution(**wrong))

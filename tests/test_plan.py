@@ -33,7 +33,9 @@ MAE = {
 def root(tmp_path_factory):
     """The project's stages in a folder where they can be edited."""
     folder = tmp_path_factory.mktemp("project")
-    shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (folder / "workflow").mkdir()
     return folder
 
@@ -72,7 +74,8 @@ def finish(plan, *ids: str) -> None:
         job.manifest.write_text(json.dumps(content))
 
 
-# ------------------------------------------------------------------------------------------------------- jobs
+# -------------------------------------------------------------------------------------------------------
+# jobs
 
 
 def test_jobs_inputs_and_folders(tmp_path):
@@ -104,7 +107,9 @@ def test_what_the_report_is_told_about_labels(tmp_path):
     targets = {"teacher": {"kind": "pretrained"}, "vqkd": {"kind": "vqkd", "upstream": "teacher"}}
     runs = plan_of(tmp_path, targets=targets).jobs["report"].params["runs"]
     assert runs["supervised-s0"]["labels"] and not runs["beitv2-s0"]["labels"]
-    assert runs["beitv2-s0"]["target"] == "vqkd" and runs["beitv2-s0"]["label_targets"] == ["teacher"]
+    assert runs["beitv2-s0"]["target"] == "vqkd" and runs["beitv2-s0"]["label_targets"] == [
+        "teacher"
+    ]
     assert runs["mae-s0"] == {
         "run": "mae",
         "method": "mae",
@@ -123,12 +128,15 @@ def test_the_same_params_give_the_same_fingerprints(tmp_path):
     one, two = plan_of(tmp_path / "a"), plan_of(tmp_path / "b")
     assert not changed(one, two)
     explicit = plan_of(
-        tmp_path / "c", methods__mae={"mask_ratio": 0.75}, compute={"workers": 3, "tracking": True, "compile": True}
+        tmp_path / "c",
+        methods__mae={"mask_ratio": 0.75},
+        compute={"workers": 3, "tracking": True, "compile": True},
     )
     assert not changed(one, explicit), "writing a default, or how to run, changes nothing"
 
 
-# ------------------------------------------------------------------------------------- runs that teach others
+# ------------------------------------------------------------------------------------- runs that
+# teach others
 
 
 CHAIN = {"method": "dbot", "target": "run:random", "stages": 3}
@@ -168,7 +176,10 @@ def test_a_longer_chain_leaves_the_stages_before_it_alone(tmp_path):
     added = {
         f"{kind}/dbot-{n}-s0{task}"
         for n in (2, 3)
-        for kind, task in (("pretrain", ""), *(("transfer", f"/{t}") for t in ("knn", "linear", "finetune")))
+        for kind, task in (
+            ("pretrain", ""),
+            *(("transfer", f"/{t}") for t in ("knn", "linear", "finetune")),
+        )
     }
     assert changed(before, after) == added | {"report"}
 
@@ -192,7 +203,9 @@ def test_any_run_or_target_of_features_may_be_the_first_teacher(tmp_path):
     inputs = {n: plan.jobs[f"pretrain/{n}-s0"].inputs[1] for n in ("a-1", "a-2", "b", "c")}
     assert inputs == {"a-1": "pretrain/mae-s0", "a-2": "pretrain/a-1-s0", "b": "target/teacher",
                       "c": "pretrain/beitv2-s0"}  # fmt: skip
-    assert plan.jobs["pretrain/a-1-s0"].params["stage"] == 1, "stages of this method, not of its teacher's"
+    assert plan.jobs["pretrain/a-1-s0"].params["stage"] == 1, (
+        "stages of this method, not of its teacher's"
+    )
     assert "stage" not in plan.jobs["pretrain/b-s0"].params
 
 
@@ -240,7 +253,9 @@ WRONG_TEACHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("runs, said", WRONG_TEACHERS, ids=[said[:40] for _, said in WRONG_TEACHERS])
+@pytest.mark.parametrize(
+    "runs, said", WRONG_TEACHERS, ids=[said[:40] for _, said in WRONG_TEACHERS]
+)
 def test_teachers_that_cannot_be_are_refused_once_and_clearly(tmp_path, runs, said):
     message = refused(tmp_path, **runs)
     assert said in message
@@ -251,7 +266,9 @@ def test_a_change_runs_the_stages_from_there_on(tmp_path):
     before = taught(tmp_path / "a", dbot=CHAIN)
     kinds = ("pretrain/{}-s0", *(f"transfer/{{}}-s0/{t}" for t in ("knn", "linear", "finetune")))
     method = taught(tmp_path / "b", dbot=CHAIN | {"set": {"epochs": 2}})
-    assert changed(before, method) == {k.format(f"dbot-{n}") for k in kinds for n in (1, 2, 3)} | {"report"}
+    assert changed(before, method) == {k.format(f"dbot-{n}") for k in kinds for n in (1, 2, 3)} | {
+        "report"
+    }
     first = taught(tmp_path / "c", dbot=CHAIN | {"target": "run:mae"})
     assert changed(before, first) == changed(before, method)
     finish(before)
@@ -292,10 +309,13 @@ def test_weights_in_a_folder_are_part_of_the_fingerprint(tmp_path):
     assert loops(second)["plan"]["watch"]
     shutil.rmtree(folder)
     with pytest.warns(UserWarning, match="is not there"):
-        assert not changed(first, plan()), "a finished target stays usable without the weights that it was made from"
+        assert not changed(first, plan()), (
+            "a finished target stays usable without the weights that it was made from"
+        )
 
 
-# -------------------------------------------------------------------------------------- what a change touches
+# -------------------------------------------------------------------------------------- what a
+# change touches
 
 
 RUNS = ("mae", "beitv2", "random", "supervised")
@@ -352,12 +372,12 @@ def test_code_is_part_of_what_uses_it(tmp_path, root):
         "stages/methods/mae.py": MAE,
         "stages/tasks/knn.py": {i for i in everything if i.endswith("/knn")} | {"report"},
         "stages/transfer.py": {i for i in everything if i.startswith("transfer")} | {"report"},
-        "stages/kit/loop.py": training | {"report"},
-        "stages/kit/store.py": everything,
+        "stages/kit/train/loop.py": training | {"report"},
+        "stages/kit/data/store.py": everything,
         "stages/kit/new_file.py": training | {"report"},
         "stages/sources/shapes.py": everything,
         "stages/sources/folder.py": set(),
-        "stages/kit/track.py": set(),
+        "stages/kit/job/track.py": set(),
         "stages/report.py": {"report"},
         "stages/reporting/templates/new.html": {"report"},
         "stages/methods/new_method.py": set(),
@@ -389,7 +409,9 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stages"):
             base = node.module.replace(".", "/")
-            found |= {f"{base}/{a.name}.py" for a in node.names if (ROOT / f"{base}/{a.name}.py").exists()}
+            found |= {
+                f"{base}/{a.name}.py" for a in node.names if (ROOT / f"{base}/{a.name}.py").exists()
+            }
             found |= {p for p in (f"{base}.py", f"{base}/__init__.py") if (ROOT / p).exists()}
     return {p for p in found if p not in ("stages/__init__.py", "stages/kit/__init__.py")}
 
@@ -398,15 +420,21 @@ def imports(path: Path) -> set[str]:
 def test_a_jobs_code_holds_all_that_it_imports(tmp_path, source):
     (tmp_path / "x").mkdir()
     name, colon, _ = source.partition(":")
-    plan = plan_of(tmp_path, data={"source": f"{name}:{tmp_path / 'x'}" if colon else name, "options": {}})
+    plan = plan_of(
+        tmp_path, data={"source": f"{name}:{tmp_path / 'x'}" if colon else name, "options": {}}
+    )
     if colon:
         content = tiny_content()
         content["data"] = {"source": f"{name}:{tmp_path / 'x'}", "image_size": 16}
         plan = load(write_params(tmp_path, content), tmp_path / "results")
-    allowed = {"stages/kit/track.py"}
+    allowed = {"stages/kit/job/track.py"}
     for job in plan.jobs.values():
         # the report may read what others wrote with the kit; its own code is what makes its pages
-        reads = {"stages/kit/job.py", "stages/kit/store.py"} if job.stage == "report" else set()
+        reads = (
+            {"stages/kit/job/job.py", "stages/kit/data/store.py"}
+            if job.stage == "report"
+            else set()
+        )
         others = (
             {f"stages/{f}/__init__.py" for f in ("targets", "methods")}
             if job.stage in ("pretrain", "target")
@@ -414,10 +442,13 @@ def test_a_jobs_code_holds_all_that_it_imports(tmp_path, source):
         )
         for path in job.hashes:
             if path.endswith(".py"):
-                assert imports(ROOT / path) <= set(job.hashes) | allowed | reads | others, f"{job.id}: {path}"
+                assert imports(ROOT / path) <= set(job.hashes) | allowed | reads | others, (
+                    f"{job.id}: {path}"
+                )
 
 
-# ------------------------------------------------------------------------------------------ what lies on disk
+# ------------------------------------------------------------------------------------------ what
+# lies on disk
 
 
 def test_fresh_means_complete_and_made_by_this_plan(tmp_path):
@@ -489,16 +520,20 @@ def test_leftovers_are_listed_and_pruned_only_on_request(tmp_path):
     assert plan.jobs["pretrain/mae-s0"].manifest.exists()
     prune(smaller)
     assert (
-        not plan.jobs["pretrain/mae-s0"].output.exists() and plan.jobs["pretrain/random-s0"].manifest.exists()
+        not plan.jobs["pretrain/mae-s0"].output.exists()
+        and plan.jobs["pretrain/random-s0"].manifest.exists()
     )
 
 
-# ---------------------------------------------------------------------------------------------------- explain
+# ----------------------------------------------------------------------------------------------------
+# explain
 
 
 def test_explain_says_which_key_file_or_input(tmp_path, root):
     plan = plan_of(tmp_path, root)
-    assert "pretrain/mae-s0 would run because it has not been run" in explain(plan, "pretrain/mae-s0")
+    assert "pretrain/mae-s0 would run because it has not been run" in explain(
+        plan, "pretrain/mae-s0"
+    )
     finish(plan)
     assert all(explain(plan, i) == f"{i} is up to date." for i in plan.jobs)
 
@@ -512,7 +547,9 @@ def test_explain_says_which_key_file_or_input(tmp_path, root):
     assert "grid.runs.mae.set.mask_ratio changed from 0.75 to 0.6" in say(
         "pretrain/mae-s0", grid__runs__mae__set={"mask_ratio": 0.6}
     )
-    assert "methods.mae.epochs changed from 1 to 2" in say("pretrain/mae-s0", methods__mae__epochs=2)
+    assert "methods.mae.epochs changed from 1 to 2" in say(
+        "pretrain/mae-s0", methods__mae__epochs=2
+    )
     assert "train.epochs changed from 1 to 3" in say("pretrain/mae-s0", train__epochs=3)
     assert "tasks.knn.k changed from [3] to [5]" in say("transfer/mae-s0/knn", tasks__knn__k=[5])
     assert "targets.vqkd.codes changed" in say("target/vqkd", targets__vqkd__codes=8)
@@ -520,9 +557,15 @@ def test_explain_says_which_key_file_or_input(tmp_path, root):
     assert "its input data would run (data.options.train changed" in say(
         "pretrain/mae-s0", data__options={"train": 32}
     )
-    assert say("pretrain/beitv2-s0", methods__mae__mask_ratio=0.5) == "pretrain/beitv2-s0 is up to date."
+    assert (
+        say("pretrain/beitv2-s0", methods__mae__mask_ratio=0.5)
+        == "pretrain/beitv2-s0 is up to date."
+    )
     with edited(root, "stages/methods/mae.py"):
-        assert say("pretrain/mae-s0") == "pretrain/mae-s0 would run because stages/methods/mae.py was edited."
+        assert (
+            say("pretrain/mae-s0")
+            == "pretrain/mae-s0 would run because stages/methods/mae.py was edited."
+        )
     with edited(root, "stages/kit/extra.py"):
         assert "stages/kit/extra.py was added" in say("pretrain/mae-s0")
     (plan.jobs["pretrain/mae-s0"].output / "value").unlink()
@@ -542,7 +585,8 @@ def test_explain_knows_an_input_made_anew(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------ files of the user
+# ------------------------------------------------------------------------------------------ files
+# of the user
 
 
 def source_plan(tmp_path: Path, images: str = "images"):
@@ -555,7 +599,9 @@ def test_a_missing_source_is_told_with_what_is_near(tmp_path):
     (tmp_path / "image").mkdir()
     with pytest.raises(ParamsError, match="images does not exist; did you mean 'image'\\?$"):
         source_plan(tmp_path)
-    with pytest.raises(ParamsError, match=f"images does not exist .{tmp_path / 'gone'} is no folder.$"):
+    with pytest.raises(
+        ParamsError, match=f"images does not exist .{tmp_path / 'gone'} is no folder.$"
+    ):
         source_plan(tmp_path, "gone/deeper/images")
 
 
@@ -571,13 +617,18 @@ def test_the_files_of_a_source_are_part_of_the_fingerprint(tmp_path):
     assert changed(first, second) == set(first.jobs)
     finish(second)
     (tmp_path / "images/a/2.png").write_bytes(b"22")
-    assert f"what folder:{tmp_path / 'images'} holds changed" in explain(source_plan(tmp_path), "data")
+    assert f"what folder:{tmp_path / 'images'} holds changed" in explain(
+        source_plan(tmp_path), "data"
+    )
     shutil.rmtree(tmp_path / "images")
     with pytest.warns(UserWarning, match="is not there"):
-        assert not changed(second, source_plan(tmp_path)), "pulled results stay usable without their source"
+        assert not changed(second, source_plan(tmp_path)), (
+            "pulled results stay usable without their source"
+        )
 
 
-# ----------------------------------------------------------------------------------------------- command line
+# -----------------------------------------------------------------------------------------------
+# command line
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
@@ -594,7 +645,9 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "data is up to date.\n"
     assert main([*files, "--explain", "dat"]) == 1
     assert "did you mean 'data'" in capsys.readouterr().err
-    assert (ROOT / "workflow/runs.json").read_bytes() == before, "other params files leave runs.json alone"
+    assert (ROOT / "workflow/runs.json").read_bytes() == before, (
+        "other params files leave runs.json alone"
+    )
 
 
 def test_committed_runs_follow_from_params():

@@ -1,5 +1,6 @@
-"""One global batch, cut in every way: into micro batches, onto two processes, both. In float64 the losses are those of
-the whole batch, step by step, for every method and target in the folders; what cannot be cut is refused.
+"""One global batch, cut in every way: into micro batches, onto two processes, both. In float64 the
+losses are those of the whole batch, step by step, for every method and target in the folders; what
+cannot be cut is refused.
 """
 
 from __future__ import annotations
@@ -21,22 +22,34 @@ from torch import nn
 from warm import Workers
 
 from stages.kit import dist
-from stages.kit.checkpoint import Checkpoint
-from stages.kit.files import JobError
-from stages.kit.history import History
-from stages.kit.loader import Batches
-from stages.kit.loop import Recipe, fit, refuse_cuts
-from stages.kit.views import View
+from stages.kit.data.loader import Batches
+from stages.kit.data.views import View
+from stages.kit.job.files import JobError
+from stages.kit.train.checkpoint import Checkpoint
+from stages.kit.train.history import History
+from stages.kit.train.loop import Recipe, fit, refuse_cuts
 from stages.targets import find
 
 BATCH, IMAGES, EPOCHS = 8, 16, 3  # 6 steps
 PLUGINS = [f"methods.{name}" for name in test_methods.TRAINED]
 PLUGINS += [f"targets.{kind}" for kind in test_targets.KINDS if hasattr(find(kind), "Training")]
-SMALL = {"drop_path": 0.3, "prototypes": 64, "hidden": 32, "bottleneck": 16, "n_local": 2}  # where a plug-in has them
-# settings with more that a cut could break: partners, restarts, k-means in the middle of the training
+SMALL = {
+    "drop_path": 0.3,
+    "prototypes": 64,
+    "hidden": 32,
+    "bottleneck": 16,
+    "n_local": 2,
+}  # where a plug-in has them
+# settings with more that a cut could break: partners, restarts, k-means in the middle of the
+# training
 CHANGES = {
     "methods.supervised": {"mixup": 0.8, "cutmix": 1.0},
-    "targets.vqkd": {**test_targets.CHANGES["vqkd"], "vectors_per_code": 24, "kmeans_after": 0.2, "reseed": 2},
+    "targets.vqkd": {
+        **test_targets.CHANGES["vqkd"],
+        "vectors_per_code": 24,
+        "kmeans_after": 0.2,
+        "reseed": 2,
+    },
 }
 
 
@@ -44,7 +57,9 @@ class Pictures:
     """A split in memory."""
 
     def __init__(self, size: int):
-        self.images = np.random.default_rng(0).integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
+        self.images = np.random.default_rng(0).integers(
+            0, 256, (IMAGES, size, size, 3), dtype=np.uint8
+        )
         self.labels = np.arange(IMAGES) % 3
 
     def __len__(self):
@@ -57,7 +72,10 @@ class Double(Batches):
     def batch(self, step, micro_step=0):
         found = super().batch(step, micro_step)
         dtype = torch.get_default_dtype()
-        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in found.items()}
+        return {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in found.items()
+        }
 
 
 class Stopped(nn.Module):
@@ -66,7 +84,14 @@ class Stopped(nn.Module):
     def __init__(self, inner: nn.Module, stop: int | None):
         super().__init__()
         self.inner, self.stop = inner, stop
-        for name in ("param_groups", "no_weight_decay", "before_step", "after_step", "whole_batch", "leaves_parameters_out"):
+        for name in (
+            "param_groups",
+            "no_weight_decay",
+            "before_step",
+            "after_step",
+            "whole_batch",
+            "leaves_parameters_out",
+        ):
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
         if hasattr(inner, "no_weight_decay"):
@@ -81,18 +106,43 @@ class Stopped(nn.Module):
 def made(plugin: str):
     """(module, config, spec, what the loop trains) of a plug-in at its sweep's size."""
     module, (kind, name) = importlib.import_module(f"stages.{plugin}"), plugin.split(".")
-    changes = CHANGES.get(plugin) or getattr(test_methods if kind == "methods" else test_targets, "CHANGES", {}).get(name, {})
+    changes = CHANGES.get(plugin) or getattr(
+        test_methods if kind == "methods" else test_targets, "CHANGES", {}
+    ).get(name, {})
     fields = {field.name for field in dataclasses.fields(module.Config)}
     changes = {**{key: value for key, value in SMALL.items() if key in fields}, **changes}
-    config, spec = module.Config(**changes), (test_methods if kind == "methods" else test_targets).SPEC
+    config, spec = (
+        module.Config(**changes),
+        (test_methods if kind == "methods" else test_targets).SPEC,
+    )
     torch.manual_seed(0)
     if kind == "methods":
-        return module, config, spec, module.Method(config, spec, test_methods.Target(module.TARGET) if module.TARGET else None)
-    return module, config, spec, module.Training(config, spec, test_targets.Teacher() if module.UPSTREAM else None)
+        return (
+            module,
+            config,
+            spec,
+            module.Method(
+                config, spec, test_methods.Target(module.TARGET) if module.TARGET else None
+            ),
+        )
+    return (
+        module,
+        config,
+        spec,
+        module.Training(config, spec, test_targets.Teacher() if module.UPSTREAM else None),
+    )
 
 
-def train(plugin: str, folder: str, micro: int | None = None, stop: int | None = None, precision: str = "fp32") -> dict:
-    """Trains from, or on from, what lies in the folder; losses by step, and a digest of all that was learnt."""
+def train(
+    plugin: str,
+    folder: str,
+    micro: int | None = None,
+    stop: int | None = None,
+    precision: str = "fp32",
+) -> dict:
+    """Trains from, or on from, what lies in the folder; losses by step, and a digest of all that
+    was learnt.
+    """
     module, config, spec, training = made(plugin)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(folder)
@@ -108,7 +158,9 @@ def train(plugin: str, folder: str, micro: int | None = None, stop: int | None =
         fit(Stopped(training, stop), batches, recipe, run, seed=3)
     except SystemExit as left:
         return {"code": left.code}
-    rows = [json.loads(line) for line in (folder / "out" / "history.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "out" / "history.jsonl").read_text().splitlines()
+    ]
     return {"losses": [row["loss"] for row in rows], "state": [(k, v.double().sum().item(), v.double().abs().sum().item())
                                                                for k, v in training.state_dict().items()]}  # fmt: skip
 
@@ -129,8 +181,9 @@ def pair():
 
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_a_cut_batch_gives_the_losses_of_the_whole_one(plugin, alone, pair, tmp_path):
-    """Cut by accumulation, by two processes and by both, with checkpoints that change hands between one process and two:
-    one process stops half-way and two go on, and the other way round."""
+    """Cut by accumulation, by two processes and by both, with checkpoints that change hands between
+    one process and two: one process stops half-way and two go on, and the other way round.
+    """
     [whole] = alone.call(train, plugin, str(tmp_path / "whole"))
     assert len(whole["losses"]) == 6 and len({round(loss, 9) for loss in whole["losses"]}) > 3
     reason, cut = getattr(made(plugin)[3], "whole_batch", None), 2
@@ -143,32 +196,52 @@ def test_a_cut_batch_gives_the_losses_of_the_whole_one(plugin, alone, pair, tmp_
         assert all(found == {"code": 143} for found in codes)
         found = second.call(train, plugin, str(tmp_path / name))
         for result in found:
-            np.testing.assert_allclose(result["losses"], whole["losses"], rtol=1e-9, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(
+                result["losses"], whole["losses"], rtol=1e-9, atol=1e-9, err_msg=name
+            )
             assert result["state"] == found[0]["state"], "the processes have drifted apart"
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_a_short_run_in_bf16_stays_beside_that_in_fp32(plugin, tmp_path):
-    exact, rounded = (train(plugin, str(tmp_path / name), precision=name)["losses"] for name in ("fp32", "bf16"))
+    exact, rounded = (
+        train(plugin, str(tmp_path / name), precision=name)["losses"] for name in ("fp32", "bf16")
+    )
     assert exact != rounded
     np.testing.assert_allclose(rounded, exact, rtol=0.08)  # bf16 has three digits; some codes flip
 
 
 def noted(folder: str, state: dict | None) -> tuple[dict, dict]:
-    """A history with half a row, taken over from `state` if there is one: (its own state, the row made of it)."""
+    """A history with half a row, taken over from `state` if there is one: (its own state, the row
+    made of it).
+    """
     dist.start()
     history = History(Path(folder) / "history.jsonl", torch.device("cpu"))
     history.restore(state)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for place in range(3):
-        values = torch.tensor([0.1, 0.7]) * (place + 1) + (10 if state else 0)  # of the two halves of the batch
-        history.add({"loss": values.mean() if world == 1 else values[rank], "fixed": 2.0}, BATCH // world, place)
+        values = torch.tensor([0.1, 0.7]) * (place + 1) + (
+            10 if state else 0
+        )  # of the two halves of the batch
+        history.add(
+            {"loss": values.mean() if world == 1 else values[rank], "fixed": 2.0},
+            BATCH // world,
+            place,
+        )
     return history.state(), history.row(step=6)
 
 
 def test_half_a_row_of_history_changes_hands(alone, pair, tmp_path):
-    (one, _), (two, _) = alone.call(noted, str(tmp_path), None)[0], pair.call(noted, str(tmp_path), None)[0]
-    rows = [row for workers in (alone, pair) for state in (one, two) for _, row in workers.call(noted, str(tmp_path), state)]
+    (one, _), (two, _) = (
+        alone.call(noted, str(tmp_path), None)[0],
+        pair.call(noted, str(tmp_path), None)[0],
+    )
+    rows = [
+        row
+        for workers in (alone, pair)
+        for state in (one, two)
+        for _, row in workers.call(noted, str(tmp_path), state)
+    ]
     assert len(rows) == 6 and all(row["fixed"] == 2 for row in rows)
     np.testing.assert_allclose([row["loss"] for row in rows], (0.8 + 10.8) / 2, rtol=1e-12)
 
@@ -199,7 +272,9 @@ def test_all_processes_continue_from_the_same_checkpoint_or_none_does(pair, tmp_
     for message in pair.call(loaded, str(tmp_path)):
         assert "not every process can read this checkpoint" in message
     second.save({"step": 3})
-    assert all("they found different ones" in message for message in pair.call(loaded, str(tmp_path)))
+    assert all(
+        "they found different ones" in message for message in pair.call(loaded, str(tmp_path))
+    )
 
 
 class Sometimes(nn.Module):
@@ -221,9 +296,25 @@ def train_sometimes(folder: str) -> list[float]:
     from test_loop import make_run
 
     run, world = make_run(Path(folder)), int(os.environ["WORLD_SIZE"])
-    batches = Double(Pictures(4), {"view": View(4)}, BATCH, 3, workers=0, rank=int(os.environ["RANK"]), world=world)
-    fit(Sometimes(), batches, Recipe(EPOCHS, BATCH, batches.steps_per_epoch, lr=0.1, precision="fp32"), run, seed=3)
-    return [json.loads(line)["loss"] for line in (run.out / "history.jsonl").read_text().splitlines()]
+    batches = Double(
+        Pictures(4),
+        {"view": View(4)},
+        BATCH,
+        3,
+        workers=0,
+        rank=int(os.environ["RANK"]),
+        world=world,
+    )
+    fit(
+        Sometimes(),
+        batches,
+        Recipe(EPOCHS, BATCH, batches.steps_per_epoch, lr=0.1, precision="fp32"),
+        run,
+        seed=3,
+    )
+    return [
+        json.loads(line)["loss"] for line in (run.out / "history.jsonl").read_text().splitlines()
+    ]
 
 
 def test_a_module_may_say_that_it_leaves_parameters_out(alone, pair, tmp_path):
@@ -235,7 +326,9 @@ def test_a_module_may_say_that_it_leaves_parameters_out(alone, pair, tmp_path):
 @pytest.mark.parametrize("accumulate, world", [(2, 1), (1, 2), (2, 2)])
 def test_what_cannot_be_cut_is_refused_with_the_reason(accumulate, world):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    with pytest.raises(ValueError, match=r"train.micro_batch: .*1 \(BatchNorm1d\) uses statistics of the batch"):
+    with pytest.raises(
+        ValueError, match=r"train.micro_batch: .*1 \(BatchNorm1d\) uses statistics of the batch"
+    ):
         refuse_cuts(model, accumulate, world)
     refuse_cuts(model, 1, 1)
     refuse_cuts(model.eval(), accumulate, world)

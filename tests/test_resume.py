@@ -1,5 +1,5 @@
-"""Real processes of `python -m stages.pretrain`: killed at random moments and started again, stopped by a
-signal, run by two processes. The same bytes must come out.
+"""Real processes of `python -m stages.pretrain`: killed at random moments and started again,
+stopped by a signal, run by two processes. The same bytes must come out.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    """A tiny experiment whose data stage is done, to be copied, with its own copy of the code: a file that is
-    edited while the test runs would rightly start the job anew."""
+    """A tiny experiment whose data stage is done, to be copied, with its own copy of the code: a
+    file that is edited while the test runs would rightly start the job anew.
+    """
     from conftest import tiny_content, write_params
 
     folder = tmp_path_factory.mktemp("experiment")
@@ -57,7 +58,9 @@ def start(folder: Path, stage: str, *words: str, launcher: tuple = ()) -> subpro
     command = [sys.executable, "-m", *launcher, stage, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -80,7 +83,9 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
     began = time.time()
     while process.poll() is None:
         with contextlib.suppress(FileNotFoundError):
-            if any(path.stat().st_mtime > began for path in (folder / "work").glob("*/checkpoint.pt")):
+            if any(
+                path.stat().st_mtime > began for path in (folder / "work").glob("*/checkpoint.pt")
+            ):
                 return
         time.sleep(0.01)
 
@@ -129,5 +134,8 @@ def test_two_processes_under_torchrun_train_the_same_encoder(experiment, straigh
     ours, theirs = (load_file(base / "encoder/model.safetensors") for base in (alone, two))
     # sums of gradients in another order: not bit-equal, but the same training
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-3
-    rows = [[json.loads(line)["loss"] for line in (base / "history.jsonl").open()] for base in (alone, two)]
+    rows = [
+        [json.loads(line)["loss"] for line in (base / "history.jsonl").open()]
+        for base in (alone, two)
+    ]
     assert rows[0] == pytest.approx(rows[1], rel=1e-3)

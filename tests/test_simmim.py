@@ -13,30 +13,58 @@ import torch
 import torch.nn.functional as F
 from test_end_to_end import run_all
 
-from stages.kit import encoder as kit
-from stages.kit import optim
-from stages.kit.checks import unit_count
-from stages.kit.loop import Progress
-from stages.kit.masks import unit_masks
-from stages.kit.recipe import Recipe
+from stages.kit.nets import encoders
+from stages.kit.nets.masks import unit_masks
 from stages.kit.spec import Spec
+from stages.kit.train import optim
+from stages.kit.train.loop import Progress
+from stages.kit.train.recipe import Recipe
 from stages.methods.simmim import Config, Method, local_statistics
 from tests.conftest import tiny_content, write_params
+from workflow.checks import unit_count
 from workflow.params import read
 
-VIT = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,
-       "window_size": None, "mlp_ratio": 2.0, "args": {}}
-SWIN = {"name": "swin_tiny_patch4_window7_224", "patch_size": 2, "embed_dim": 8, "depth": [2, 2], "num_heads": [1, 2],
-        "window_size": 4, "mlp_ratio": 2.0, "args": {}}
+VIT = {
+    "name": "vit_tiny_patch16_224",
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "window_size": None,
+    "mlp_ratio": 2.0,
+    "args": {},
+}
+SWIN = {
+    "name": "swin_tiny_patch4_window7_224",
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depth": [2, 2],
+    "num_heads": [1, 2],
+    "window_size": 4,
+    "mlp_ratio": 2.0,
+    "args": {},
+}
 MODELS = {"vit": VIT, "swin": SWIN}
-SWIN_B = {"patch_size": 4, "embed_dim": 128, "depth": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 6,
-          "mlp_ratio": 4.0}
+SWIN_B = {
+    "patch_size": 4,
+    "embed_dim": 128,
+    "depth": [2, 2, 18, 2],
+    "num_heads": [4, 8, 16, 32],
+    "window_size": 6,
+    "mlp_ratio": 4.0,
+}
 VIT_B = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0}
 
 
 def spec(kind="vit", size=16, **changes):
-    return Spec(image_size=size, model=MODELS[kind] | changes, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3),
-                num_classes=3, images=50)
+    return Spec(
+        image_size=size,
+        model=MODELS[kind] | changes,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.25, 0.3),
+        num_classes=3,
+        images=50,
+    )
 
 
 def build(kind="vit", size=16, changes=None, **config):
@@ -62,14 +90,28 @@ def method(request):
     return build(request.param)
 
 
-# --- masks ------------------------------------------------------------------------------------------------
+# --- masks
+# ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("size", "kind", "patch", "units", "count", "model"), [
-    (192, "swin", 4, 36, 22, {"depth": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": 6}),
-    (224, "vit", 16, 49, 30, {"depth": 1}),
-    (32, "vit", 4, 16, 10, {"depth": 1}),
-])
-def test_exactly_so_many_units_are_hidden_and_each_is_of_one_piece(size, kind, patch, units, count, model):
+
+@pytest.mark.parametrize(
+    ("size", "kind", "patch", "units", "count", "model"),
+    [
+        (
+            192,
+            "swin",
+            4,
+            36,
+            22,
+            {"depth": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": 6},
+        ),
+        (224, "vit", 16, 49, 30, {"depth": 1}),
+        (32, "vit", 4, 16, 10, {"depth": 1}),
+    ],
+)
+def test_exactly_so_many_units_are_hidden_and_each_is_of_one_piece(
+    size, kind, patch, units, count, model
+):
     method = build(kind, size, model | {"patch_size": patch}, mask_unit=None if size == 32 else 32)
     assert (method.units**2, method.count) == (units, count)
     mask = method.mask(noise(50, units)).numpy()
@@ -77,16 +119,27 @@ def test_exactly_so_many_units_are_hidden_and_each_is_of_one_piece(size, kind, p
     assert mask.shape == (50, side * side)
     seen = np.zeros(units)
     for row in mask.reshape(50, side, side):
-        blocks = row.reshape(side // cell, cell, side // cell, cell).swapaxes(1, 2).reshape(units, cell * cell)
+        blocks = (
+            row.reshape(side // cell, cell, side // cell, cell)
+            .swapaxes(1, 2)
+            .reshape(units, cell * cell)
+        )
         assert set(blocks.sum(1).tolist()) == {0, cell * cell}
         assert blocks[:, 0].sum() == count
         seen += blocks[:, 0]
-    assert seen.min() > 0.3 * 50 and seen.max() < 0.9 * 50  # about 0.6 everywhere, standard deviation 0.07
+    assert (
+        seen.min() > 0.3 * 50 and seen.max() < 0.9 * 50
+    )  # about 0.6 everywhere, standard deviation 0.07
 
 
 def test_a_unit_is_hidden_where_its_number_is_among_the_smallest():
     mask = unit_masks(torch.tensor([[0.9, 0.1, 0.5, 0.2]]), 2, 2)
-    assert mask.view(4, 4).int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
+    assert mask.view(4, 4).int().tolist() == [
+        [0, 0, 1, 1],
+        [0, 0, 1, 1],
+        [0, 0, 1, 1],
+        [0, 0, 1, 1],
+    ]
 
 
 def test_counts_are_rounded_up_in_exact_arithmetic():
@@ -96,7 +149,9 @@ def test_counts_are_rounded_up_in_exact_arithmetic():
         unit_count(4, 0.8)
 
 
-# --- what the encoder sees --------------------------------------------------------------------------------
+# --- what the encoder sees
+# --------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def test_hidden_pixels_do_not_reach_the_encoder_and_visible_ones_do(method):
@@ -115,14 +170,14 @@ def test_without_a_mask_the_encoder_is_timms(method):
     images = pictures()
     nothing = torch.zeros(3, (16 // method.patch) ** 2, dtype=torch.bool)
     found = method.encode(images, nothing).flatten(2).transpose(1, 2)
-    assert torch.allclose(found, kit.features(method.encoder, images)["patch"], atol=1e-6)
+    assert torch.allclose(found, encoders.features(method.encoder, images)["patch"], atol=1e-6)
 
 
 @torch.no_grad()
 def test_the_mask_token_gets_the_position_of_its_place():
     encoder = build("vit", changes={"args": {"use_abs_pos_emb": True}}).encoder
     everything, token = torch.ones(1, 16, dtype=torch.bool), torch.randn(1, 1, 16)
-    tokens = kit.patch_tokens(encoder, pictures(1), everything, token)
+    tokens = encoders.patch_tokens(encoder, pictures(1), everything, token)
     assert torch.allclose(tokens, token + encoder.pos_embed[:, 1:])
 
 
@@ -154,7 +209,9 @@ def test_tables_of_zeros_change_nothing():
         attn, y = block.attn, block.norm1(x)
         weight = attn.qkv.weight.view(3, 2, 8, 16)
         q, k, v = (torch.einsum("bnd,hed->bhne", y, part) for part in weight)
-        y = F.scaled_dot_product_attention(q + attn.q_bias.view(2, 1, 8), k, v + attn.v_bias.view(2, 1, 8))
+        y = F.scaled_dot_product_attention(
+            q + attn.q_bias.view(2, 1, 8), k, v + attn.v_bias.view(2, 1, 8)
+        )
         x = x + block.gamma_1 * attn.proj(y.transpose(1, 2).flatten(2))
         x = x + block.gamma_2 * block.mlp(block.norm2(x))
     nothing = torch.zeros(3, 16, dtype=torch.bool)
@@ -166,10 +223,16 @@ def test_initial_weights():
     torch.manual_seed(0)
     vit = Method(Config(), spec(embed_dim=64)).encoder
     for number, block in enumerate(vit.blocks, start=1):
-        for weight, scale in ((block.attn.qkv.weight, 1), (block.attn.proj.weight, math.sqrt(2 * number)),
-                              (block.mlp.fc1.weight, 1), (block.mlp.fc2.weight, math.sqrt(2 * number))):
+        for weight, scale in (
+            (block.attn.qkv.weight, 1),
+            (block.attn.proj.weight, math.sqrt(2 * number)),
+            (block.mlp.fc1.weight, 1),
+            (block.mlp.fc2.weight, math.sqrt(2 * number)),
+        ):
             assert weight.abs().max() <= 0.02 / scale + 1e-7
-            assert float(weight.detach().std()) * scale == pytest.approx(0.0108, rel=0.05)  # of a normal cut at one deviation
+            assert float(weight.detach().std()) * scale == pytest.approx(
+                0.0108, rel=0.05
+            )  # of a normal cut at one deviation
         assert block.mlp.fc1.bias.abs().max() == 0
     assert vit.patch_embed.proj.weight.abs().max() <= 0.02
     swin = Method(Config(), spec("swin", embed_dim=32)).encoder
@@ -177,10 +240,14 @@ def test_initial_weights():
         for block in stage.blocks:
             assert float(block.mlp.fc1.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
             assert block.mlp.fc1.weight.abs().max() > 0.04
-            assert float(block.attn.relative_position_bias_table.detach().std()) == pytest.approx(0.02, rel=0.5)
+            assert float(block.attn.relative_position_bias_table.detach().std()) == pytest.approx(
+                0.02, rel=0.5
+            )
 
 
-# --- head and loss ----------------------------------------------------------------------------------------
+# --- head and loss
+# ----------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def test_head_gives_pixels_in_the_order_of_pixel_shuffle(method):
@@ -210,7 +277,9 @@ def test_gradient_of_the_loss(method):
     images, mask = pictures(), method.mask(noise(3, 16))
     predicted = torch.randn(3, 3, 16, 16, dtype=torch.float64, requires_grad=True)
     method.loss(predicted, images, mask).backward()
-    hidden = mask.view(3, 16 // method.patch, -1).numpy().repeat(method.patch, 1).repeat(method.patch, 2)
+    hidden = (
+        mask.view(3, 16 // method.patch, -1).numpy().repeat(method.patch, 1).repeat(method.patch, 2)
+    )
     sign = np.sign(predicted.detach().numpy() - images.numpy()) * hidden[:, None]
     assert np.allclose(predicted.grad, sign / (3 * hidden.sum()), rtol=1e-6, atol=0)
 
@@ -219,9 +288,14 @@ def test_gradient_of_the_loss(method):
 def test_loss_of_predicting_zero_is_the_mean_size_of_the_pixels(method, masked_only):
     method.config = Config(masked_only=masked_only)
     images, mask = pictures().double(), method.mask(noise(3, 16))
-    hidden = mask.view(3, 16 // method.patch, -1).numpy().repeat(method.patch, 1).repeat(method.patch, 2)
-    values = [abs(images[b, :, y, x].numpy()).mean() for b, y, x in np.ndindex(3, 16, 16)
-              if hidden[b, y, x] or not masked_only]
+    hidden = (
+        mask.view(3, 16 // method.patch, -1).numpy().repeat(method.patch, 1).repeat(method.patch, 2)
+    )
+    values = [
+        abs(images[b, :, y, x].numpy()).mean()
+        for b, y, x in np.ndindex(3, 16, 16)
+        if hidden[b, y, x] or not masked_only
+    ]
     found = method.loss(torch.zeros(3, 3, 16, 16, dtype=torch.float64), images, mask)
     assert float(found) == pytest.approx(np.mean(values), rel=1e-6)
 
@@ -229,16 +303,22 @@ def test_loss_of_predicting_zero_is_the_mean_size_of_the_pixels(method, masked_o
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_forward_is_mask_encode_decode_loss(kind):
     method = build(kind)
-    progress = Progress(step=3, steps=10, epoch=0.5, seed=0, rows=torch.arange(3), device=torch.device("cpu"))
+    progress = Progress(
+        step=3, steps=10, epoch=0.5, seed=0, rows=torch.arange(3), device=torch.device("cpu")
+    )
     pixels = pictures().sigmoid()
     images, mask = method.spec.normalise(pixels), method.mask(progress.uniform("mask", 16))
     expected = method.loss(method.decode(method.encode(images, mask)), images, mask)
     assert torch.equal(method({"view": pixels}, progress)["loss"], expected)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (method.spec.mean, method.spec.std))
-    assert torch.allclose(images, (pixels - mean) / std, atol=1e-5)  # the target is normalised as the input is
+    assert torch.allclose(
+        images, (pixels - mean) / std, atol=1e-5
+    )  # the target is normalised as the input is
 
 
-# --- the target normalised by a window --------------------------------------------------------------------
+# --- the target normalised by a window
+# --------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("window", [5, 47])
 def test_window_statistics_against_brute_force(window):
@@ -247,9 +327,13 @@ def test_window_statistics_against_brute_force(window):
     mean, deviation = local_statistics(images, window)
     reach = window // 2
     for b, c, y, x in np.ndindex(2, 3, 12, 12):
-        part = images[b, c, max(y - reach, 0):y + reach + 1, max(x - reach, 0):x + reach + 1].numpy()
+        part = images[
+            b, c, max(y - reach, 0) : y + reach + 1, max(x - reach, 0) : x + reach + 1
+        ].numpy()
         assert float(mean[b, c, y, x]) == pytest.approx(part.mean(), abs=1e-10)
-        assert float(deviation[b, c, y, x]) == pytest.approx(math.sqrt(part.var(ddof=1) + 1e-6), rel=1e-9)
+        assert float(deviation[b, c, y, x]) == pytest.approx(
+            math.sqrt(part.var(ddof=1) + 1e-6), rel=1e-9
+        )
 
 
 def test_a_constant_image_has_a_target_of_zero():
@@ -270,11 +354,17 @@ def test_the_loss_takes_the_normalised_target():
     assert float(method.loss(images, images, mask)) > 0.1
 
 
-# --- sizes, weight decay, fine-tuning ---------------------------------------------------------------------
+# --- sizes, weight decay, fine-tuning
+# ---------------------------------------------------------------------
 
-@pytest.mark.parametrize(("kind", "size", "model", "encoder", "whole"), [
-    ("swin", 192, SWIN_B, 86.73, 89.87), ("vit", 224, VIT_B, 85.67, 86.26),
-])
+
+@pytest.mark.parametrize(
+    ("kind", "size", "model", "encoder", "whole"),
+    [
+        ("swin", 192, SWIN_B, 86.73, 89.87),
+        ("vit", 224, VIT_B, 85.67, 86.26),
+    ],
+)
 def test_parameters_of_the_published_models(kind, size, model, encoder, whole):
     def millions(module):
         return round(sum(parameter.numel() for parameter in module.parameters()) / 1e6, 2)
@@ -286,44 +376,56 @@ def test_parameters_of_the_published_models(kind, size, model, encoder, whole):
 
 
 def test_layers_of_swin_b():
-    """24 blocks, 26 rates, the last 1; the layer of every tensor against the official list, written out."""
+    """24 blocks, 26 rates, the last 1; the layer of every tensor against the official list, written
+    out.
+    """
     with torch.device("meta"):
-        encoder = kit.create(spec("swin", 192, **SWIN_B))
+        encoder = encoders.create(spec("swin", 192, **SWIN_B))
         encoder.reset_classifier(10)
-    depths = kit.depths(encoder)
+    depths = encoders.depths(encoder)
     assert depths == (2, 2, 18, 2)
     groups = optim.layer_decay_groups(encoder, depths, 0.8, 0.05)
     scales = sorted({group["lr_scale"] for group in groups})
     assert np.allclose(scales, 0.8 ** np.arange(25, -1, -1))
     of = {id(p): group for group in groups for p in group["params"]}
-    blocks = [f"layers.{stage}.blocks.{block}." for stage, depth in enumerate(depths) for block in range(depth)]
+    blocks = [
+        f"layers.{stage}.blocks.{block}."
+        for stage, depth in enumerate(depths)
+        for block in range(depth)
+    ]
     merging = {"layers.1.downsample.": 2, "layers.2.downsample.": 4, "layers.3.downsample.": 22}
     layers = {"patch_embed.": 0, "norm.": 25, "head.": 25} | merging
     layers |= {prefix: number for number, prefix in enumerate(blocks, start=1)}
     for name, parameter in encoder.named_parameters():
-        layer, = (layer for prefix, layer in layers.items() if name.startswith(prefix))
+        (layer,) = (layer for prefix, layer in layers.items() if name.startswith(prefix))
         assert of[id(parameter)]["lr_scale"] == pytest.approx(0.8 ** (25 - layer)), name
         spared = parameter.ndim == 1 or "relative_position_bias_table" in name
         assert of[id(parameter)]["weight_decay"] == (0 if spared else 0.05), name
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("vit", {"encoder.cls_token"}), ("swin", {"mask_token"})])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("vit", {"encoder.cls_token"}), ("swin", {"mask_token"})]
+)
 def test_weight_decay_in_pretraining_is_that_of_the_official_run(kind, expected):
     method = build(kind)
     plain = [group for group in optim.groups(method, 0.05) if group["weight_decay"] == 0]
     free = {id(parameter) for group in plain for parameter in group["params"]}
     names = {name for name, parameter in method.named_parameters() if id(parameter) in free}
-    assert names - expected == {name for name, parameter in method.named_parameters() if parameter.ndim == 1}
+    assert names - expected == {
+        name for name, parameter in method.named_parameters() if parameter.ndim == 1
+    }
     assert expected <= names
 
 
 @torch.no_grad()
 def test_unsharing_the_table_changes_no_bit(tmp_path):
     method, images = build(), pictures()
-    kit.save(method.encoder, tmp_path, method.spec)
-    model = kit.classifier(tmp_path, 3).eval()
+    encoders.save(method.encoder, tmp_path, method.spec)
+    model = encoders.classifier(tmp_path, 3).eval()
     encoder = method.encoder
-    x, _ = kit.run_blocks(encoder, kit.with_prefix(encoder, kit.patch_tokens(encoder, images)))
+    x, _ = encoders.run_blocks(
+        encoder, encoders.with_prefix(encoder, encoders.patch_tokens(encoder, images))
+    )
     assert torch.equal(model.forward_features(images), x)  # its last norm stands behind the pooling
     assert encoder.rel_pos_bias.relative_position_bias_table.abs().max() > 0
 
@@ -341,7 +443,9 @@ def test_without_the_final_norm(method):
     assert frozen == {"encoder.norm.weight", "encoder.norm.bias"}
 
 
-# --- pictures and settings --------------------------------------------------------------------------------
+# --- pictures and settings
+# --------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("config", [{}, {"local_norm": 5}])
 def test_pictures_keep_what_is_visible(method, config):
@@ -350,7 +454,7 @@ def test_pictures_keep_what_is_visible(method, config):
     sheet = method.pictures({"view": pixels})["reconstruction"]
     factor, gap = 96 // 16, 4
     assert sheet.shape == (2 * 100 - gap, 3 * 100 - gap, 3)
-    shown = [sheet[:96, i * 100:i * 100 + 96][::factor, ::factor] for i in range(3)]
+    shown = [sheet[:96, i * 100 : i * 100 + 96][::factor, ::factor] for i in range(3)]
     truth = (pixels[0].permute(1, 2, 0) * 255).round().byte().numpy()
     assert (shown[0] == truth).all()
     grey = (shown[1] != truth).any(-1)
@@ -360,20 +464,33 @@ def test_pictures_keep_what_is_visible(method, config):
     assert changed[grey].mean() > 0.9 and not changed[~grey].any()
 
 
-@pytest.mark.parametrize(("values", "key"), [
-    ({"mask_ratio": 1.0}, "mask_ratio"), ({"mask_unit": 0}, "mask_unit"), ({"local_norm": 4}, "local_norm"),
-    ({"local_norm": 1}, "local_norm"), ({"lr_drops": (2.0,)}, "lr_drops"), ({"drop_path": 1.0}, "drop_path"),
-    ({"crop_min": 0.0}, "crop_min"),
-])
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"mask_ratio": 1.0}, "mask_ratio"),
+        ({"mask_unit": 0}, "mask_unit"),
+        ({"local_norm": 4}, "local_norm"),
+        ({"local_norm": 1}, "local_norm"),
+        ({"lr_drops": (2.0,)}, "lr_drops"),
+        ({"drop_path": 1.0}, "drop_path"),
+        ({"crop_min": 0.0}, "crop_min"),
+    ],
+)
 def test_bad_config(values, key):
     with pytest.raises(ValueError, match=f"^{key}"):
         Config(**values)
 
 
-@pytest.mark.parametrize(("config", "size", "patch", "key"), [
-    ({"mask_unit": 32}, 48, 16, "mask_unit"), ({"mask_unit": 6}, 24, 4, "mask_unit"), ({}, 36, 6, "mask_unit"),
-    ({"mask_unit": 16}, 16, 4, "mask_ratio"), ({"mask_ratio": 0.95}, 16, 4, "mask_ratio"),
-])
+@pytest.mark.parametrize(
+    ("config", "size", "patch", "key"),
+    [
+        ({"mask_unit": 32}, 48, 16, "mask_unit"),
+        ({"mask_unit": 6}, 24, 4, "mask_unit"),
+        ({}, 36, 6, "mask_unit"),
+        ({"mask_unit": 16}, 16, 4, "mask_ratio"),
+        ({"mask_ratio": 0.95}, 16, 4, "mask_ratio"),
+    ],
+)
 def test_units_that_do_not_fit(config, size, patch, key):
     with pytest.raises(ValueError, match=f"^{key}"):
         Config(**config).check(size, {"patch_size": patch})
@@ -388,7 +505,11 @@ def test_units_that_fit():
 def test_the_published_recipe():
     experiment = read("presets/simmim.yaml")
     params = experiment.params
-    assert (params.data.image_size, params.model.window_size, params.train.batch_size) == (192, 6, 2048)
+    assert (params.data.image_size, params.model.window_size, params.train.batch_size) == (
+        192,
+        6,
+        2048,
+    )
     for name, epochs, rate, end in (("simmim", 100, 8e-4, 4e-5), ("simmim-800", 800, 4e-4, 4e-5)):
         settings = experiment.runs[name].settings
         recipe = Recipe.of(Config(**settings.config), settings.train, steps_per_epoch=625)
@@ -398,11 +519,19 @@ def test_the_published_recipe():
         assert settings.config["mask_unit"] == 32
 
 
-# --- Swin wherever a ViT may stand ------------------------------------------------------------------------
+# --- Swin wherever a ViT may stand
+# ------------------------------------------------------------------------
 
-STAGED = [name for name, module in sweep.MODULES.items() if "swin" in getattr(module, "ENCODERS", ())]
-CHECKS = [name for name, check in vars(sweep).items() if name.startswith("test_")
-          and list(inspect.signature(check).parameters) in (["name"], ["name", "tmp_path"]) and name != "test_declarations"]
+STAGED = [
+    name for name, module in sweep.MODULES.items() if "swin" in getattr(module, "ENCODERS", ())
+]
+CHECKS = [
+    name
+    for name, check in vars(sweep).items()
+    if name.startswith("test_")
+    and list(inspect.signature(check).parameters) in (["name"], ["name", "tmp_path"])
+    and name != "test_declarations"
+]
 
 
 def test_there_is_something_to_sweep():
@@ -410,11 +539,19 @@ def test_there_is_something_to_sweep():
     assert {"test_learns_one_batch", "test_export_is_bit_equal"} <= set(CHECKS)
 
 
-@pytest.mark.parametrize(("check", "name"), [
-    (check, name) for name in STAGED for check in CHECKS
-    if sweep.MODULES[name].TRAINS or check == "test_export_is_bit_equal"])
+@pytest.mark.parametrize(
+    ("check", "name"),
+    [
+        (check, name)
+        for name in STAGED
+        for check in CHECKS
+        if sweep.MODULES[name].TRAINS or check == "test_export_is_bit_equal"
+    ],
+)
 def test_the_sweep_of_methods_with_a_swin(check, name, monkeypatch, tmp_path):
-    """What tests/test_methods.py asks of a method with a ViT, of those that take a Swin with a Swin."""
+    """What tests/test_methods.py asks of a method with a ViT, of those that take a Swin with a
+    Swin.
+    """
     monkeypatch.setattr(sweep, "SPEC", spec("swin"))
     check = getattr(sweep, check)
     check(name, tmp_path) if "tmp_path" in inspect.signature(check).parameters else check(name)
@@ -422,15 +559,27 @@ def test_the_sweep_of_methods_with_a_swin(check, name, monkeypatch, tmp_path):
 
 def test_a_swin_from_params_to_report(tmp_path):
     content = tiny_content(methods={"simmim": {}}, tasks={"finetune": {"layer_decay": 0.8}})
-    content |= {"model": {key: SWIN[key] for key in ("name", "patch_size", "embed_dim", "depth", "num_heads",
-                                                     "window_size")}, "targets": {}}
+    content |= {
+        "model": {
+            key: SWIN[key]
+            for key in ("name", "patch_size", "embed_dim", "depth", "num_heads", "window_size")
+        },
+        "targets": {},
+    }
     content["grid"]["runs"] = {"simmim": {"method": "simmim"}}
     results = tmp_path / "results"
     manifests = run_all(write_params(tmp_path, content), results)
     assert len(manifests) == 1 + 1 + 3 + 1
     assert (results / "pretrain/simmim-s0/pictures/reconstruction.png").is_file()
     for task in ("knn", "linear", "finetune"):
-        assert 0 <= json.loads((results / f"transfer/simmim-s0/{task}/metrics.json").read_text())["top1"] <= 1
-    rows = [json.loads(row) for row in (results / "pretrain/simmim-s0/history.jsonl").read_text().splitlines()]
+        assert (
+            0
+            <= json.loads((results / f"transfer/simmim-s0/{task}/metrics.json").read_text())["top1"]
+            <= 1
+        )
+    rows = [
+        json.loads(row)
+        for row in (results / "pretrain/simmim-s0/history.jsonl").read_text().splitlines()
+    ]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert "simmim" in (results / "report/index.html").read_text()

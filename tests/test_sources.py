@@ -1,4 +1,6 @@
-"""The four sources: what they find, in which order, and what they say when there is nothing to find."""
+"""The four sources: what they find, in which order, and what they say when there is nothing to
+find.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def names(listing) -> list[str]:
     return [sample.name for sample in listing.read(np.arange(len(listing)))]
 
 
-# --------------------------------------------------------------------------------------------------- folder
+# ---------------------------------------------------------------------------------------------------
+# folder
 
 
 def read_folder(path, **options):
@@ -50,7 +53,14 @@ def read_folder(path, **options):
 
 
 def test_folder_with_classes(tmp_path):
-    for name in ("dog/b.JPG", "dog/a.png", "cat/deep/c.webp", "cat/.h.png", "cat/readme.txt", ".git/x.png"):
+    for name in (
+        "dog/b.JPG",
+        "dog/a.png",
+        "cat/deep/c.webp",
+        "cat/.h.png",
+        "cat/readme.txt",
+        ".git/x.png",
+    ):
         put(tmp_path / name)
     put(tmp_path / "loose.png")
     (tmp_path / "empty").mkdir()
@@ -119,13 +129,16 @@ def test_folder_errors(tmp_path):
             read_folder(tmp_path / path)
 
 
-# -------------------------------------------------------------------------------------------------- parquet
+# --------------------------------------------------------------------------------------------------
+# parquet
 
 
 def write(path, columns: dict, features: dict | None = None, **options):
     table = pa.table(columns)
     if features:
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, **options)
 
@@ -142,9 +155,19 @@ def read_parquet(path, **data):
 
 
 def test_parquet_folder_with_splits_and_class_names(tmp_path):
-    write(tmp_path / "train-00000-of-00002.parquet", {"image": images(5), "label": [0, 1, 0, 1, -1]}, HF)
-    write(tmp_path / "train-00001-of-00002.parquet", {"image": images(3, 5), "label": [1, 1, None]}, HF)
-    write(tmp_path / "validation-00000-of-00001.parquet", {"image": images(2, 8), "label": [0, 1]}, HF)
+    write(
+        tmp_path / "train-00000-of-00002.parquet",
+        {"image": images(5), "label": [0, 1, 0, 1, -1]},
+        HF,
+    )
+    write(
+        tmp_path / "train-00001-of-00002.parquet",
+        {"image": images(3, 5), "label": [1, 1, None]},
+        HF,
+    )
+    write(
+        tmp_path / "validation-00000-of-00001.parquet", {"image": images(2, 8), "label": [0, 1]}, HF
+    )
     found = read_parquet(tmp_path)
     assert found.classes == ["cat", "dog"] and list(found.splits) == ["train", "val"]
     assert found.splits["train"].labels.tolist() == [0, 1, 0, 1, -1, 1, 1, -1]
@@ -165,7 +188,13 @@ def test_parquet_columns_are_found_or_named(tmp_path):
     path = tmp_path / "a.parquet"
     raw = [png(0), png(1), None]
     write(
-        path, {"id": [1, 2, 3], "photo": raw, "weather": ["rain", "sun", "rain"], "category": ["b", "a", ""]}
+        path,
+        {
+            "id": [1, 2, 3],
+            "photo": raw,
+            "weather": ["rain", "sun", "rain"],
+            "category": ["b", "a", ""],
+        },
     )
     found = read_parquet(path)
     assert found.classes == ["a", "b"] and found.splits["train"].labels.tolist() == [1, 0, -1]
@@ -194,12 +223,18 @@ def test_parquet_in_subfolders(tmp_path):
         d: {s: len(x) for s, x in read_parquet(tmp_path / d).splits.items()}
         for d in ("hub", "export", "plain")
     }
-    assert sizes == {"hub": {"train": 2, "test": 1}, "export": {"train": 2, "test": 1}, "plain": {"train": 2}}
+    assert sizes == {
+        "hub": {"train": 2, "test": 1},
+        "export": {"train": 2, "test": 1},
+        "plain": {"train": 2},
+    }
 
 
 def test_parquet_never_follows_a_path(tmp_path):
     put(tmp_path / "secret.png")
-    write(tmp_path / "a.parquet", {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}]})
+    write(
+        tmp_path / "a.parquet", {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}]}
+    )
     (sample,) = read_parquet(tmp_path / "a.parquet").splits["train"].read(np.arange(1))
     assert sample == Sample("0:secret.png", b"", problem="no bytes in the table")
 
@@ -218,9 +253,17 @@ def test_parquet_errors(tmp_path):
     for path, data, message in (
         ("texts.parquet", {}, "no file or folder .*did you mean 'text.parquet'"),
         ("text.parquet", {}, r"no image column, found text \(string\), n \(other\)"),
-        ("text.parquet", {"image_column": "text"}, "data.image_column: column 'text'.*holds string"),
+        (
+            "text.parquet",
+            {"image_column": "text"},
+            "data.image_column: column 'text'.*holds string",
+        ),
         ("two.parquet", {}, r"several columns could be meant \(left, right\).*data.image_column"),
-        ("two.parquet", {"image_column": "lift"}, "no column 'lift', found left, right; did you mean 'left'"),
+        (
+            "two.parquet",
+            {"image_column": "lift"},
+            "no column 'lift', found left, right; did you mean 'left'",
+        ),
         (
             "two.parquet",
             {"image_column": "left", "label_column": "right"},
@@ -249,12 +292,18 @@ def test_columns_by_usual_names_before_others():
 def test_labels_of_all_splits_share_one_numbering():
     labels, classes = number_labels("x", {"train": ["b", "a", None, "b"], "test": ["a"]}, None)
     assert (
-        classes == ["a", "b"] and labels["train"].tolist() == [1, 0, -1, 1] and labels["test"].tolist() == [0]
+        classes == ["a", "b"]
+        and labels["train"].tolist() == [1, 0, -1, 1]
+        and labels["test"].tolist() == [0]
     )
-    assert nearest("tran", ["train", "test"]) == "; did you mean 'train'?" and nearest("q", ["train"]) == ""
+    assert (
+        nearest("tran", ["train", "test"]) == "; did you mean 'train'?"
+        and nearest("q", ["train"]) == ""
+    )
 
 
-# --------------------------------------------------------------------------------------------------- shapes
+# ---------------------------------------------------------------------------------------------------
+# shapes
 
 
 def render(index, split="train", seed=0, size=24, **options):
@@ -285,7 +334,12 @@ def test_boxes_are_the_extent_of_masks_and_labels_their_value():
         inside = np.zeros_like(sample.mask, bool)
         inside[y : y + h, x : x + w] = True
         assert not sample.mask[~inside].any()
-        for edge in (sample.mask[y], sample.mask[y + h - 1], sample.mask[:, x], sample.mask[:, x + w - 1]):
+        for edge in (
+            sample.mask[y],
+            sample.mask[y + h - 1],
+            sample.mask[:, x],
+            sample.mask[:, x + w - 1],
+        ):
             assert edge.any()
         assert sample.image.shape == (24, 24, 3) and sample.image.dtype == np.uint8
 
@@ -299,16 +353,24 @@ def test_chosen_rows_are_the_same_images():
 
 
 def test_only_shape_tells_the_class():
-    """Colours of object and ground and the place of an object say nothing of its class; its outline does."""
+    """Colours of object and ground and the place of an object say nothing of its class; its outline
+    does.
+    """
     count, classes = 1000, 10
     pictures, masks = render(range(count), clutter=0.0, turn=180.0)
     labels = np.arange(count) % classes
-    colour = np.array([image[mask > 0].mean(0) for image, mask in zip(pictures, masks, strict=True)])
+    colour = np.array(
+        [image[mask > 0].mean(0) for image, mask in zip(pictures, masks, strict=True)]
+    )
     place = np.array([np.argwhere(mask).mean(0) for mask in masks])
-    ground = np.array([image[mask == 0].mean(0) for image, mask in zip(pictures, masks, strict=True)])
+    ground = np.array(
+        [image[mask == 0].mean(0) for image, mask in zip(pictures, masks, strict=True)]
+    )
     for facts in (colour, place, ground):
         between = np.stack([facts[labels == k].mean(0) for k in range(classes)]).var(0)
-        expected = facts.var(0) / (count / classes)  # variance of a mean of 100 when the class says nothing
+        expected = facts.var(0) / (
+            count / classes
+        )  # variance of a mean of 100 when the class says nothing
         assert (between < 2.5 * expected).all(), (between / expected).round(2)
     compact = [(mask > 0).sum() / np.prod(shapes.extent(mask)[2:]) for mask in masks]
     by_class = np.array([np.mean(np.array(compact)[labels == k]) for k in range(classes)])
@@ -317,15 +379,24 @@ def test_only_shape_tells_the_class():
 
 def test_edges_are_smooth_and_images_use_their_range():
     pictures, masks = render(range(40), size=48)
-    assert pictures.min() == 0 and pictures.max() == 255 and pictures.reshape(40, -1).std(1).min() > 5
+    assert (
+        pictures.min() == 0 and pictures.max() == 255 and pictures.reshape(40, -1).std(1).min() > 5
+    )
     cover = shapes._average(np.tril(np.ones((1, 12, 12), bool)))
-    assert cover.shape == (1, 4, 4) and 0 < cover[0, 1, 1] < 1 and cover[0, 2, 0] == 1 and cover[0, 0, 2] == 0
+    assert (
+        cover.shape == (1, 4, 4)
+        and 0 < cover[0, 1, 1] < 1
+        and cover[0, 2, 0] == 1
+        and cover[0, 0, 2] == 0
+    )
     assert (np.array([(m > 0).mean() for m in masks]) > 0.01).all()
 
 
 def test_size_follows_the_data_section_and_masks_scale():
     sample = next(
-        shapes.read(None, shapes.Config(), {**DATA, "store_size": 40}).splits["train"].read(np.array([0]))
+        shapes.read(None, shapes.Config(), {**DATA, "store_size": 40})
+        .splits["train"]
+        .read(np.array([0]))
     )
     small = next(shapes.read(None, shapes.Config(), DATA).splits["train"].read(np.array([0])))
     assert sample.image.shape == (40, 40, 3) and small.mask.shape == (24, 24)
@@ -341,7 +412,8 @@ def test_shapes_options_are_checked(key, value):
         shapes.Config(**{key: value})
 
 
-# ------------------------------------------------------------------------------------------------------ hub
+# ------------------------------------------------------------------------------------------------------
+# hub
 
 
 @pytest.fixture
@@ -362,8 +434,14 @@ def test_hub_from_the_cache_without_network(cache):
     commit = "0123456789abcdef0123456789abcdef01234567"
     data = folder_ / "snapshots" / commit / "data"
     features = {"photo": {"_type": "Image"}, "label": HF["label"]}
-    write(data / "train-00000-of-00001.parquet", {"photo": images(70), "label": [0, 1] * 35}, features)
-    write(data / "test-00000-of-00001.parquet", {"photo": images(3, 70), "label": [1, 0, -1]}, features)
+    write(
+        data / "train-00000-of-00001.parquet", {"photo": images(70), "label": [0, 1] * 35}, features
+    )
+    write(
+        data / "test-00000-of-00001.parquet",
+        {"photo": images(3, 70), "label": [1, 0, -1]},
+        features,
+    )
     put(folder_ / "refs" / "main", commit.encode())
     found = hub.read("someone/pets", hub.Config(), DATA)
     assert found.classes == ["cat", "dog"] and {s: len(x) for s, x in found.splits.items()} == {
@@ -378,7 +456,8 @@ def test_hub_from_the_cache_without_network(cache):
 
 def test_hub_without_network_or_cache_says_what_to_do(cache):
     with pytest.raises(
-        SourceError, match="hub:someone/nothing cannot be read: the hub cannot be reached.*hf download"
+        SourceError,
+        match="hub:someone/nothing cannot be read: the hub cannot be reached.*hf download",
     ):
         hub.read("someone/nothing", hub.Config(), DATA)
 

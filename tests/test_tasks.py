@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from stages import data, pretrain, tasks, transfer
-from stages.kit import attention, features, loader, store
-from stages.kit import encoder as encoders
-from stages.kit.job import JobError
+from stages.kit.data import loader, store
+from stages.kit.job.job import JobError
+from stages.kit.nets import attention, encoders
 from stages.kit.spec import Spec
+from stages.tasks import _features
 
 TASKS = sorted(module.name for module in pkgutil.iter_modules(tasks.__path__))
 SMALL = {
@@ -40,8 +41,9 @@ COUNTS = {"train": 66, "val": 30, "test": 36}
 
 
 def dataset(folder: Path, counts=COUNTS, classes: int = 3, unlabelled: int = 0) -> Path:
-    """A stored data set of noisy 16 px pictures, whose class is a brightness of the left half against the
-    right."""
+    """A stored data set of noisy 16 px pictures, whose class is a brightness of the left half
+    against the right.
+    """
     random = np.random.default_rng(0)
     splits = {}
     for name, count in counts.items():
@@ -85,7 +87,13 @@ def world(folder: Path, **changes) -> SimpleNamespace:
 
 def run_of(lab: SimpleNamespace, name: str = "one") -> SimpleNamespace:
     """What a task needs of a Run."""
-    train = {"epochs": 1, "batch_size": 8, "micro_batch": None, "precision": "fp32", "save_minutes": 5.0}
+    train = {
+        "epochs": 1,
+        "batch_size": 8,
+        "micro_batch": None,
+        "precision": "fp32",
+        "save_minutes": 5.0,
+    }
     out, work = lab.folder / "out" / name, lab.folder / "work" / name
     out.mkdir(parents=True)
     work.mkdir(parents=True)
@@ -99,7 +107,9 @@ def run_of(lab: SimpleNamespace, name: str = "one") -> SimpleNamespace:
     )
 
 
-def result(lab: SimpleNamespace, task: str, name: str = "one", seed: int = 0, **changes) -> tuple[dict, dict]:
+def result(
+    lab: SimpleNamespace, task: str, name: str = "one", seed: int = 0, **changes
+) -> tuple[dict, dict]:
     """(metrics, predictions) of a task, small."""
     module = tasks.find(task)
     run = run_of(lab, name)
@@ -152,14 +162,18 @@ def test_predictions_reproduce_the_metrics(first, lab, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_protocol_stands_beside_the_number(first, task):
     metrics, _ = first[task]
-    assert {"protocol", "feature", "norm", "lr", "epochs", "seed", "k", "T", "split", "val"} <= set(metrics)
+    assert {"protocol", "feature", "norm", "lr", "epochs", "seed", "k", "T", "split", "val"} <= set(
+        metrics
+    )
     assert metrics["split"] == "test" and metrics["val"] and metrics["classes_unseen"] == []
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_same_seed_same_bytes(first, lab, task):
     again, arrays = result(lab, task, f"{task}-again")
-    assert again == first[task][0] and all((arrays[k] == v).all() for k, v in first[task][1].items())
+    assert again == first[task][0] and all(
+        (arrays[k] == v).all() for k, v in first[task][1].items()
+    )
     one, two = (lab.folder / "out" / f"{task}-{which}" for which in ("first", "again"))
     assert digests(one) == digests(two)
 
@@ -174,7 +188,9 @@ def test_the_choice_never_sees_the_test_labels(first, lab, task):
     finally:
         np.save(path, labels)
     expected, before = first[task]
-    assert (arrays["prediction"] == before["prediction"]).all() and metrics["top1"] != expected["top1"]
+    assert (arrays["prediction"] == before["prediction"]).all() and metrics["top1"] != expected[
+        "top1"
+    ]
     for key, value in expected.items():
         if "top1" not in key and key not in ("per_class_mean", "top5"):
             assert metrics[key] == value, key
@@ -182,7 +198,9 @@ def test_the_choice_never_sees_the_test_labels(first, lab, task):
 
 @pytest.mark.parametrize("task", ["knn", "linear"])
 def test_an_untrained_encoder_is_better_than_chance(first, task):
-    assert first[task][0]["top1"] > 0.55 and first[task][0]["per_class_mean"] > 0.55  # of three classes
+    assert (
+        first[task][0]["top1"] > 0.55 and first[task][0]["per_class_mean"] > 0.55
+    )  # of three classes
 
 
 def test_knn_reports_both_features_and_what_it_left_out(first):
@@ -197,21 +215,26 @@ def test_knn_reports_both_features_and_what_it_left_out(first):
 
 def test_linear_reports_the_best_head_of_each_feature(first):
     metrics, arrays = first["linear"]
-    assert len(metrics["val"]) == 2 * 2 * 2 and len(metrics["top1_seeds"]) == 2 == len(arrays["predictions"])
+    assert len(metrics["val"]) == 2 * 2 * 2 and len(metrics["top1_seeds"]) == 2 == len(
+        arrays["predictions"]
+    )
     assert metrics["top1"] == pytest.approx(np.mean(metrics["top1_seeds"]))
     assert metrics["val"][f"{metrics['feature']}/{metrics['norm']}/lr={metrics['lr']:g}"] == max(
         metrics["val"].values()
     )
-    assert metrics["top1"] == metrics[f"{metrics['feature']}_top1"] and {"cls_top1", "patch_top1"} <= set(
-        metrics
-    )
+    assert metrics["top1"] == metrics[f"{metrics['feature']}_top1"] and {
+        "cls_top1",
+        "patch_top1",
+    } <= set(metrics)
     assert metrics["head"] == "Linear, 16 x 3 + 3 parameters"
 
 
 def test_centred_knn_and_augmented_linear(lab):
     metrics, _ = result(lab, "knn", "centred", centred=True)
     assert {"cls-centred_top1", "patch-centred_top1"} <= set(metrics)
-    metrics, _ = result(lab, "linear", "passes", passes=2, features=("patch",), norms=("batchnorm",))
+    metrics, _ = result(
+        lab, "linear", "passes", passes=2, features=("patch",), norms=("batchnorm",)
+    )
     assert (
         metrics["passes"] == 2
         and metrics["feature"] == "patch"
@@ -245,7 +268,9 @@ def test_a_class_that_training_lacks_is_reported(tmp_path, task):
 
 def test_data_without_labels_is_an_error_that_helps(tmp_path):
     info = store.info(dataset(tmp_path / "none", unlabelled=100))
-    with pytest.raises(JobError, match="tasks.knn needs labels; source 'made' has none: remove the task"):
+    with pytest.raises(
+        JobError, match="tasks.knn needs labels; source 'made' has none: remove the task"
+    ):
         tasks.require_labels("knn", info)
     info = store.info(dataset(tmp_path / "noval", {"train": 6, "val": 0, "test": 6}))
     with pytest.raises(JobError, match="val split .* no images: set data.val_fraction above 0"):
@@ -258,11 +283,11 @@ def test_no_k_below_the_training_images_is_an_error(lab):
         result(lab, "knn", "too-few", k=(200,))
 
 
-# ----------------------------------------------------------------------------------------- frozen features
+# frozen features
 
 
 def frozen(lab, split="test", run=None, **changes):
-    return features.frozen(
+    return _features.frozen(
         lab.encoder,
         lab.data,
         run or run_of(lab, f"f{np.random.default_rng().integers(1 << 62)}"),
@@ -311,7 +336,9 @@ def test_features_are_extracted_once_without_gradient_and_in_eval_mode(tmp_path,
 
 def test_attention_is_multiplied_out_in_bf16_only(tmp_path, monkeypatch):
     lab, calls = world(tmp_path), []
-    monkeypatch.setattr(attention, "attend", lambda *given, real=attention.attend: calls.append(1) or real(*given))
+    monkeypatch.setattr(
+        attention, "attend", lambda *given, real=attention.attend: calls.append(1) or real(*given)
+    )
     exact = frozen(lab)["patch"]
     assert not calls
     low = frozen(lab, precision="bf16")["patch"]
@@ -331,7 +358,9 @@ def test_a_changed_encoder_is_extracted_anew(tmp_path):
     lab = world(tmp_path)
     before = frozen(lab)["cls"].clone()
     torch.manual_seed(1)
-    encoders.save(encoders.create(lab.spec), lab.encoder, lab.spec)  # the same fingerprint, other weights
+    encoders.save(
+        encoders.create(lab.spec), lab.encoder, lab.spec
+    )  # the same fingerprint, other weights
     assert not torch.allclose(frozen(lab)["cls"], before)
 
 
@@ -355,7 +384,7 @@ def test_the_cache_drops_what_was_used_longest_ago(tmp_path, monkeypatch):
     for path in tmp_path.glob("work/features/f00d/*/what.json"):
         if json.loads(path.read_text())["split"] == "train":
             os.utime(path.parent, (1, 1))
-    monkeypatch.setattr(features, "KEEP_BYTES", 12000)
+    monkeypatch.setattr(_features, "KEEP_BYTES", 12000)
     frozen(lab, "test")
     assert entries() == {"val", "test"}
     assert first.isfinite().all()  # a task that has it open keeps it
@@ -363,10 +392,11 @@ def test_the_cache_drops_what_was_used_longest_ago(tmp_path, monkeypatch):
 
 def test_a_missing_encoder_is_named(tmp_path, lab):
     with pytest.raises(FileNotFoundError, match="no encoder here"):
-        features.frozen(tmp_path, lab.data, run_of(lab, "missing"), "test", image_size=16)
+        _features.frozen(tmp_path, lab.data, run_of(lab, "missing"), "test", image_size=16)
 
 
-# ---------------------------------------------------------------------------------------- the stage itself
+# ---------------------------------------------------------------------------------------- the stage
+# itself
 
 
 @pytest.fixture(scope="module")
@@ -389,10 +419,14 @@ def test_the_stage_writes_metrics_predictions_and_a_manifest(project, task):
     folder, where = project
     assert transfer.main(["--run", "random-s0", "--task", task, *where]) == 0
     out = folder / "results/transfer/random-s0" / task
-    metrics, manifest = (json.loads((out / f"{name}.json").read_text()) for name in ("metrics", "manifest"))
+    metrics, manifest = (
+        json.loads((out / f"{name}.json").read_text()) for name in ("metrics", "manifest")
+    )
     assert (metrics["run"], metrics["method"], metrics["task"]) == ("random-s0", "random", task)
     assert metrics["n_test"] == 16 and manifest["summary"]["top1"] == metrics["top1"]
-    files = {"metrics.json", "predictions.npz"} | ({"history.jsonl"} if task == "finetune" else set())
+    files = {"metrics.json", "predictions.npz"} | (
+        {"history.jsonl"} if task == "finetune" else set()
+    )
     assert set(manifest["outputs"]) == files
     transfer.main(["--run", "random-s0", "--task", task, *where])
     assert json.loads((out / "manifest.json").read_text())["outputs"] == manifest["outputs"]

@@ -1,4 +1,6 @@
-"""Tracking: what MLflow ends up with, and that no state of MLflow harms a job. The stores are real SQLite."""
+"""Tracking: what MLflow ends up with, and that no state of MLflow harms a job. The stores are real
+SQLite.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.kit import courier, track
+from stages.kit.job.job import courier, track
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = "http://127.0.0.1:9"  # nothing listens on the discard port
@@ -31,26 +33,45 @@ def settings(monkeypatch):
 
 
 def make_run(folder: Path, name: str = "mae-s0", fingerprint: str = "f" * 64, **compute):
-    """A run as kit/job.py gives it, with an output folder that holds a little of everything."""
+    """A run as kit/job/job.py gives it, with an output folder that holds a little of everything."""
     out, work = folder / "results" / "pretrain" / name, folder / "work" / fingerprint
     for path in (out / "pictures", out / "encoder", work, folder / "results" / "data"):
         path.mkdir(parents=True, exist_ok=True)
-    (folder / "results" / "data" / "data.json").write_text(json.dumps({"hash": "d" * 64, "source": "shapes"}))
+    (folder / "results" / "data" / "data.json").write_text(
+        json.dumps({"hash": "d" * 64, "source": "shapes"})
+    )
     (out / "pictures" / "masks.png").write_bytes(b"png")
     (out / "encoder" / "config.json").write_text("{}")
-    (out / "manifest.json").write_text(json.dumps({"fingerprint": fingerprint, "wall_s": 3.5,
-                                                   "git": {"commit": "c", "dirty": True}}))
-    job = SimpleNamespace(stage="pretrain", name=name, id=f"pretrain/{name}", fingerprint=fingerprint,
-                          params={"method": {"name": "mae", "config": {"mask_ratio": 0.75}}, "seed": 0,
-                                  "run": "mae"})
-    plan = SimpleNamespace(experiment="demo",
-                           jobs={"data": SimpleNamespace(output=folder / "results" / "data")})
-    return SimpleNamespace(job=job, plan=plan, out=out, work=work, device="cpu", summary={"loss": 0.25},
-                           compute={"tracking": True, "tracking_uri": None, **compute})
+    (out / "manifest.json").write_text(
+        json.dumps(
+            {"fingerprint": fingerprint, "wall_s": 3.5, "git": {"commit": "c", "dirty": True}}
+        )
+    )
+    job = SimpleNamespace(
+        stage="pretrain",
+        name=name,
+        id=f"pretrain/{name}",
+        fingerprint=fingerprint,
+        params={"method": {"name": "mae", "config": {"mask_ratio": 0.75}}, "seed": 0, "run": "mae"},
+    )
+    plan = SimpleNamespace(
+        experiment="demo", jobs={"data": SimpleNamespace(output=folder / "results" / "data")}
+    )
+    return SimpleNamespace(
+        job=job,
+        plan=plan,
+        out=out,
+        work=work,
+        device="cpu",
+        summary={"loss": 0.25},
+        compute={"tracking": True, "tracking_uri": None, **compute},
+    )
 
 
 def write_history(path: Path, first: int, last: int) -> None:
-    rows = [json.dumps({"step": s, "epoch": s / 10, "loss": 1 / (s + 1)}) for s in range(first, last)]
+    rows = [
+        json.dumps({"step": s, "epoch": s / 10, "loss": 1 / (s + 1)}) for s in range(first, last)
+    ]
     path.write_text("\n".join(rows) + "\n")
 
 
@@ -77,9 +98,17 @@ def test_a_job_in_mlflow(tmp_path):
     mlflow, parent, [found] = runs_of(tmp_path)
     assert found.info.status == "FINISHED" and found.info.run_name == "pretrain/mae-s0"
     tags = found.data.tags
-    expected = {"stage": "pretrain", "method": "mae", "seed": "0", "run": "mae", "job": "pretrain/mae-s0",
-                "git_dirty": "True",
-                "fingerprint": "f" * 64, "data_hash": "d" * 64, "mlflow.parentRunId": parent}
+    expected = {
+        "stage": "pretrain",
+        "method": "mae",
+        "seed": "0",
+        "run": "mae",
+        "job": "pretrain/mae-s0",
+        "git_dirty": "True",
+        "fingerprint": "f" * 64,
+        "data_hash": "d" * 64,
+        "mlflow.parentRunId": parent,
+    }
     assert {key: tags.get(key) for key in expected} == expected
     assert found.data.params["method.config.mask_ratio"] == "0.75"
     assert found.data.metrics["wall_s"] == 3.5
@@ -88,23 +117,30 @@ def test_a_job_in_mlflow(tmp_path):
         rows = db.execute(query, (found.info.run_id,))
         # 2,400 points: three batches
         assert rows.fetchall() == [(s, pytest.approx(s / 10)) for s in range(1200)]
-    assert {a.path for a in mlflow.list_artifacts(found.info.run_id)} == {"manifest.json", "pictures",
-                                                                          "encoder"}
-    assert [a.path for a in mlflow.list_artifacts(found.info.run_id, "encoder")] == ["encoder/config.json"]
+    assert {a.path for a in mlflow.list_artifacts(found.info.run_id)} == {
+        "manifest.json",
+        "pictures",
+        "encoder",
+    }
+    assert [a.path for a in mlflow.list_artifacts(found.info.run_id, "encoder")] == [
+        "encoder/config.json"
+    ]
     assert found.inputs.dataset_inputs[0].dataset.digest == "d" * 36
     assert (tmp_path / "mlruns" / "demo").is_dir()
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("mlflow.db")) == ["mlruns",
-                                                                                                "results",
-                                                                                                "work"]
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("mlflow.db")) == [
+        "mlruns",
+        "results",
+        "work",
+    ]
 
     again = track.start(run)  # the same job once more: a new run, known by its fingerprint
     again.close("FAILED")
     courier.replay(tmp_path / "work" / "track")
     _, parent_again, both = runs_of(tmp_path)
     assert parent_again == parent and len(both) == 2
-    assert {r.data.tags["fingerprint"] for r in both} == {"f" * 64} and {r.info.status
-                                                                         for r in both} == {"FINISHED",
-                                                                                            "FAILED"}
+    assert {r.data.tags["fingerprint"] for r in both} == {"f" * 64} and {
+        r.info.status for r in both
+    } == {"FINISHED", "FAILED"}
 
 
 def test_a_dead_server_costs_nothing_and_is_replayed(tmp_path, capsys):
@@ -120,8 +156,10 @@ def test_a_dead_server_costs_nothing_and_is_replayed(tmp_path, capsys):
     assert track.main(["--replay", "--work", str(tmp_path / "work"), "--uri", store]) == 0
     assert "1 delivered, 0 left" in capsys.readouterr().out and outbox(tmp_path) == []
     mlflow, _, [found] = runs_of(tmp_path)
-    assert found.info.status == "FINISHED" and len(mlflow.get_metric_history(found.info.run_id,
-                                                                             "epoch")) == 30
+    assert (
+        found.info.status == "FINISHED"
+        and len(mlflow.get_metric_history(found.info.run_id, "epoch")) == 30
+    )
 
 
 def test_replay_ignores_an_output_that_is_no_longer_this_jobs(tmp_path):
@@ -141,16 +179,24 @@ def _made(folder: Path) -> Path:
 
 
 def _job(run, folder: Path) -> dict:
-    return {"name": run.job.id, "experiment": "demo", "uri": f"sqlite:///{folder}/mlflow.db",
-            "fingerprint": run.job.fingerprint,
-            "tags": {"stage": "pretrain"}, "params": {}, "start": 1, "out": str(run.out),
-            "work": str(run.work),
-            "history": [str(run.work / "history.jsonl")]}
+    return {
+        "name": run.job.id,
+        "experiment": "demo",
+        "uri": f"sqlite:///{folder}/mlflow.db",
+        "fingerprint": run.job.fingerprint,
+        "tags": {"stage": "pretrain"},
+        "params": {},
+        "start": 1,
+        "out": str(run.out),
+        "work": str(run.work),
+        "history": [str(run.work / "history.jsonl")],
+    }
 
 
 def test_killed_and_resumed_is_one_mlflow_run(tmp_path):
-    """The lock of a killed job is free: its run is closed as KILLED; the resumed job goes on where it
-    stood."""
+    """The lock of a killed job is free: its run is closed as KILLED; the resumed job goes on where
+    it stood.
+    """
     run, box, stores = make_run(tmp_path), _made(tmp_path / "work" / "track"), {}
     entry, lock = track._open(box, run.job.fingerprint)
     track.write(entry / "job.json", _job(run, tmp_path))
@@ -171,7 +217,9 @@ def test_killed_and_resumed_is_one_mlflow_run(tmp_path):
     courier.deliver(entry, stores)
     mlflow, _, [found] = runs_of(tmp_path)
     assert found.info.status == "FINISHED" and not entry.exists()
-    assert [m.step for m in mlflow.get_metric_history(found.info.run_id, "epoch")] == list(range(50))
+    assert [m.step for m in mlflow.get_metric_history(found.info.run_id, "epoch")] == list(
+        range(50)
+    )
 
 
 def test_an_interrupted_delivery_finds_its_run_again(tmp_path):
@@ -189,8 +237,9 @@ def test_half_written_lines_wait(tmp_path):
     path = tmp_path / "history.jsonl"
     path.write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
     assert courier.rows_after(path, -1) == [{"step": 0, "loss": 1.0}]
-    assert track.numbers({"step": 3, "loss": float("nan"), "ok": True, "name": "x",
-                           "a": {"b": 2}}) == {"step": 3, "ok": 1, "a.b": 2}
+    assert track.numbers(
+        {"step": 3, "loss": float("nan"), "ok": True, "name": "x", "a": {"b": 2}}
+    ) == {"step": 3, "ok": 1, "a.b": 2}
 
 
 @pytest.mark.parametrize("how", ["params", "environment", "rank"])
@@ -235,24 +284,39 @@ test_track.write_history(run.out / "history.jsonl", 0, 20)
 
 
 def spawn(folder: Path, number: int, then: str, wait: float = 60.0):
-    code = JOB.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), then=then, wait=wait)
-    return subprocess.Popen([sys.executable, "-c", code, str(number)], stdout=subprocess.PIPE, text=True)
+    code = JOB.format(
+        root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), then=then, wait=wait
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(number)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_eight_jobs_on_a_fresh_store(tmp_path):
     """Eight processes at once, no store yet: every run arrives whole, below one parent."""
     jobs = [spawn(tmp_path, n, "tracker.close()") for n in range(8)]
-    assert [(job.communicate(timeout=120)[0], job.returncode) for job in jobs] == [("started False\n", 0)] * 8
+    assert [(job.communicate(timeout=120)[0], job.returncode) for job in jobs] == [
+        ("started False\n", 0)
+    ] * 8
     mlflow, parent, runs = runs_of(tmp_path)
     assert sorted(r.info.run_name for r in runs) == [f"pretrain/mae-s{n}" for n in range(8)]
-    assert {(r.info.status, r.data.tags["mlflow.parentRunId"]) for r in runs} == {("FINISHED", parent)}
+    assert {(r.info.status, r.data.tags["mlflow.parentRunId"]) for r in runs} == {
+        ("FINISHED", parent)
+    }
     # 20 steps and the summary
     assert {len(mlflow.get_metric_history(r.info.run_id, "loss")) for r in runs} == {21}
 
 
 def test_three_processes_create_one_store(tmp_path):
     """The locked first use itself: without the lock MLflow's migration leaves a broken file."""
-    command = [sys.executable, "-m", "stages.kit.track", "--init", "--uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    command = [
+        sys.executable,
+        "-m",
+        "stages.kit.job.track",
+        "--init",
+        "--uri",
+        f"sqlite:///{tmp_path}/mlflow.db",
+    ]
     jobs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [job.wait(120) for job in jobs] == [0, 0, 0]
     found, experiment, parent = client(tmp_path)

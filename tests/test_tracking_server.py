@@ -1,6 +1,9 @@
-"""Jobs tracked by an MLflow server whose store is PostgreSQL, both real and on the loopback address.
+"""Jobs tracked by an MLflow server whose store is PostgreSQL, both real and on the loopback
+address.
 
-Runs where PostgreSQL's programs and psycopg2 are (Debian: postgresql; pip: mimlab's extra `server`)."""
+Runs where PostgreSQL's programs and psycopg2 are (Debian: postgresql; pip: mimlab's extra
+`server`).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,11 @@ from pathlib import Path
 import pytest
 from test_track import make_run, write_history
 
-from stages.kit import track
+from stages.kit.job.job import track
 
-BIN = next((p.parent for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)), None)
+BIN = next(
+    (p.parent for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)), None
+)
 BIN = BIN or (Path(shutil.which("initdb")).parent if shutil.which("initdb") else None)
 
 
@@ -45,13 +50,30 @@ def postgresql():
         shutil.chown(folder / "password", "postgres")
 
     def run(program: str, *words) -> None:
-        subprocess.run([*owner, str(BIN / program), *map(str, words)], check=True, stdout=subprocess.DEVNULL, cwd="/",
-                       env=os.environ | {"PGPASSWORD": "sesame"})
+        subprocess.run(
+            [*owner, str(BIN / program), *map(str, words)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd="/",
+            env=os.environ | {"PGPASSWORD": "sesame"},
+        )
 
     try:
-        run("initdb", "-D", folder / "data", "-U", "mlflow", "-A", "scram-sha-256", "--pwfile", folder / "password",
-            "--no-sync")
-        listen = f"-c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off -p {port}"
+        run(
+            "initdb",
+            "-D",
+            folder / "data",
+            "-U",
+            "mlflow",
+            "-A",
+            "scram-sha-256",
+            "--pwfile",
+            folder / "password",
+            "--no-sync",
+        )
+        listen = (
+            f"-c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off -p {port}"
+        )
         run("pg_ctl", "-D", folder / "data", "-l", folder / "log", "-o", listen, "-w", "start")
         try:
             run("createdb", "-h", "127.0.0.1", "-p", port, "-U", "mlflow", "mlflow")
@@ -66,16 +88,41 @@ def postgresql():
 def server(postgresql, tmp_path):
     """The address of an MLflow server with that store."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", postgresql, "--artifacts-destination", str(tmp_path / "artifacts")]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        postgresql,
+        "--artifacts-destination",
+        str(tmp_path / "artifacts"),
+    ]
     with (tmp_path / "server.log").open("w") as log:
-        running = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True,
-                                   env=os.environ | {**track.QUIET})
+        running = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            cwd=tmp_path,
+            start_new_session=True,
+            env=os.environ | {**track.QUIET},
+        )
     try:
         end = time.monotonic() + 300
         while True:
-            assert running.poll() is None and time.monotonic() < end, (tmp_path / "server.log").read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            assert running.poll() is None and time.monotonic() < end, (
+                tmp_path / "server.log"
+            ).read_text()
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5),
+            ):
                 break
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
@@ -98,10 +145,15 @@ def test_a_job_tracked_by_a_server_with_postgresql(server, postgresql, tmp_path,
     assert list((tmp_path / "work/track").glob("*/job.json")) == [], "everything is delivered"
     assert not (tmp_path / "mlflow.db").exists()
     with contextlib.closing(psycopg2.connect(postgresql)) as base, base.cursor() as query:
-        query.execute("select run_uuid, status, artifact_uri from runs where name = 'pretrain/mae-s0'")
+        query.execute(
+            "select run_uuid, status, artifact_uri from runs where name = 'pretrain/mae-s0'"
+        )
         [(id, status, artifacts)] = query.fetchall()
         assert status == "FINISHED" and artifacts.startswith("mlflow-artifacts:/")
-        query.execute("select step, value from metrics where run_uuid = %s and key = 'loss' order by step, value", (id,))
+        query.execute(
+            "select step, value from metrics where run_uuid = %s and key = 'loss' order by step, value",
+            (id,),
+        )
         rows = dict(query.fetchall())
         assert rows[0] == 1 and rows[1199] in (pytest.approx(1 / 1200), 0.25) and len(rows) == 1200
         query.execute("select value from tags where run_uuid = %s and key = 'fingerprint'", (id,))

@@ -15,8 +15,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
-from stages.kit import keyed, views
-from stages.kit.views import View, apply
+from stages.kit import keyed
+from stages.kit.data import views
+from stages.kit.data.views import View, apply
 
 EVERYTHING = View(
     20,
@@ -51,7 +52,8 @@ ROWS = torch.tensor([3, 1000, 17, 4, 2**40, 0, 99, 5, 6])
 
 
 @pytest.mark.parametrize(
-    "view", [EVERYTHING, View(20), View(24), replace(EVERYTHING, randaugment=None, blur=1.0, size=31)]
+    "view",
+    [EVERYTHING, View(20), View(24), replace(EVERYTHING, randaugment=None, blur=1.0, size=31)],
 )
 def test_a_sample_does_not_depend_on_its_batch(view):
     images = pictures(9)
@@ -59,7 +61,10 @@ def test_a_sample_does_not_depend_on_its_batch(view):
     assert whole.shape == (9, 3, view.size, view.size) and whole.dtype == torch.float32
     for size in (1, 2, 4):
         parts = torch.cat(
-            [apply(view, i, 7, r) for i, r in zip(images.split(size), ROWS.split(size), strict=True)]
+            [
+                apply(view, i, 7, r)
+                for i, r in zip(images.split(size), ROWS.split(size), strict=True)
+            ]
         )
         assert torch.equal(whole, parts)
     order = torch.randperm(9)
@@ -80,7 +85,9 @@ def test_chunks_and_threads_change_nothing(monkeypatch):
         for count in (1, 2):
             torch.set_num_threads(count)
             found.append(apply(large, images[:2], 7, ROWS[:2]))
-            found.append(torch.cat([apply(large, images[b : b + 1], 7, ROWS[b : b + 1]) for b in (0, 1)]))
+            found.append(
+                torch.cat([apply(large, images[b : b + 1], 7, ROWS[b : b + 1]) for b in (0, 1)])
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, found[0]) for one in found)
@@ -138,7 +145,9 @@ def test_crop_is_torchvisions_resized_crop(shape):
         exact = TF.resized_crop(image.permute(2, 0, 1).float(), *arguments).clamp(0, 255)
         assert (result - exact).abs().max() < 2 and (result - exact).abs().mean() < 0.5
         part = Image.fromarray(image.numpy()).crop((left, top, left + width, top + height))
-        pillow = torch.from_numpy(np.array(part.resize((16, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+        pillow = torch.from_numpy(
+            np.array(part.resize((16, 16), Image.Resampling.BICUBIC))
+        ).permute(2, 0, 1)
         assert (result - pillow).abs().max() <= 1.001
 
 
@@ -152,7 +161,14 @@ def test_images_of_different_sizes():
         )
     square = apply(View(16), images, 7, ROWS[:3]) * 255
     expected = TF.resized_crop(
-        torch.from_numpy(images[1]).permute(2, 0, 1), 0, 9, 31, 31, [16, 16], InterpolationMode.BICUBIC, True
+        torch.from_numpy(images[1]).permute(2, 0, 1),
+        0,
+        9,
+        31,
+        31,
+        [16, 16],
+        InterpolationMode.BICUBIC,
+        True,
     )
     torch.testing.assert_close(square[1], expected.float(), rtol=0, atol=1e-3)
 
@@ -169,7 +185,9 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
     count = 3000
     rows = torch.arange(count)
     view = View(16, (0.2, 1.0))
-    box = views.boxes(view, torch.full((count,), height), torch.full((count,), width), 5, rows).double()
+    box = views.boxes(
+        view, torch.full((count,), height), torch.full((count,), width), 5, rows
+    ).double()
     assert (
         (box[:, 0] + box[:, 2] <= height).all()
         and (box[:, 1] + box[:, 3] <= width).all()
@@ -188,7 +206,8 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
 
 
 @pytest.mark.parametrize(
-    "height,width,expected", [(10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10)), (9, 10, (0, 0, 9, 10))]
+    "height,width,expected",
+    [(10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10)), (9, 10, (0, 0, 9, 10))],
 )
 def test_fallback_is_the_largest_centre_crop(height, width, expected):
     # the wanted area cannot fit with these ratios, or only by a hair: all ten tries fail
@@ -211,7 +230,11 @@ def test_probabilities():
     plain = images.permute(0, 3, 1, 2).float() / 255
     rows = torch.arange(2000)
     share = {
-        name: (apply(View(4, **{name: 0.3}), images, 1, rows) != plain).flatten(1).any(1).float().mean()
+        name: (apply(View(4, **{name: 0.3}), images, 1, rows) != plain)
+        .flatten(1)
+        .any(1)
+        .float()
+        .mean()
         for name in ("flip", "grey", "blur", "solarise")
     }
     jitter = apply(View(4, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.3), images, 1, rows)
@@ -268,7 +291,9 @@ def test_grey_and_solarise():
     grey = apply(View(24, grey=1.0), images, 0, ROWS[:3])
     torch.testing.assert_close(grey, TF.rgb_to_grayscale(plain, 3), rtol=0, atol=1e-6)
     solarised = apply(View(24, solarise=1.0), images, 0, ROWS[:3])
-    expected = TF.solarize(images.permute(0, 3, 1, 2), 128).float() / 255  # from 128 up pixels are inverted
+    expected = (
+        TF.solarize(images.permute(0, 3, 1, 2), 128).float() / 255
+    )  # from 128 up pixels are inverted
     torch.testing.assert_close(solarised, expected, rtol=0, atol=1e-6)
 
 
@@ -283,7 +308,12 @@ def test_blur_against_torchvision(height, width, radius):
         assert (result - expected).abs().mean() < 2e-4
     flat = torch.full((4, 3, height, width), 77 / 255)
     torch.testing.assert_close(views.blur(flat, sigma, radius), flat, rtol=0, atol=1e-6)
-    assert views.blur(x[:, :, :4, :4], sigma, 6).shape == (4, 3, 4, 4)  # a picture smaller than the kernel
+    assert views.blur(x[:, :, :4, :4], sigma, 6).shape == (
+        4,
+        3,
+        4,
+        4,
+    )  # a picture smaller than the kernel
 
 
 def test_blur_is_exact_arithmetic():
@@ -302,7 +332,8 @@ def test_blur_is_exact_arithmetic():
 
 
 @pytest.mark.parametrize(
-    "notation", ["rand-m9-mstd0.5-inc1", "rand-m9-n3-mstd0.5", "rand-m8-inc1-tweights", "rand-m10-inc1-p1.0"]
+    "notation",
+    ["rand-m9-mstd0.5-inc1", "rand-m9-n3-mstd0.5", "rand-m8-inc1-tweights", "rand-m10-inc1-p1.0"],
 )
 def test_randaugment_is_timm_s(notation):
     """timm's own transform with its global generators seeded alike gives the same pixels."""
@@ -310,7 +341,11 @@ def test_randaugment_is_timm_s(notation):
     images = pictures(24, 32, 32)
     rows = torch.arange(24)
     found = (apply(View(32, randaugment=notation), images, 7, rows) * 255).round().to(torch.uint8)
-    settings = {"translate_const": 14, "img_mean": (128, 128, 128), "interpolation": Image.Resampling.BICUBIC}
+    settings = {
+        "translate_const": 14,
+        "img_mean": (128, 128, 128),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
     transform = auto_augment.rand_augment_transform(notation, settings)
     seeds = keyed.bits(keyed.key(7, "randaugment"), rows).tolist()
     same = compared = 0

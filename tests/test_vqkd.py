@@ -1,4 +1,6 @@
-"""Facts of VQ-KD (arXiv 2208.06366 and its official code): quantiser, losses, code updates, sizes, collapse alarms."""
+"""Facts of VQ-KD (arXiv 2208.06366 and its official code): quantiser, losses, code updates, sizes,
+collapse alarms.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import health as measure
-from stages.kit import keyed, quantize
-from stages.kit.loop import Progress
-from stages.kit.quantize import Codebook, Learner
+from stages.kit import keyed
+from stages.kit.parts import health as measure
+from stages.kit.parts import quantize
+from stages.kit.parts.quantize import Codebook, Learner
 from stages.kit.spec import Spec
+from stages.kit.train.loop import Progress
 from stages.targets import vqkd
 
 TINY = {
@@ -67,7 +70,8 @@ def training(seed: int = 0, **changes) -> vqkd.Training:
     return vqkd.Training(vqkd.Config(**{**SMALL, **changes}), spec(), Teacher())
 
 
-# --- the quantiser ----------------------------------------------------------------------------------------------------
+# --- the quantiser
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_nearest_by_cosine_is_nearest_by_distance():
@@ -128,7 +132,9 @@ def test_one_step_of_two_codes_by_hand():
     length = math.hypot(*mean)
     moved = [0.9 + 0.1 * mean[0] / length, 0.1 * mean[1] / length]
     length = math.hypot(*moved)
-    assert book.vectors[0].tolist() == pytest.approx([moved[0] / length, moved[1] / length], abs=1e-6)
+    assert book.vectors[0].tolist() == pytest.approx(
+        [moved[0] / length, moved[1] / length], abs=1e-6
+    )
     assert book.vectors[1].tolist() == [0.0, 1.0]  # not hit: to the bit
 
 
@@ -167,7 +173,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from stages.kit import dist
-from stages.kit.quantize import Codebook, Learner
+from stages.kit.parts.quantize import Codebook, Learner
 
 def learn(rank, world):  # two steps of k-means and moving average on this rank's share of the same vectors
     torch.manual_seed(rank)  # the first codes differ: k-means must make them the same
@@ -203,7 +209,10 @@ def test_two_ranks_with_half_the_batch_end_with_the_codes_of_one(tmp_path):
         "PYTHONPATH": str(root),
     }
     ranks = [
-        subprocess.Popen([sys.executable, "-c", LEARN, str(tmp_path)], env=common | {"RANK": str(rank)}) for rank in range(2)
+        subprocess.Popen(
+            [sys.executable, "-c", LEARN, str(tmp_path)], env=common | {"RANK": str(rank)}
+        )
+        for rank in range(2)
     ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
@@ -213,16 +222,23 @@ def test_two_ranks_with_half_the_batch_end_with_the_codes_of_one(tmp_path):
     torch.testing.assert_close(first, alone["learn"](0, 1), atol=1e-5, rtol=0)
 
 
-# --- k-means ----------------------------------------------------------------------------------------------------------
+# --- k-means
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_kmeans_finds_clusters_and_leaves_empty_ones():
     centres = torch.eye(4)
-    u = F.normalize(centres.repeat(50, 1) + 0.05 * torch.randn(200, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    u = F.normalize(
+        centres.repeat(50, 1)
+        + 0.05 * torch.randn(200, 4, generator=torch.Generator().manual_seed(0)),
+        dim=1,
+    )
     means = quantize.kmeans(u, 12, seed=1)
     assert (means @ centres.T).amax(0).min() > 0.98
     torch.testing.assert_close(means.norm(dim=1), torch.ones(12), atol=1e-5, rtol=0)
-    fixed = quantize.kmeans(torch.eye(2)[torch.zeros(5, dtype=torch.long)], 3)  # five times the same vector
+    fixed = quantize.kmeans(
+        torch.eye(2)[torch.zeros(5, dtype=torch.long)], 3
+    )  # five times the same vector
     assert torch.equal(fixed, torch.eye(2)[[0, 0, 0]])
 
 
@@ -277,13 +293,21 @@ def test_kmeans_takes_the_vectors_in_the_order_of_the_batch_however_it_is_cut():
 
 
 def test_kmeans_starts_after_its_share_and_in_the_second_half_at_the_latest():
-    for changes, first in ((dict(kmeans_after=0.3), 3), (dict(kmeans_after=0.0), 0), (dict(vectors_per_code=10**6), 5)):
+    for changes, first in (
+        (dict(kmeans_after=0.3), 3),
+        (dict(kmeans_after=0.0), 0),
+        (dict(vectors_per_code=10**6), 5),
+    ):
         model = training(**changes)
         for step in range(10):
             out = model(dict(view=images(seed=step)), progress(step))
             model.after_step(progress(step))
             assert bool(model.learner.started) == (step >= first), (changes, step)
-            assert (float(out["usage"]) > 0) == (float(out["commitment"].detach()) > 0) == (step > first)
+            assert (
+                (float(out["usage"]) > 0)
+                == (float(out["commitment"].detach()) > 0)
+                == (step > first)
+            )
     model = training(kmeans_after=0.9)
     model(dict(view=images()), progress(0, steps=1))
     model.after_step(progress(0, steps=1))  # even a single step
@@ -346,7 +370,8 @@ def test_quantiser_is_float32_under_autocast():
     torch.testing.assert_close(sums[same[0]], u[same == same[0]].sum(0))
 
 
-# --- the tokenizer ----------------------------------------------------------------------------------------------------
+# --- the tokenizer
+# ----------------------------------------------------------------------------------------------------
 
 
 def clustered():
@@ -361,8 +386,12 @@ def clustered():
 def test_losses_at_the_start_and_their_sum():
     model = clustered()
     out = model(dict(view=images(8)), progress(batch=8))
-    assert out["reconstruction"].item() == pytest.approx(1, abs=0.35)  # random directions in 6 dimensions
-    assert out["loss"].item() == pytest.approx((out["reconstruction"] + out["commitment"]).item(), abs=1e-6)
+    assert out["reconstruction"].item() == pytest.approx(
+        1, abs=0.35
+    )  # random directions in 6 dimensions
+    assert out["loss"].item() == pytest.approx(
+        (out["reconstruction"] + out["commitment"]).item(), abs=1e-6
+    )
     assert 0 < float(out["usage"]) <= 1 and 1 <= float(out["perplexity"]) <= 8
     wide = Teacher()
     wide.dim, wide.conv = 256, nn.Conv2d(3, 256, 4, 4)
@@ -375,7 +404,10 @@ def test_reconstruction_is_the_mean_of_one_minus_cosine():
     x = images(4)
     out = model(dict(view=x), progress())
     u = model.target.encode(x)
-    o, t = model.decode(model.target.codebook.vectors[model.target.codebook.assign(u)]), model.upstream[0](x)
+    o, t = (
+        model.decode(model.target.codebook.vectors[model.target.codebook.assign(u)]),
+        model.upstream[0](x),
+    )
     cosine = (o * t).sum(-1) / (o.norm(dim=-1) * t.norm(dim=-1))
     assert out["reconstruction"].item() == pytest.approx(float((1 - cosine).mean()), abs=1e-5)
     u = u.flatten(0, 1)
@@ -387,7 +419,9 @@ def test_reconstruction_is_the_mean_of_one_minus_cosine():
 def test_the_loss_uses_the_codes_from_before_the_update():
     model = clustered()
     codes = model.target.codebook.vectors.clone()  # k-means has run, the moving average has not
-    torch.testing.assert_close(codes, quantize.kmeans(model.target.encode(images()).detach().flatten(0, 1), 8, seed=0))
+    torch.testing.assert_close(
+        codes, quantize.kmeans(model.target.encode(images()).detach().flatten(0, 1), 8, seed=0)
+    )
     model(dict(view=images()), progress())
     assert torch.equal(codes, model.target.codebook.vectors)
     model.after_step(progress())
@@ -417,7 +451,9 @@ def test_learns_and_leaves_its_teacher_alone():
     for name, value in model.upstream[0].state_dict().items():
         assert torch.equal(value, teacher[name])
     assert all(
-        p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if not name.endswith("qkv.bias")
+        p.grad is not None and p.grad.abs().sum() > 0
+        for name, p in model.named_parameters()
+        if not name.endswith("qkv.bias")
     )
     assert float(model.target.reconstruction) == pytest.approx(1 - sum(losses) / 40, abs=1e-4)
 
@@ -458,7 +494,9 @@ def test_normalised_images_are_refused():
 
 def test_encoder_sees_minus_one_to_one(monkeypatch):
     target, seen = vqkd.Target(vqkd.Config(**SMALL), spec()), []
-    monkeypatch.setattr(vqkd.kit, "features", lambda encoder, x: seen.append(x) or {"patch": torch.zeros(4, 16, 16)})
+    monkeypatch.setattr(
+        vqkd.encoders, "features", lambda encoder, x: seen.append(x) or {"patch": torch.zeros(4, 16, 16)}
+    )
     x = images()
     target(x)
     torch.testing.assert_close(seen[0], 2 * x - 1)
@@ -471,7 +509,9 @@ def test_tokenizer_ignores_train_mode():
 
 
 def test_published_sizes():
-    """108,829,216 trainable with decoder 3, 94,655,008 with 1; encoder 85,789,440; timm adds width key biases per block."""
+    """108,829,216 trainable with decoder 3, 94,655,008 with 1; encoder 85,789,440; timm adds width
+    key biases per block.
+    """
     base = Spec(
         224,
         {
@@ -492,9 +532,14 @@ def test_published_sizes():
     teacher.dim = 512
     with torch.device("meta"):
         for depth, expected in ((3, 108_829_216), (1, 94_655_008)):
-            model = vqkd.Training(vqkd.Config(codes=8192, code_dim=32, decoder_depth=depth), base, teacher)
+            model = vqkd.Training(
+                vqkd.Config(codes=8192, code_dim=32, decoder_depth=depth), base, teacher
+            )
             assert sum(p.numel() for p in model.parameters()) == expected + (12 + depth) * 768
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.target.named_children()}
+    count = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in model.target.named_children()
+    }
     assert count["encoder"] == 85_789_440 + 12 * 768 and count["head"] == 615_200
     assert model.target.codebook.vectors.numel() == 262_144
 
@@ -504,11 +549,18 @@ def test_initialisation():
     vit = vqkd.Target(vqkd.Config(code_dim=8), spec(embed_dim=64, depth=4)).encoder
     for number, block in enumerate(vit.blocks, start=1):
         scale = math.sqrt(2 * number)
-        for layer, factor in ((block.attn.proj, scale), (block.mlp.fc2, scale), (block.mlp.fc1, 1), (block.attn.qkv, 1)):
+        for layer, factor in (
+            (block.attn.proj, scale),
+            (block.mlp.fc2, scale),
+            (block.mlp.fc1, 1),
+            (block.attn.qkv, 1),
+        ):
             assert float(layer.weight.std()) * factor == pytest.approx(0.02, rel=0.06)
             assert not layer.bias.any()
     assert float(vit.pos_embed.std()) == pytest.approx(0.02, rel=0.15)
-    assert float(vit.patch_embed.proj.weight.std()) == pytest.approx(1 / math.sqrt(3 * 48), rel=0.1)  # torch's default
+    assert float(vit.patch_embed.proj.weight.std()) == pytest.approx(
+        1 / math.sqrt(3 * 48), rel=0.1
+    )  # torch's default
 
 
 def test_no_decay_names_exist():
@@ -537,23 +589,42 @@ def test_upstream_must_give_features():
         vqkd.Training(vqkd.Config(), spec(), vqkd.Target(vqkd.Config(), spec()))
 
 
-# --- health -----------------------------------------------------------------------------------------------------------
+# --- health
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_health_counts_codes_and_cries_on_collapse():
     config = vqkd.Config(**SMALL)
     target = vqkd.Target(config, spec())
-    alive = vqkd.health(target, iter([images(8), images(8, seed=1)]), vqkd.Config(**SMALL, min_usage=0.0, min_perplexity=0.0))
+    alive = vqkd.health(
+        target,
+        iter([images(8), images(8, seed=1)]),
+        vqkd.Config(**SMALL, min_usage=0.0, min_perplexity=0.0),
+    )
     counts = sum(torch.bincount(target(images(8, seed=s)).flatten(), minlength=8) for s in (0, 1))
-    assert alive["counts"] == counts.tolist() and alive["tokens"] == 2 * 8 * 16 and alive["problems"] == []
+    assert (
+        alive["counts"] == counts.tolist()
+        and alive["tokens"] == 2 * 8 * 16
+        and alive["problems"] == []
+    )
     assert alive["usage"] == float((counts > 0).float().mean())
     p = counts.double() / counts.sum()
-    assert alive["perplexity"] == pytest.approx(float(torch.exp(-(p[p > 0] * p[p > 0].log()).sum())))
-    target.codebook.vectors.copy_(units(1, 4).expand(8, 4))  # all codes equal: the first takes everything
+    assert alive["perplexity"] == pytest.approx(
+        float(torch.exp(-(p[p > 0] * p[p > 0].log()).sum()))
+    )
+    target.codebook.vectors.copy_(
+        units(1, 4).expand(8, 4)
+    )  # all codes equal: the first takes everything
     dead = vqkd.health(target, iter([images(8)]), config)
     assert dead["usage"] == 1 / 8 and dead["perplexity"] == 1
-    assert len(dead["problems"]) == 1 and "min_usage" in dead["problems"][0] and "decoder_depth" in dead["problems"][0]
-    few = vqkd.health(target, iter([images(8)]), vqkd.Config(**SMALL, min_usage=0.0, min_perplexity=0.5))
+    assert (
+        len(dead["problems"]) == 1
+        and "min_usage" in dead["problems"][0]
+        and "decoder_depth" in dead["problems"][0]
+    )
+    few = vqkd.health(
+        target, iter([images(8)]), vqkd.Config(**SMALL, min_usage=0.0, min_perplexity=0.5)
+    )
     assert "perplexity 1.0 of 8" in few["problems"][0]
 
 
@@ -565,7 +636,9 @@ def test_pictures_show_patches_of_the_most_used_code():
     assert all(p.dtype.name == "uint8" and p.ndim == 3 and p.shape[2] == 3 for p in shown.values())
     ids = target(x)
     code = int(torch.bincount(ids.flatten()).argmax())
-    cosine = (target.encode(x) @ target.codebook.vectors[code]).masked_fill(ids != code, -2).flatten()
+    cosine = (
+        (target.encode(x) @ target.codebook.vectors[code]).masked_fill(ids != code, -2).flatten()
+    )
     image, place = divmod(int(cosine.argmax()), 16)
     row, column = divmod(place, 4)
     patch = x[image, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
@@ -573,7 +646,8 @@ def test_pictures_show_patches_of_the_most_used_code():
     torch.testing.assert_close(found.float(), patch, atol=0.01, rtol=0)
 
 
-# --- kit/health.py against closed forms -------------------------------------------------------------------------------
+# --- kit/parts/health.py against closed forms
+# -------------------------------------------------------------------------------
 
 
 def test_perplexity_and_usage():
@@ -582,7 +656,9 @@ def test_perplexity_and_usage():
     assert float(measure.perplexity(torch.zeros(3))) == 1
     assert float(measure.perplexity(torch.tensor([1, 1, 2]))) == pytest.approx(2**1.5)
     assert measure.usage(torch.tensor([3, 0, 1, 0])) == 0.5
-    assert measure.usage(torch.tensor([1, 1, 0, 0, 0])) == 1  # two tokens cannot hit more than two codes
+    assert (
+        measure.usage(torch.tensor([1, 1, 0, 0, 0])) == 1
+    )  # two tokens cannot hit more than two codes
     assert measure.usage(torch.zeros(4)) == 0
 
 
@@ -591,7 +667,9 @@ def test_effective_rank():
     assert measure.effective_rank(q, centre=False) == pytest.approx(6)  # six equal singular values
     scaled = q * torch.tensor([3.0, 1, 0, 0, 0, 0])
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert measure.effective_rank(scaled, centre=False) == pytest.approx(math.exp(entropy), rel=1e-4)
+    assert measure.effective_rank(scaled, centre=False) == pytest.approx(
+        math.exp(entropy), rel=1e-4
+    )
     assert measure.effective_rank(torch.ones(10, 4)) == 1
     line = torch.ones(10, 4) + torch.outer(torch.arange(10.0), torch.rand(4))
     assert measure.effective_rank(line) == pytest.approx(1, abs=1e-3)

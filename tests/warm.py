@@ -1,7 +1,8 @@
-"""Processes that start in milliseconds: forked from a server that has imported everything and computed nothing.
+"""Processes that start in milliseconds: forked from a server that has imported everything and
+computed nothing.
 
-A process that has computed must not be forked once torch has threads; the server has none. Helps the tests that
-kill processes and those that need several at once.
+A process that has computed must not be forked once torch has threads; the server has none. Helps
+the tests that kill processes and those that need several at once.
 """
 
 from __future__ import annotations
@@ -25,25 +26,36 @@ def context():
 
 
 class Workers:
-    """Processes that wait for functions to call: `world` ranks of one gloo group, in float64 if `double`."""
+    """Processes that wait for functions to call: `world` ranks of one gloo group, in float64 if
+    `double`.
+    """
 
     def __init__(self, world: int, double: bool):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        common = {
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = multiprocessing.Pipe()
             environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context().Process(target=_serve, args=(theirs, environment, double), daemon=True)
+            process = context().Process(
+                target=_serve, args=(theirs, environment, double), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
     def call(self, function, *args) -> list:
-        """What the function returns in each process; RuntimeError with its traceback if it raises in one."""
+        """What the function returns in each process; RuntimeError with its traceback if it raises
+        in one.
+        """
         self.send(function, *args)
         return self.results()
 

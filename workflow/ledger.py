@@ -1,4 +1,6 @@
-"""What the Snakefile needs beyond the plan: the machine's GPUs, and DVC's record of what Snakemake made."""
+"""What the Snakefile needs beyond the plan: the machine's GPUs, and DVC's record of what Snakemake
+made.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def gpus_here() -> int:
 
 
 def gpus(device: str) -> int:
-    """1 if a process of this `compute.device` takes a GPU, else 0; "auto" takes one where this machine has any."""
+    """1 if a process of this `compute.device` takes a GPU, else 0; "auto" takes one where this
+    machine has any.
+    """
     return int(device.startswith("cuda") or (device == "auto" and gpus_here() > 0))
 
 
@@ -32,7 +36,9 @@ def cores() -> int:
 
 
 def threads(wanted: int | None, cores: int) -> int:
-    """How many threads a job gets: `compute.threads`, or the cores shared by four jobs, or by one for each GPU."""
+    """How many threads a job gets: `compute.threads`, or the cores shared by four jobs, or by one
+    for each GPU.
+    """
     return wanted or max(1, cores // max(4, gpus_here()))
 
 
@@ -49,14 +55,18 @@ def stage_name(job: Job, plan: Plan) -> str:
 
 
 def record(plan: Plan) -> bool:
-    """`dvc commit` the jobs that are finished, so that dvc.lock and DVC's cache follow. True if it did.
+    """`dvc commit` the jobs that are finished, so that dvc.lock and DVC's cache follow. True if it
+    did.
 
-    Does nothing without DVC or outside of a DVC repository; a failure is a warning: results are good without
-    it."""
+    Does nothing without DVC or outside of a DVC repository; a failure is a warning: results are
+    good without it.
+    """
     if not (plan.root / ".dvc").is_dir() or importlib.util.find_spec("dvc") is None:
         return False
     fresh = [job for job in plan.jobs.values() if plan.fresh(job.id)]
-    names = [] if len(fresh) == len(plan.jobs) else ["plan", *(stage_name(job, plan) for job in fresh)]
+    names = (
+        [] if len(fresh) == len(plan.jobs) else ["plan", *(stage_name(job, plan) for job in fresh)]
+    )
     command = [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *names]
     environment = os.environ | {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1"}
     done = subprocess.run(command, cwd=plan.root, env=environment, capture_output=True, text=True)

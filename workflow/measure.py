@@ -1,7 +1,8 @@
 """What a unit of one job's work costs on this machine: what workflow/cost.py multiplies.
 
-Needs params.yaml only: images are noise, teachers and encoders untrained, but of the right size. The work is that of
-the stages: steps of kit/loop.py, features of kit/features.py, the heads of the tasks.
+Needs params.yaml only: images are noise, teachers and encoders untrained, but of the right size.
+The work is that of the stages: steps of kit/train/loop.py, features of tasks/_features.py, the
+heads of the tasks.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ import torch
 from PIL import Image
 
 from stages import data, methods, targets, tasks
-from stages.kit import compiled, encoder, features, keyed, store
-from stages.kit.decode import cores
-from stages.kit.device import resolved
-from stages.kit.loader import Batches
-from stages.kit.loop import Recipe, fit
-from stages.kit.provenance import peak_mb
+from stages.kit import keyed
+from stages.kit.data import store
+from stages.kit.data.decode import cores
+from stages.kit.data.loader import Batches
+from stages.kit.job.device import resolved
+from stages.kit.job.provenance import peak_mb
+from stages.kit.nets import encoders as encoder
+from stages.kit.nets.teacher import Teacher
 from stages.kit.spec import Spec, configure
-from stages.kit.teacher import Teacher
+from stages.kit.train import compiled
+from stages.kit.train.loop import Recipe, fit
 from stages.sources import SPLITS, assign
+from stages.tasks import _features
 
-POOL = 256  # different images of noise; as many are encoded at once by kit/features.py
+POOL = 256  # different images of noise; as many are encoded at once by tasks/_features.py
 WARM = 2  # first steps: what they do once is not done again by later ones
 STEPS = 6  # steps that are timed, spread over the schedules of a whole training
 ENOUGH_S = 2.0  # after so many seconds of them 3 do
@@ -46,9 +51,9 @@ class Missing(RuntimeError):
 class Clocks:
     """Seconds that work takes alone on `threads` cores, whatever else this machine does meanwhile.
 
-    Other load lengthens what the wall clock shows, but neither the work of the thread that trains nor the work of all
-    threads, the loader's among them, which share the cores: on a CPU the longer of the two is the time. A GPU works
-    while no thread does: there it is the wall clock's.
+    Other load lengthens what the wall clock shows, but neither the work of the thread that trains
+    nor the work of all threads, the loader's among them, which share the cores: on a CPU the longer
+    of the two is the time. A GPU works while no thread does: there it is the wall clock's.
     """
 
     def __init__(self, device: torch.device, threads: int):
@@ -71,11 +76,15 @@ class Clocks:
 
 
 class Noise(store.Split):
-    """A split of `count` images of noise that holds only a few of them, stored as the data stage stores them."""
+    """A split of `count` images of noise that holds only a few of them, stored as the data stage
+    stores them.
+    """
 
     def __init__(self, count: int, size: int, counts: dict):
         self.size, self.labels = size, np.arange(count) % max(1, counts["classes"])
-        self.pool = np.random.default_rng(0).integers(0, 256, (min(POOL, count), size, size, 3), np.uint8)
+        self.pool = np.random.default_rng(0).integers(
+            0, 256, (min(POOL, count), size, size, 3), np.uint8
+        )
         self.images = self if counts["mode"] == "memmap" else None
         self.files = None if self.images else [_jpeg(image) for image in self.pool]
 
@@ -93,7 +102,9 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 
 class Timed(Batches):
-    """Batches that note the time when each step of the training began, and end when enough of them have."""
+    """Batches that note the time when each step of the training began, and end when enough of them
+    have.
+    """
 
     def stream(self, start_step: int, stop_step: int) -> Iterator[list]:
         self.began, self.done = [], 0
@@ -107,10 +118,11 @@ class Timed(Batches):
 
 
 def measured(plan, id: str, counts: dict | None, threads: int) -> dict:
-    """The units of a job: {"missing": why}, or {"counts", "memory_mb"} and what workflow/cost.py knows to multiply.
+    """The units of a job: {"missing": why}, or {"counts", "memory_mb"} and what workflow/cost.py
+    knows to multiply.
 
-    To be called in a fork that has done nothing yet, so that its memory is its own. `counts`: as `sizes` finds them, if
-    that was asked before.
+    To be called in a fork that has done nothing yet, so that its memory is its own. `counts`: as
+    `sizes` finds them, if that was asked before.
     """
     processes, forked_mb = plan.processes(id), peak_mb()
     torch.set_num_threads(max(1, threads // processes))
@@ -123,11 +135,17 @@ def measured(plan, id: str, counts: dict | None, threads: int) -> dict:
         return {"missing": str(error)}
     except Exception as error:  # of any plug-in: the other jobs can be measured
         return {"missing": f"measuring failed: {type(error).__name__}: {error}"}
-    return {"counts": counts, **found, "memory_mb": round(processes * (IMPORTED_MB + peak_mb() - forked_mb))}
+    return {
+        "counts": counts,
+        **found,
+        "memory_mb": round(processes * (IMPORTED_MB + peak_mb() - forked_mb)),
+    }
 
 
 def sizes(plan) -> dict:
-    """{"train", "val", "test": images, "classes", "mode"}: from data.json, or as the source lists them."""
+    """{"train", "val", "test": images, "classes", "mode"}: from data.json, or as the source lists
+    them.
+    """
     folder = plan.jobs["data"].output
     if (folder / "data.json").is_file():
         facts = store.info(folder)
@@ -138,7 +156,9 @@ def sizes(plan) -> dict:
         raise Missing("the number of images is known once `python -m stages.data` has fetched them")
     found = data.find(params["data"], params["source"])
     parts = assign(found, params["data"]).parts.values()
-    counts = {split: sum(int((part == k).sum()) for part in parts) for k, split in enumerate(SPLITS)}
+    counts = {
+        split: sum(int((part == k).sum()) for part in parts) for k, split in enumerate(SPLITS)
+    }
     fits = sum(counts.values()) * side(plan) ** 2 * 3 <= params["data"]["memory_map_gb"] * 1e9
     return counts | {"classes": len(found.classes), "mode": "memmap" if fits else "shards"}
 
@@ -150,10 +170,18 @@ def side(plan) -> int:
 
 
 class Job:
-    """One job to be measured. It stands for the job's Run (kit/job.py) too, where the stages' functions want that."""
+    """One job to be measured. It stands for the job's Run (kit/job/job.py) too, where the stages'
+    functions want that.
+    """
 
     def __init__(self, plan, job, counts: dict, folder: Path):
-        self.plan, self.job, self.counts, self.out, self.work = plan, job, counts, folder, folder / "work"
+        self.plan, self.job, self.counts, self.out, self.work = (
+            plan,
+            job,
+            counts,
+            folder,
+            folder / "work",
+        )
         self.work.mkdir()
         self.device = torch.device(resolved(plan.compute["device"]))
         self.compute, self.summary = dict(plan.compute), {}
@@ -164,7 +192,14 @@ class Job:
 
     def spec(self) -> Spec:
         params, counts = self.job.params, self.counts
-        return Spec(params["image_size"], params["model"], (0.5,) * 3, (0.25,) * 3, counts["classes"], counts["train"])
+        return Spec(
+            params["image_size"],
+            params["model"],
+            (0.5,) * 3,
+            (0.25,) * 3,
+            counts["classes"],
+            counts["train"],
+        )
 
     def split(self, count: int = POOL) -> Noise:
         return Noise(count, side(self.plan), self.counts)
@@ -183,7 +218,10 @@ class Job:
             part[np.flatnonzero(part >= 0)[SAMPLE:]] = -1
         threads = self.compute["threads"] or min(cores(), 8)
         images = data._images(found, parts, side(self.plan), threads)
-        count, clocks = sum(int((part >= 0).sum()) for part in parts.values()), Clocks(torch.device("cpu"), threads)
+        count, clocks = (
+            sum(int((part >= 0).sum()) for part in parts.values()),
+            Clocks(torch.device("cpu"), threads),
+        )
         return {"image_s": clocks.taken(lambda: list(images)) / count}
 
     def target(self) -> dict:
@@ -193,8 +231,12 @@ class Job:
         config = configure(kind.Config, params["target"]["config"])
         found = {}
         if hasattr(kind, "Training"):
-            training = kind.Training(config, spec, teacher(self.plan, self.job, spec, self.device)).to(self.device)
-            found = self.training(training, kind.views(config, spec), config, params["train"], bool(kind.LABELS))
+            training = kind.Training(
+                config, spec, teacher(self.plan, self.job, spec, self.device)
+            ).to(self.device)
+            found = self.training(
+                training, kind.views(config, spec), config, params["train"], bool(kind.LABELS)
+            )
             target = targets.pin(training.target)
         else:
             target = target_of(self.plan, self.job, spec, self.device)
@@ -202,19 +244,29 @@ class Job:
         return found | {"image_s": self.repeated(lambda: target(images)) / SAMPLE}
 
     def pretrain(self) -> dict:
-        """Steps of its training, if it has any; "encoder": a digest that tells encoders of another kind apart."""
+        """Steps of its training, if it has any; "encoder": a digest that tells encoders of another
+        kind apart.
+        """
         params, spec = self.job.params, self.spec()
         module = methods.find(params["method"]["name"])
         config = configure(module.Config, params["method"]["config"])
-        method = module.Method(config, spec, teacher(self.plan, self.job, spec, self.device)).to(self.device)
+        method = module.Method(config, spec, teacher(self.plan, self.job, spec, self.device)).to(
+            self.device
+        )
         found = {}
         if module.TRAINS:
-            found = self.training(method, module.views(config, spec), config, params["train"], bool(module.LABELS))
+            found = self.training(
+                method, module.views(config, spec), config, params["train"], bool(module.LABELS)
+            )
         encoder.save(method.encoder, self.out / "encoder", spec)
-        return found | {"encoder": hashlib.sha256((self.out / "encoder/config.json").read_bytes()).hexdigest()}
+        return found | {
+            "encoder": hashlib.sha256((self.out / "encoder/config.json").read_bytes()).hexdigest()
+        }
 
     def transfer(self) -> dict:
-        """Fine-tuning: a few steps. Probes: the frozen encoder on some images, and an epoch of the linear heads."""
+        """Fine-tuning: a few steps. Probes: the frozen encoder on some images, and an epoch of the
+        linear heads.
+        """
         name, spec = self.job.params["task"]["name"], self.spec()
         if name not in ("knn", "linear", "finetune"):
             raise Missing(f"how long the task {name} takes is not known")
@@ -227,10 +279,15 @@ class Job:
             return self.finetune(task, config, folder, spec)
         passes = getattr(config, "passes", 1)
         augment = (1, config.crop_min, 0) if passes > 1 else None
-        found = {"image_s": self.extraction(folder, spec, config.precision, augment), "passes": passes}
+        found = {
+            "image_s": self.extraction(folder, spec, config.precision, augment),
+            "passes": passes,
+        }
         found["features"] = config.precision
         if name == "linear":
-            found["head_s"] = self.heads(task, config, encoder.load(folder).num_features, spec.num_classes)
+            found["head_s"] = self.heads(
+                task, config, encoder.load(folder).num_features, spec.num_classes
+            )
         return found
 
     def finetune(self, task, config, folder: Path, spec: Spec) -> dict:
@@ -239,19 +296,33 @@ class Job:
         train = {**self.job.params["train"], "epochs": config.epochs, "batch_size": batch}
         train["micro_batch"] = task.micro_batch(batch // world, train["micro_batch"])
         classifier = task.Classifier(folder, config, spec.num_classes)
-        found = self.training(classifier, {"view": task.view(config, spec.image_size)}, config, train, True)
+        found = self.training(
+            classifier, {"view": task.view(config, spec.image_size)}, config, train, True
+        )
         split, size = self.split(train["micro_batch"]), spec.image_size
         classifier.to(self.device)
-        look = self.repeated(lambda: task.predict(classifier, split, slice(None), self, size, len(split)))
+        look = self.repeated(
+            lambda: task.predict(classifier, split, slice(None), self, size, len(split))
+        )
         return found | {"epochs": config.epochs, "batch_size": batch, "image_s": look / len(split)}
 
     def training(self, module, views, config, train: dict, labels: bool) -> dict:
-        """A few real steps of the loop: their lower quartile, as other load also takes the caches from them; and what is
-        done but once, before, after and within them."""
+        """A few real steps of the loop: their lower quartile, as other load also takes the caches
+        from them; and what is done but once, before, after and within them.
+        """
         world = self.plan.processes(self.job.id)
         split = self.split(max(train["batch_size"], POOL))
         micro, workers = train["micro_batch"], self.compute["workers"]
-        batches = Timed(split, views, train["batch_size"], 0, micro=micro, labels=labels, workers=workers, world=world)
+        batches = Timed(
+            split,
+            views,
+            train["batch_size"],
+            0,
+            micro=micro,
+            labels=labels,
+            workers=workers,
+            world=world,
+        )
         batches.clocks = self.clocks
         whole = train["epochs"] * (self.counts["train"] // train["batch_size"])
         self.compute["compile"] = compiled.wanted(self.compute["compile"], self.device, whole)
@@ -266,23 +337,33 @@ class Job:
         """Seconds for the features of one image, without those to load the encoder."""
 
         def work(count: int) -> float:
-            images = features._images(self.split(count), spec.image_size, POOL, augment, self.compute["workers"])
-            return self.clocks.taken(lambda: features._extract(folder, images, self.out, self.device, precision))
+            images = _features._images(
+                self.split(count), spec.image_size, POOL, augment, self.compute["workers"]
+            )
+            return self.clocks.taken(
+                lambda: _features._extract(folder, images, self.out, self.device, precision)
+            )
 
         few = min(work(8), work(8))
         return max(0.0, work(POOL) - few) / (POOL - 8)
 
     def heads(self, task, config, width: int, classes: int) -> float:
-        """Seconds for all heads and epochs per training image: the sweep, then a few of them for each further seed."""
+        """Seconds for all heads and epochs per training image: the sweep, then a few of them for
+        each further seed.
+        """
         rows = min(self.counts["train"], 4 * config.batch_size)
         tables = {name: torch.randn(1, rows, width, device=self.device) for name in config.features}
         labels = torch.arange(rows) % classes
-        every = [task.Head(f, n, lr) for f in config.features for n in config.norms for lr in config.lrs]
+        every = [
+            task.Head(f, n, lr) for f in config.features for n in config.norms for lr in config.lrs
+        ]
         few = [task.Head(f, config.norms[0], config.lrs[0]) for f in config.features]
         one = replace(config, epochs=1)
 
         def epoch(heads: list) -> float:
-            return self.repeated(lambda: task.train(tables, labels, heads, classes, one, 0, self.device))
+            return self.repeated(
+                lambda: task.train(tables, labels, heads, classes, one, 0, self.device)
+            )
 
         return config.epochs * (epoch(every) + (config.head_seeds - 1) * epoch(few)) / rows
 
@@ -309,7 +390,9 @@ def target_of(plan, job, spec: Spec, where: torch.device) -> torch.nn.Module:
     kind = targets.find(job.params["target"]["kind"])
     target = kind.Target(configure(kind.Config, job.params["target"]["config"]), spec)
     if hasattr(target, "prepare"):
-        raise Missing(f"the weights of {job.id} are not here yet: run `python -m stages.target --name {job.name}`")
+        raise Missing(
+            f"the weights of {job.id} are not here yet: run `python -m stages.target --name {job.name}`"
+        )
     return targets.pin(target.to(where))
 
 

@@ -1,5 +1,6 @@
-"""What the files in stages/{sources,targets,methods,tasks} declare, read from their text without importing
-them."""
+"""What the files in stages/{sources,targets,methods,tasks} declare, read from their text without
+importing them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from stages.kit import checks
+from workflow import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
@@ -22,7 +23,9 @@ FOLDERS = {"method": "methods", "target": "targets", "task": "tasks", "source": 
 
 
 class ParamsError(ValueError):
-    """Something in params.yaml (or a plug-in it names) is wrong; the message lists every problem found."""
+    """Something in params.yaml (or a plug-in it names) is wrong; the message lists every problem
+    found.
+    """
 
     plain = True  # the message is for the user: stages print it without a traceback
 
@@ -41,12 +44,20 @@ class Plugin:
 
     def defaults(self) -> dict[str, Any]:
         return {
-            f.name: f.default for f in dataclasses.fields(self.config) if f.default is not dataclasses.MISSING
+            f.name: f.default
+            for f in dataclasses.fields(self.config)
+            if f.default is not dataclasses.MISSING
         }
 
 
 LITERALS = {
-    "TARGET": None, "UPSTREAM": None, "PRODUCES": None, "LABELS": False, "TRAINS": True, "SPREADS": False, "ENCODERS": ("vit",)
+    "TARGET": None,
+    "UPSTREAM": None,
+    "PRODUCES": None,
+    "LABELS": False,
+    "TRAINS": True,
+    "SPREADS": False,
+    "ENCODERS": ("vit",),
 }
 
 
@@ -58,8 +69,9 @@ def plugin_names(kind: str, root: Path = ROOT) -> list[str]:
 
 
 def plugin(kind: str, name: str, root: Path = ROOT) -> Plugin:
-    """Read stages/<kind>s/<name>.py without importing it. ParamsError if it is not there or cannot be read
-    so."""
+    """Read stages/<kind>s/<name>.py without importing it. ParamsError if it is not there or cannot
+    be read so.
+    """
     path = root / "stages" / FOLDERS[kind] / f"{name}.py"
     relative = path.relative_to(root).as_posix()
     if not NAME.match(name) or name.startswith("_") or not path.is_file():
@@ -91,18 +103,28 @@ def _declared(path: str, text: str) -> Plugin:
                     ) from None
     if config is None:
         raise ParamsError(f"{path}: has no dataclass named Config for its settings")
-    space = {"dataclass": dataclass, "field": dataclasses.field, "Literal": Literal, "checks": checks, "__name__": path}
+    space = {
+        "dataclass": dataclass,
+        "field": dataclasses.field,
+        "Literal": Literal,
+        "checks": checks,
+        "__name__": path,
+    }
     try:
         exec(compile(ast.Module([config], []), path, "exec", dont_inherit=True), space)
     except NameError as error:
-        raise ParamsError(f"{path}: Config may use only builtins, Literal, field and checks ({error})") from None
+        raise ParamsError(
+            f"{path}: Config may use only builtins, Literal, field and checks ({error})"
+        ) from None
     except (
         Exception
     ) as error:  # a wrong default, an unhashable one, ...: whatever Python says about that class
         raise ParamsError(f"{path}: Config cannot be read: {error}") from None
     if not dataclasses.is_dataclass(space["Config"]):
         raise ParamsError(f"{path}: Config must be decorated with @dataclass(frozen=True)")
-    space["Config"].__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    space["Config"].__pydantic_config__ = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False
+    )
     return Plugin(path, space["Config"], literals)
 
 

@@ -1,1 +1,1 @@
-"""The toolkit: functions and small modules that know nothing of methods, targets, tasks or sources."""
+"""Functions and small modules that methods, targets, tasks and stages call; it never calls them."""

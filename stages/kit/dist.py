@@ -1,8 +1,8 @@
 """The few distributed calls that the lab needs; each is a no-op in a single process.
 
-Start one process per device: `torchrun --standalone --nproc-per-node N -m -- stages.pretrain --run mae-s0`
-(the lone -- keeps torchrun from taking --run for an abbreviation of its own --run-path). Rank and world are
-read from torchrun's environment, so they are right even before `start`.
+Start one process per device: `torchrun --standalone --nproc-per-node N -m -- stages.pretrain --run
+mae-s0` (the lone -- keeps torchrun from taking --run for an abbreviation of its own --run-path).
+Rank and world are read from torchrun's environment, so they are right even before `start`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def is_main() -> bool:
 
 
 def start() -> None:
-    """Joins the process group: gloo for tensors on the CPU, nccl for those on GPUs. Does nothing alone or
-    when joined.
+    """Joins the process group: gloo for tensors on the CPU, nccl for those on GPUs. Does nothing
+    alone or when joined.
     """
     if world() > 1 and not td.is_initialized():
         atexit.register(stop)
@@ -49,10 +49,11 @@ def barrier() -> None:
 
 
 def agree(value: int) -> int:
-    """The largest of the ranks' host integers: a decision (save, stop) that all of them take at the same
-    step.
+    """The largest of the ranks' host integers: a decision (save, stop) that all of them take at the
+    same step.
 
-    Travels over the CPU, so that it does not wait for a GPU's queue."""
+    Travels over the CPU, so that it does not wait for a GPU's queue.
+    """
     if world() == 1:
         return value
     start()
@@ -84,7 +85,9 @@ def minimum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _reduce(tensor: torch.Tensor, operation) -> None:
-    """All-reduce in place; a view that is not contiguous goes through a copy, as gloo would mix up its elements."""
+    """All-reduce in place; a view that is not contiguous goes through a copy, as gloo would mix up
+    its elements.
+    """
     dense = tensor.contiguous()
     td.all_reduce(dense, operation)
     if dense is not tensor:
@@ -92,7 +95,9 @@ def _reduce(tensor: torch.Tensor, operation) -> None:
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """(b, ...) per rank -> (world * b, ...) in rank order, the same on every rank; no gradient flows."""
+    """(b, ...) per rank -> (world * b, ...) in rank order, the same on every rank; no gradient
+    flows.
+    """
     if world() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world())]

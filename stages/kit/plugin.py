@@ -1,5 +1,5 @@
-"""Finds a plug-in module by its file name: the name in params.yaml is the module's name, there is no
-registry.
+"""Finds a plug-in module by its file name: the name in params.yaml is the module's name, there is
+no registry.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from types import ModuleType
 
 
 def load(package: str, name: str) -> ModuleType:
-    """Imports `<package>.<name>`. ValueError with what there is and the nearest name when no such file
-    exists; an import error inside the file itself is passed on as it is."""
-    names = sorted(module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__))
+    """Imports `<package>.<name>`. ValueError with what there is and the nearest name when no such
+    file exists; an import error inside the file itself is passed on as it is.
+    """
+    names = sorted(
+        module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
+    )
     if name not in names:
         near = get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -1,5 +1,5 @@
-"""What a model must know about the data: sizes, normalisation, counts. Built from data.json and params,
-nothing else.
+"""What a model must know about the data: sizes, normalisation, counts. Built from data.json and
+params, nothing else.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 class Spec:
     """Facts shared by methods, targets and tasks.
 
-    image_size: side of the (square) training image in pixels; model: the `model` section of params.yaml;
-    mean, std: of pixels in [0, 1], per channel; num_classes: of the data set; images: size of the train
-    split.
+    image_size: side of the (square) training image in pixels; model: the `model` section of
+    params.yaml; mean, std: of pixels in [0, 1], per channel; num_classes: of the data set; images:
+    size of the train split.
     """
 
     image_size: int
@@ -55,7 +55,9 @@ class Spec:
 
     @property
     def stride(self) -> int:
-        """Side in pixels of a token that the student gives: patch_size, doubled by each stage after the first."""
+        """Side in pixels of a token that the student gives: patch_size, doubled by each stage after
+        the first.
+        """
         stages = len(self.model["depth"]) if self.hierarchical else 1
         return self.model["patch_size"] * 2 ** (stages - 1)
 
@@ -65,7 +67,9 @@ class Spec:
         return self.image_size // self.stride
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> zero mean and unit variance per channel, by this data set's statistics."""
+        """(B,3,H,W) in [0,1] -> zero mean and unit variance per channel, by this data set's
+        statistics.
+        """
         mean, inverse = _constants(self.mean, self.std, images.device, images.dtype)
         return (images - mean) * inverse
 
@@ -88,8 +92,8 @@ def _copied(mean: tuple, std: tuple, device: torch.device, dtype: torch.dtype):
 
 
 def configure(config_class: type, values: dict):
-    """`config_class(**values)` for values that came through JSON: its lists become tuples again, as in the
-    defaults.
+    """`config_class(**values)` for values that came through JSON: its lists become tuples again, as
+    in the defaults.
     """
     return config_class(**{key: _tuples(value) for key, value in values.items()})
 

@@ -1,21 +1,24 @@
 """DMJD: disjoint masking with joint distillation (arXiv 2301.00230).
 
-Every image is encoded under several masks, each of which hides first what the others showed, so that one image gives
-a prediction of (nearly) every patch. Of each view's visible tokens a decoder predicts the target of the hidden
-patches, and a small MLP, without the decoder, the target of the visible ones. The target is a run's `target`: hog (as
-published), pixels, or a teacher's features.
+Every image is encoded under several masks, each of which hides first what the others showed, so
+that one image gives a prediction of (nearly) every patch. Of each view's visible tokens a decoder
+predicts the target of the hidden patches, and a small MLP, without the decoder, the target of the
+visible ones. The target is a run's `target`: hog (as published), pixels, or a teacher's features.
 
-Follows mx-mark/DMJD, with a ConvViT (model.name: convvit_...) as there; of a plain ViT there is no official code: it
-is MAE's encoder (arXiv 2111.06377), whose class token takes part in the encoder and in neither branch. Departures:
-- The official visible branch compares predictions in the order of the list of visible patches with targets in raster
-  order, which pairs nearly all with another patch's. Here they are aligned; `vis_align: raster` pairs them as there.
-- Any number of views, and masks that are independent of each other for comparison (kit/masks.py).
-- The official rate counts what `predict_ratio` promises, ours what the masks hide: the same wherever views *
-  mask_ratio reaches it, and MAE's plain rule for one view.
+Follows mx-mark/DMJD, with a ConvViT (model.name: convvit_...) as there; of a plain ViT there is no
+official code: it is MAE's encoder (arXiv 2111.06377), whose class token takes part in the encoder
+and in neither branch. Departures:
+- The official visible branch compares predictions in the order of the list of visible patches with
+  targets in raster order, which pairs nearly all with another patch's. Here they are aligned;
+  `vis_align: raster` pairs them as there.
+- Any number of views, and masks that are independent of each other for comparison
+  (kit/nets/masks.py).
+- The official rate counts what `predict_ratio` promises, ours what the masks hide: the same
+  wherever views * mask_ratio reaches it, and MAE's plain rule for one view.
 - A teacher's features are normalised per token (ours; the official code knows HOG only).
-- Defaults are for small images. As published, for ImageNet and ConvViT-B: decoder_dim 512, decoder_depth 8,
-  decoder_heads 16, decoder_mlp_ratio 8, lr 6e-4 per 256 unique images in batches of 512, 400 epochs (800 effective
-  ones) of which 20 warm up; ConvViT-L: clip 3.
+- Defaults are for small images. As published, for ImageNet and ConvViT-B: decoder_dim 512,
+  decoder_depth 8, decoder_heads 16, decoder_mlp_ratio 8, lr 6e-4 per 256 unique images in batches
+  of 512, 400 epochs (800 effective ones) of which 20 warm up; ConvViT-L: clip 3.
 As there, the mask token does get weight decay, and only one-dimensional parameters do not.
 """
 
@@ -29,13 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import checks, hybrid
-from stages.kit import encoder as kit
-from stages.kit.decoder import Decoder
-from stages.kit.health import principal_colours
-from stages.kit.masks import disjoint_masking, take
-from stages.kit.patches import contact_sheet, paint
-from stages.kit.views import View
+from stages.kit.data.views import View
+from stages.kit.nets import encoders, hybrid
+from stages.kit.nets.decoder import Decoder
+from stages.kit.nets.masks import disjoint_masking, take
+from stages.kit.nets.patches import contact_sheet, paint
+from stages.kit.parts.health import principal_colours
+from workflow import checks
 
 TARGET = "features"
 ENCODERS = ("vit", "convvit")
@@ -49,18 +52,27 @@ class Config:
     views: int = 2  # masks of each image
     disjoint: bool = True  # each view hides first what the others showed; false: independent masks
     mask_ratio: float = 0.6  # share of the cells that a view hides ("corruption rate")
-    predict_ratio: float = 1.0  # share that at least one view should hide ("prediction rate"), if disjoint
-    cell: int = 2  # patches along a side of a cell of the mask: 2 is the paper's "block" mode, 1 its "rand" mode
+    predict_ratio: float = (
+        1.0  # share that at least one view should hide ("prediction rate"), if disjoint
+    )
+    # patches along a side of a cell of the mask: 2 is the paper's "block" mode, 1 its "rand" mode
+    cell: int = 2
     vis_weight: float = 1.0  # of the visible branch's loss ("theta"); 0: no such branch
-    vis_align: Literal["aligned", "raster"] = "aligned"  # which target a visible token gets; raster: as released
-    norm_target: bool | None = None  # each token's target at mean 0 and variance 1; null: if a network made it
+    vis_align: Literal["aligned", "raster"] = (
+        "aligned"  # which target a visible token gets; raster: as released
+    )
+    norm_target: bool | None = (
+        None  # each token's target at mean 0 and variance 1; null: if a network made it
+    )
     decoder_dim: int = 128  # width of both branches
     decoder_depth: int = 2
     decoder_heads: int = 4
     decoder_mlp_ratio: float = 4.0
     crop_min: float = 0.5  # smallest share of the image's area in a crop
     flip: float = 0.5
-    lr_rule: Literal["content", "views", "images"] = "content"  # what the rate grows with, see `lr_factor`
+    lr_rule: Literal["content", "views", "images"] = (
+        "content"  # what the rate grows with, see `lr_factor`
+    )
     lr: float = 6e-4  # at lr_per
     lr_per: int | None = 256
     min_lr: float = 0.0
@@ -75,7 +87,9 @@ class Config:
         checks.within(self, "[0, inf)", "vis_weight")
         checks.decoder(self)
         if self.predict_ratio < self.mask_ratio:
-            raise ValueError(f"predict_ratio: found {self.predict_ratio}, expected at least mask_ratio {self.mask_ratio}")
+            raise ValueError(
+                f"predict_ratio: found {self.predict_ratio}, expected at least mask_ratio {self.mask_ratio}"
+            )
 
     @property
     def predicted(self) -> float:
@@ -86,14 +100,21 @@ class Config:
 
     @property
     def lr_factor(self) -> float:
-        """Factor of the rate: the distinct content that a step predicts, in units of what one view does (the paper's
-        adaptive rule); or the number of views; or 1."""
-        return {"content": self.predicted / self.mask_ratio, "views": float(self.views), "images": 1.0}[self.lr_rule]
+        """Factor of the rate: the distinct content that a step predicts, in units of what one view
+        does (the paper's adaptive rule); or the number of views; or 1.
+        """
+        return {
+            "content": self.predicted / self.mask_ratio,
+            "views": float(self.views),
+            "images": 1.0,
+        }[self.lr_rule]
 
     def check(self, image_size: int, model: dict) -> None:
         side = image_size // model["patch_size"]
         if side % self.cell:
-            raise ValueError(f"cell: {self.cell} patches do not divide the {side} patches of a side")
+            raise ValueError(
+                f"cell: {self.cell} patches do not divide the {side} patches of a side"
+            )
         checks.keep_count((side // self.cell) ** 2, self.mask_ratio, "cells")
         checks.sincos(model)
 
@@ -106,38 +127,61 @@ class Method(nn.Module):
     def __init__(self, config: Config, spec, target=None):
         super().__init__()
         if not getattr(target, "dim", None):
-            raise ValueError(f"dmjd needs a target of features (hog, pixels, a teacher), found {type(target).__name__}")
+            raise ValueError(
+                f"dmjd needs a target of features (hog, pixels, a teacher), found {type(target).__name__}"
+            )
         self.config, self.spec = config, spec
         self.target = [target]  # in a list: frozen, neither trained nor saved with the student
         network = next(target.parameters(), None) is not None
         self.norm_target = network if config.norm_target is None else config.norm_target
         self.cells = (spec.grid // config.cell) ** 2
-        self.encoder = kit.sincos_vit(spec)
-        self.fusion = hybrid.Fusion(self.encoder) if isinstance(self.encoder, hybrid.ConvViT) else None
+        self.encoder = encoders.sincos_vit(spec)
+        self.fusion = (
+            hybrid.Fusion(self.encoder) if isinstance(self.encoder, hybrid.ConvViT) else None
+        )
         self.prefix = self.encoder.num_prefix_tokens
         width, dim = self.encoder.embed_dim, config.decoder_dim
-        self.decoder = Decoder(width, target.dim, spec.grid, dim, config.decoder_depth, config.decoder_heads,
-                               mlp_ratio=config.decoder_mlp_ratio)
+        self.decoder = Decoder(
+            width,
+            target.dim,
+            spec.grid,
+            dim,
+            config.decoder_depth,
+            config.decoder_heads,
+            mlp_ratio=config.decoder_mlp_ratio,
+        )
         self.projector = self.predictor = None
         if config.vis_weight:
             self.projector = nn.Sequential(
-                nn.Linear(width, dim), nn.LayerNorm(dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim), nn.GELU(),
-                nn.Linear(dim, dim), nn.LayerNorm(dim, elementwise_affine=False))
+                nn.Linear(width, dim),
+                nn.LayerNorm(dim),
+                nn.GELU(),
+                nn.Linear(dim, dim),
+                nn.LayerNorm(dim),
+                nn.GELU(),
+                nn.Linear(dim, dim),
+                nn.LayerNorm(dim, elementwise_affine=False),
+            )
             self.predictor = nn.Linear(dim, target.dim)
-            kit.xavier_init(self.projector)
-            kit.xavier_init(self.predictor)
+            encoders.xavier_init(self.projector)
+            encoders.xavier_init(self.predictor)
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "hidden_loss", "visible_loss" (if there is such a branch)}."""
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "hidden_loss", "visible_loss" (if there is such
+        a branch)}.
+        """
         images = batch["view"]
         truth = self.truth(images)
         ids_keep, ids_hide = self.masks(progress.uniform("mask", self.config.views, self.cells))
         tokens = self.encode(images, ids_keep)
         error = self.predict_hidden(tokens, ids_keep, ids_hide).float() - pick(truth, ids_hide)
-        out = {"hidden_loss": error.square().mean()}  # every row hides as many, so the mean over rows is that over patches
+        out = {
+            "hidden_loss": error.square().mean()
+        }  # every row hides as many, so the mean over rows is that over patches
         out["loss"] = out["hidden_loss"]
         if self.predictor is not None:
-            # released code: the targets of the visible patches row by row, against predictions in the list's order
+            # released code: the targets of the visible patches row by row, against predictions in
+            # the list's order
             places = ids_keep if self.config.vis_align == "aligned" else ids_keep.sort(dim=1).values
             predicted = self.predict_visible(tokens).float()
             out["visible_loss"] = F.smooth_l1_loss(predicted, pick(truth, places), beta=BETA)
@@ -150,22 +194,32 @@ class Method(nn.Module):
         truth = self.target[0](images).float()
         expected = (len(images), self.spec.grid**2)
         if truth.shape[:2] != expected:
-            raise ValueError(f"target: gave features of shape {tuple(truth.shape)}, expected {expected} patches")
+            raise ValueError(
+                f"target: gave features of shape {tuple(truth.shape)}, expected {expected} patches"
+            )
         return F.layer_norm(truth, truth.shape[-1:], eps=1e-6) if self.norm_target else truth
 
     def masks(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise (B,V,cells) -> visible and hidden patches (V*B,n); row v*B + b is view v of image b."""
+        """Noise (B,V,cells) -> visible and hidden patches (V*B,n); row v*B + b is view v of image
+        b.
+        """
         predict = self.config.predict_ratio if self.config.disjoint else None
-        ids_keep, ids_hide = disjoint_masking(noise, self.config.mask_ratio, predict, self.config.cell)
+        ids_keep, ids_hide = disjoint_masking(
+            noise, self.config.mask_ratio, predict, self.config.cell
+        )
         return ids_keep.transpose(0, 1).flatten(0, 1), ids_hide.transpose(0, 1).flatten(0, 1)
 
     def encode(self, images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
         """Images in [0,1] -> encoded visible patches (V*B,n,D), in the order of ids_keep."""
         images = self.spec.normalise(images)
-        return kit.visible(self.encoder, images, ids_keep, self.fusion)[:, self.prefix:]
+        return encoders.visible(self.encoder, images, ids_keep, self.fusion)[:, self.prefix :]
 
-    def predict_hidden(self, tokens: torch.Tensor, ids_keep: torch.Tensor, ids_hide: torch.Tensor) -> torch.Tensor:
-        """The decoder: encoded visible patches -> predictions (V*B,h,T) of the hidden ones, in the order of ids_hide."""
+    def predict_hidden(
+        self, tokens: torch.Tensor, ids_keep: torch.Tensor, ids_hide: torch.Tensor
+    ) -> torch.Tensor:
+        """The decoder: encoded visible patches -> predictions (V*B,h,T) of the hidden ones, in the
+        order of ids_hide.
+        """
         ids_restore = torch.cat([ids_keep, ids_hide], dim=1).argsort(dim=1)
         return take(self.decoder(tokens, ids_restore), ids_hide)
 
@@ -177,13 +231,16 @@ class Method(nn.Module):
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
         """Contact sheets of at most 8 images.
 
-        views: image | each view | how often a patch is hidden (white never, black in all views). predictions: target |
-        of each view what the decoder says of the hidden patches, and what the visible branch says of the others; as
-        the target draws itself, else principal components as colours.
+        views: image | each view | how often a patch is hidden (white never, black in all views).
+        predictions: target | of each view what the decoder says of the hidden patches, and what the
+        visible branch says of the others; as the target draws itself, else principal components as
+        colours.
         """
         images = batch["view"][:8]
         generator = torch.Generator().manual_seed(0)
-        noise = torch.rand(len(images), self.config.views, self.cells, generator=generator).to(images.device)
+        noise = torch.rand(len(images), self.config.views, self.cells, generator=generator).to(
+            images.device
+        )
         ids_keep, ids_hide = self.masks(noise)
         tokens, truth = self.encode(images, ids_keep), self.truth(images)
         maps = truth.repeat(self.config.views, 1, 1)
@@ -191,7 +248,9 @@ class Method(nn.Module):
         if self.predictor is not None:
             place(maps, ids_keep, self.predict_visible(tokens))
         truth, *maps = self.draw([truth, *maps.split(len(images))], images)
-        hidden = torch.zeros(len(ids_hide), self.spec.grid**2, device=images.device).scatter(1, ids_hide, 1.0)
+        hidden = torch.zeros(len(ids_hide), self.spec.grid**2, device=images.device).scatter(
+            1, ids_hide, 1.0
+        )
         hidden = hidden.bool().split(len(images))
         never = 1 - torch.stack(hidden).float().mean(0).view(-1, 1, self.spec.grid, self.spec.grid)
         never = F.interpolate(never, size=images.shape[-2:], mode="nearest").expand_as(images)
@@ -200,15 +259,21 @@ class Method(nn.Module):
             predictions.append(paint(shown, ~mask))
             if self.predictor is not None:
                 predictions.append(paint(shown, mask))
-        return {"views": contact_sheet([images, *(paint(images, mask) for mask in hidden), never]),
-                "predictions": contact_sheet(predictions)}
+        return {
+            "views": contact_sheet([images, *(paint(images, mask) for mask in hidden), never]),
+            "predictions": contact_sheet(predictions),
+        }
 
     def draw(self, maps: list[torch.Tensor], images: torch.Tensor) -> list[torch.Tensor]:
         """Targets or predictions, each (B,N,T), as pictures (B,3,H,W)."""
         if hasattr(self.target[0], "render") and not self.norm_target:
             return [self.target[0].render(x, images) for x in maps]
-        colours = principal_colours(torch.cat(maps))  # of all at once: the same colour means the same
-        return list(F.interpolate(colours, size=images.shape[-2:], mode="nearest").split(len(images)))
+        colours = principal_colours(
+            torch.cat(maps)
+        )  # of all at once: the same colour means the same
+        return list(
+            F.interpolate(colours, size=images.shape[-2:], mode="nearest").split(len(images))
+        )
 
 
 def pick(truth: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -1,23 +1,28 @@
 """SimMIM: a simple framework for masked image modeling (arXiv 2111.09886).
 
-Squares of pixels, larger than patches, are hidden: one learnt token takes the place of their patch embeddings. All
-tokens go through the encoder, a ViT or a Swin, and a single linear layer on each token that comes out predicts the
-pixels of its place; the loss is the mean absolute error over hidden pixels.
+Squares of pixels, larger than patches, are hidden: one learnt token takes the place of their patch
+embeddings. All tokens go through the encoder, a ViT or a Swin, and a single linear layer on each
+token that comes out predicts the pixels of its place; the loss is the mean absolute error over
+hidden pixels.
 
-Follows microsoft/SimMIM, the target normalised by a sliding window microsoft/Swin-Transformer. Its ViT is BEiT's: one
-relative-position table shared by all blocks, layer scale 0.1, no absolute positions; its class token is carried along
-without a loss of its own. Departures:
-- masks are pure functions of seed, step and sample; the official ones come from the loader's numpy generators;
+Follows microsoft/SimMIM, the target normalised by a sliding window microsoft/Swin-Transformer. Its
+ViT is BEiT's: one relative-position table shared by all blocks, layer scale 0.1, no absolute
+positions; its class token is carried along without a loss of its own. Departures:
+- masks are pure functions of seed, step and sample; the official ones come from the loader's numpy
+  generators;
 - ceil(mask_ratio * units) is taken in exact arithmetic instead of floats;
-- the count of hidden pixels, never 0, is divided by as it is, not with 1e-5 added: a batch may be cut into micro batches;
+- the count of hidden pixels, never 0, is divided by as it is, not with 1e-5 added: a batch may be
+  cut into micro batches;
 - crops are resized bicubically, not bilinearly;
-- the rate warms up from 0 and ends at min_lr; officially from base/200 (base/100 for 100 epochs), and the cosine is not
-  shifted by the warm-up, so that the base rate is never quite reached;
-- without the final norm (`final_norm: false`) the exported encoder still normalises its tokens, with weights 1 and 0;
-- defaults are for small images: mask_unit a quarter of the image (8 at 32 px, 16 at 64 px), lr 1e-3 per 512 images.
-  As published, for ImageNet: mask_unit 32; Swin-B at 192 px, window 6, 100 epochs: lr 2e-4 per 512, min_lr 4e-5 at
-  batch 2048, 10 epochs warm up; 800 epochs: lr 1e-4 per 512, 10 epochs warm up, lr_drops [0.875]; ViT-B/16 at 224 px,
-  800 epochs: the same and drop_path 0.1. SwinV2: local_norm 47.
+- the rate warms up from 0 and ends at min_lr; officially from base/200 (base/100 for 100 epochs),
+  and the cosine is not shifted by the warm-up, so that the base rate is never quite reached;
+- without the final norm (`final_norm: false`) the exported encoder still normalises its tokens,
+  with weights 1 and 0;
+- defaults are for small images: mask_unit a quarter of the image (8 at 32 px, 16 at 64 px), lr 1e-3
+  per 512 images. As published, for ImageNet: mask_unit 32; Swin-B at 192 px, window 6, 100 epochs:
+  lr 2e-4 per 512, min_lr 4e-5 at batch 2048, 10 epochs warm up; 800 epochs: lr 1e-4 per 512, 10
+  epochs warm up, lr_drops [0.875]; ViT-B/16 at 224 px, 800 epochs: the same and drop_path 0.1.
+  SwinV2: local_norm 47.
 """
 
 from __future__ import annotations
@@ -29,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import checks
-from stages.kit import encoder as kit
-from stages.kit.masks import unit_masks
-from stages.kit.patches import contact_sheet, paint
-from stages.kit.views import View
+from stages.kit.data.views import View
+from stages.kit.nets import encoders
+from stages.kit.nets.masks import unit_masks
+from stages.kit.nets.patches import contact_sheet, paint
+from workflow import checks
 
 TARGET = None
 ENCODERS = ("vit", "swin")
@@ -46,7 +51,9 @@ class Config:
     mask_ratio: float = 0.6  # share of the units that is hidden, rounded up
     mask_unit: int | None = None  # side of a unit in pixels; None: a quarter of the image's
     masked_only: bool = True  # loss over hidden pixels; False: over all
-    local_norm: int | None = None  # side in pixels of the window that normalises the target; None: raw pixels
+    local_norm: int | None = (
+        None  # side in pixels of the window that normalises the target; None: raw pixels
+    )
     final_norm: bool = True  # the encoder's last norm stands before the head
     layer_scale: float = 0.1  # of a ViT
     drop_path: float = 0.0
@@ -55,7 +62,9 @@ class Config:
     lr: float = 1e-3  # at batch lr_per
     lr_per: int | None = 512
     min_lr: float = 1e-5
-    lr_drops: tuple[float, ...] = ()  # shares of all steps at which a constant rate falls to a tenth; (): cosine
+    lr_drops: tuple[
+        float, ...
+    ] = ()  # shares of all steps at which a constant rate falls to a tenth; (): cosine
     warmup: float = 0.05  # share of all steps
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
@@ -67,7 +76,9 @@ class Config:
         checks.within(self, "[0, 1)", "drop_path")
         checks.within(self, "(0, 1]", "crop_min")
         if self.local_norm is not None and (self.local_norm < 3 or self.local_norm % 2 == 0):
-            raise ValueError(f"local_norm: found {self.local_norm}, expected an odd number of pixels from 3")
+            raise ValueError(
+                f"local_norm: found {self.local_norm}, expected an odd number of pixels from 3"
+            )
 
     def unit(self, image_size: int) -> int:
         """Side of a mask unit in pixels."""
@@ -76,8 +87,10 @@ class Config:
     def check(self, image_size: int, model: dict) -> None:
         unit, patch = self.unit(image_size), model["patch_size"]
         if unit < 1 or image_size % unit or unit % patch:
-            raise ValueError(f"mask_unit: found {unit} pixels, expected a multiple of model.patch_size {patch} that "
-                             f"divides data.image_size {image_size}")
+            raise ValueError(
+                f"mask_unit: found {unit} pixels, expected a multiple of model.patch_size {patch} that "
+                f"divides data.image_size {image_size}"
+            )
         checks.unit_count((image_size // unit) ** 2, self.mask_ratio)
 
 
@@ -94,53 +107,77 @@ class Method(nn.Module):
         self.cell = unit // self.patch  # patches per side of a unit
         self.count = checks.unit_count(self.units**2, config.mask_ratio)
         if spec.hierarchical:
-            self.encoder = kit.create(spec, drop_path_rate=config.drop_path)
+            self.encoder = encoders.create(spec, drop_path_rate=config.drop_path)
         else:
-            self.encoder = kit.beit_vit(spec, drop_path_rate=config.drop_path, init_values=config.layer_scale)
+            self.encoder = encoders.beit_vit(
+                spec, drop_path_rate=config.drop_path, init_values=config.layer_scale
+            )
         self.encoder.norm.requires_grad_(config.final_norm)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.embed_dim))
-        self.head = nn.Conv2d(self.encoder.num_features, 3 * spec.stride**2, kernel_size=1)  # torch's initial weights
+        self.head = nn.Conv2d(
+            self.encoder.num_features, 3 * spec.stride**2, kernel_size=1
+        )  # torch's initial weights
         cut = 2.0 if spec.hierarchical else 0.02
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-cut, b=cut)
 
     def no_weight_decay(self) -> set[str]:
-        """Besides one-dimensional parameters. As run officially, a ViT's mask token and all relative-position tables
-        are decayed, a Swin's mask token is not.
+        """Besides one-dimensional parameters. As run officially, a ViT's mask token and all
+        relative-position tables are decayed, a Swin's mask token is not.
         """
         return {"mask_token"} if self.spec.hierarchical else {"encoder.cls_token"}
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean absolute error of (hidden) normalised pixels."""
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean absolute error of (hidden) normalised
+        pixels.
+        """
         images = self.spec.normalise(batch["view"])
         mask = self.mask(progress.uniform("mask", self.units**2))
         predicted = self.decode(self.encode(images, mask))
         return {"loss": self.loss(predicted.float(), images, mask)}
 
     def mask(self, noise: torch.Tensor) -> torch.Tensor:
-        """Uniform noise (B, units^2) -> bool (B,N) on the grid of the patch embedding, True = hidden."""
+        """Uniform noise (B, units^2) -> bool (B,N) on the grid of the patch embedding, True =
+        hidden.
+        """
         return unit_masks(noise, self.count, self.cell)
 
     def encode(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B,3,H,W), mask (B,N) -> features (B,D,h,w) of all places, h = w = spec.grid."""
-        tokens = kit.patch_tokens(self.encoder, images, mask, self.mask_token)
-        x, _ = kit.run_blocks(self.encoder, kit.with_prefix(self.encoder, tokens))
+        """Normalised images (B,3,H,W), mask (B,N) -> features (B,D,h,w) of all places, h = w =
+        spec.grid.
+        """
+        tokens = encoders.patch_tokens(self.encoder, images, mask, self.mask_token)
+        x, _ = encoders.run_blocks(self.encoder, encoders.with_prefix(self.encoder, tokens))
         x = self.encoder.norm(x) if self.config.final_norm else x
-        return kit.split(self.encoder, x)["patch"].transpose(1, 2).unflatten(2, (self.spec.grid, self.spec.grid))
+        return (
+            encoders.split(self.encoder, x)["patch"]
+            .transpose(1, 2)
+            .unflatten(2, (self.spec.grid, self.spec.grid))
+        )
 
     def decode(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (B,D,h,w) -> predicted pixels (B,3,H,W); channel c s^2 + i s + j is pixel (i,j) of colour c."""
+        """Features (B,D,h,w) -> predicted pixels (B,3,H,W); channel c s^2 + i s + j is pixel (i,j)
+        of colour c.
+        """
         return F.pixel_shuffle(self.head(features), self.spec.stride)
 
-    def loss(self, predicted: torch.Tensor, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean of |predicted - target| over the hidden pixels and the colours; images (B,3,H,W) normalised."""
+    def loss(
+        self, predicted: torch.Tensor, images: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean of |predicted - target| over the hidden pixels and the colours; images (B,3,H,W)
+        normalised.
+        """
         error = (predicted - self.target(images.float())[0]).abs()
         if not self.config.masked_only:
             return error.mean()
         hidden = self.pixels(mask)
         return (error * hidden).sum() / hidden.sum() / error.shape[1]
 
-    def target(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float]:
-        """Normalised images (B,3,H,W) -> what is predicted, and the mean and deviation taken out of them."""
+    def target(
+        self, images: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float]:
+        """Normalised images (B,3,H,W) -> what is predicted, and the mean and deviation taken out of
+        them.
+        """
         if self.config.local_norm is None:
             return images, 0.0, 1.0
         mean, deviation = local_statistics(images, self.config.local_norm)
@@ -154,10 +191,12 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
-        """A contact sheet of at most 8 images: original | what the encoder sees | its reconstruction.
+        """A contact sheet of at most 8 images: original | what the encoder sees | its
+        reconstruction.
 
-        Visible pixels are copied from the image. With local_norm the predictions get the mean and deviation of the TRUE
-        image's windows, which the model does not know: only their structure is its own.
+        Visible pixels are copied from the image. With local_norm the predictions get the mean and
+        deviation of the TRUE image's windows, which the model does not know: only their structure
+        is its own.
         """
         pixels = batch["view"][:8]
         images = self.spec.normalise(pixels)
@@ -169,10 +208,14 @@ class Method(nn.Module):
         return {"reconstruction": contact_sheet([pixels, paint(pixels, mask), filled])}
 
 
-def local_statistics(images: torch.Tensor, window: int, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and sqrt(unbiased variance + eps) of each pixel's surroundings, per channel: two of images' shape (B,C,H,W).
+def local_statistics(
+    images: torch.Tensor, window: int, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and sqrt(unbiased variance + eps) of each pixel's surroundings, per channel: two of
+    images' shape (B,C,H,W).
 
-    The surroundings are the window x window square (odd) around the pixel, as far as it lies in the image.
+    The surroundings are the window x window square (odd) around the pixel, as far as it lies in the
+    image.
     """
 
     def mean(x: torch.Tensor) -> torch.Tensor:  # a rectangle's mean is the mean of its rows' means

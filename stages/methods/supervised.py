@@ -1,16 +1,17 @@
 """Supervised training from scratch on the labels, by DeiT's recipe (arXiv 2012.12877).
 
-A ViT with learnt positions, or a Swin, and a linear head on its class token (or on the mean of its patches; a
-Swin has only that) minimises cross-entropy: the baseline for fine-tuning. This method sees labels; compare it
-as such.
+A ViT with learnt positions, or a Swin, and a linear head on its class token (or on the mean of its
+patches; a Swin has only that) minimises cross-entropy: the baseline for fine-tuning. This method
+sees labels; compare it as such.
 
 Departures from facebookresearch/deit, for small images and short runs:
-- mixup, CutMix, RandAugment and random erasing are there but off by default, colour jitter is on instead. As
-  published: crop_min 0.08, jitter 0, randaugment "rand-m9-mstd0.5-inc1", erase 0.25, mixup 0.8, cutmix 1.0,
-  lr 5e-4 with lr_per 512 at batch 1024, 300 epochs of which 5 warm up;
+- mixup, CutMix, RandAugment and random erasing are there but off by default, colour jitter is on
+  instead. As published: crop_min 0.08, jitter 0, randaugment "rand-m9-mstd0.5-inc1", erase 0.25,
+  mixup 0.8, cutmix 1.0, lr 5e-4 with lr_per 512 at batch 1024, 300 epochs of which 5 warm up;
 - no distillation, no repeated augmentation, no moving average of the weights;
-- images 2j and 2j + 1 of a batch are mixed with each other, not the first with the last, so that partners stay
-  together however a batch is cut into (even) micro batches; the share and the box are drawn once per step;
+- images 2j and 2j + 1 of a batch are mixed with each other, not the first with the last, so that
+  partners stay together however a batch is cut into (even) micro batches; the share and the box are
+  drawn once per step;
 - images without a label (-1) weigh nothing.
 """
 
@@ -24,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import checks
-from stages.kit import encoder as kit
-from stages.kit.views import View
+from stages.kit.data.views import View
+from stages.kit.nets import encoders
+from workflow import checks
 
 TARGET = None
 ENCODERS = ("vit", "swin", "convvit")
@@ -36,10 +37,14 @@ TRAINS = True
 
 @dataclass(frozen=True)
 class Config:
-    pool: Literal["token", "avg"] = "token"  # the head reads the class token or the mean of the patches
+    pool: Literal["token", "avg"] = (
+        "token"  # the head reads the class token or the mean of the patches
+    )
     drop_path: float = 0.1
     label_smoothing: float = 0.1
-    mixup: float = 0.0  # alpha of Beta(alpha, alpha); 0: off. With both on, either is taken half of the time
+    mixup: float = (
+        0.0  # alpha of Beta(alpha, alpha); 0: off. With both on, either is taken half of the time
+    )
     cutmix: float = 0.0
     crop_min: float = 0.4  # smallest share of the image's area in a crop
     flip: float = 0.5
@@ -61,18 +66,27 @@ class Config:
 
 
 def views(config: Config, spec) -> dict[str, View]:
-    return {"view": View(size=spec.image_size, scale=(config.crop_min, 1.0), flip=config.flip,
-                         jitter=(config.jitter, config.jitter, config.jitter, 0.0),
-                         randaugment=config.randaugment, erase=config.erase)}
+    return {
+        "view": View(
+            size=spec.image_size,
+            scale=(config.crop_min, 1.0),
+            flip=config.flip,
+            jitter=(config.jitter, config.jitter, config.jitter, 0.0),
+            randaugment=config.randaugment,
+            erase=config.erase,
+        )
+    }
 
 
 class Method(nn.Module):
     def __init__(self, config: Config, spec, target=None):
         super().__init__()
         if spec.num_classes < 2:
-            raise ValueError(f"supervised needs 2 or more classes, the data set has {spec.num_classes}")
+            raise ValueError(
+                f"supervised needs 2 or more classes, the data set has {spec.num_classes}"
+            )
         self.config, self.spec = config, spec
-        self.encoder = kit.create(spec, "vit", drop_path_rate=config.drop_path)
+        self.encoder = encoders.create(spec, "vit", drop_path_rate=config.drop_path)
         self.head = nn.Linear(self.encoder.num_features, spec.num_classes)
         if getattr(self.encoder, "cls_token", None) is not None:
             nn.init.trunc_normal_(self.encoder.cls_token, std=0.02)
@@ -87,10 +101,12 @@ class Method(nn.Module):
         images, labels, classes = batch["view"], batch["label"], self.spec.num_classes
         soft = F.one_hot(labels.clamp(min=0), classes).float()
         soft = soft * (1 - self.config.label_smoothing) + self.config.label_smoothing / classes
-        soft = soft * (labels >= 0).float()[:, None]  # rows without a label are zero, and weigh nothing below
+        soft = (
+            soft * (labels >= 0).float()[:, None]
+        )  # rows without a label are zero, and weigh nothing below
         if self.config.mixup or self.config.cutmix:
             images, soft = self.mix(images, soft, progress.generator("mix"))
-        features = kit.features(self.encoder, self.spec.normalise(images))
+        features = encoders.features(self.encoder, self.spec.normalise(images))
         pooled = features["cls"] if self.config.pool == "token" else features["patch"].mean(dim=1)
         logits = self.head(pooled).float()
         weight = soft.sum().clamp(min=1e-6)
@@ -103,11 +119,13 @@ class Method(nn.Module):
     def mix(self, images: torch.Tensor, soft: torch.Tensor, generator: torch.Generator):
         """Mixup (arXiv 1710.09412) or CutMix (1905.04899) of samples 2j and 2j + 1 with each other.
 
-        Images (B,3,H,W) and soft labels (B,K) -> the same, mixed. CutMix pastes a box of share 1 - lambda
-        around a uniform centre, cut at the borders; the labels follow its real area.
+        Images (B,3,H,W) and soft labels (B,K) -> the same, mixed. CutMix pastes a box of share 1 -
+        lambda around a uniform centre, cut at the borders; the labels follow its real area.
         """
         if len(images) % 2:
-            raise ValueError(f"train.micro_batch: mixup and cutmix pair images, found {len(images)}, expected an even number")
+            raise ValueError(
+                f"train.micro_batch: mixup and cutmix pair images, found {len(images)}, expected an even number"
+            )
 
         def partner_of(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

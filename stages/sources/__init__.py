@@ -1,13 +1,14 @@
-"""Sources: where images come from. One file per kind; its name is what `data.source` says before the colon.
+"""Sources: where images come from. One file per kind; its name is what `data.source` says before
+the colon.
 
 A source has a dataclass `Config` (its own options, `data.options`) and one function:
 
     read(argument, config, data) -> Found
 
-`argument` is what follows the colon, `data` the data section of the parameters. `read` only lists: how many
-images each given split has, their labels and names. Images come one after the other from
-`Listing.read(rows)`, so that no source holds more than a few in memory. `assign` then decides, for all
-sources alike, which split each image goes to.
+`argument` is what follows the colon, `data` the data section of the parameters. `read` only lists:
+how many images each given split has, their labels and names. Images come one after the other from
+`Listing.read(rows)`, so that no source holds more than a few in memory. `assign` then decides, for
+all sources alike, which split each image goes to.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ ALIASES = {
 
 
 class SourceError(ValueError):
-    """A source that cannot be read as asked; the message names the place, what was found and what was
-    expected."""
+    """A source that cannot be read as asked; the message names the place, what was found and what
+    was expected.
+    """
 
     plain = True  # shown without a traceback
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as its source has it. `problem` is set instead of `image` when there is nothing to decode."""
+    """One image as its source has it. `problem` is set instead of `image` when there is nothing to
+    decode.
+    """
 
     name: str  # unique inside its source, e.g. "cats/7.jpg": never an absolute path
     image: bytes | np.ndarray  # an encoded file, or (H, W, 3) uint8
@@ -48,11 +52,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Listing:
-    """One split as given: labels (N,) int64 (-1 = none), names for a stable order, and how to read chosen
-    rows."""
+    """One split as given: labels (N,) int64 (-1 = none), names for a stable order, and how to read
+    chosen rows.
+    """
 
     labels: np.ndarray
-    read: Callable[[np.ndarray], Iterator[Sample]]  # ascending row numbers -> their samples, in that order
+    read: Callable[
+        [np.ndarray], Iterator[Sample]
+    ]  # ascending row numbers -> their samples, in that order
     names: Sequence[str] | None = None
     masks: bool = False
     boxes: bool = False
@@ -63,11 +70,15 @@ class Listing:
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds: its splits among train, val and test, class names, and what was passed over."""
+    """What a source holds: its splits among train, val and test, class names, and what was passed
+    over.
+    """
 
     splits: dict[str, Listing]
     classes: list[str]
-    ignored: dict[str, int] = field(default_factory=dict)  # kind of file -> how many were not looked at
+    ignored: dict[str, int] = field(
+        default_factory=dict
+    )  # kind of file -> how many were not looked at
     warnings: list[str] = field(default_factory=list)
 
 
@@ -78,7 +89,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def split_name(text: str) -> str | None:
-    """The split that a file or folder name begins with ("validation-00000-of-00001" -> "val"), or None."""
+    """The split that a file or folder name begins with ("validation-00000-of-00001" -> "val"), or
+    None.
+    """
     head = text.lower().replace("_", "-").replace(".", "-").split("-")[0]
     return ALIASES.get(head)
 
@@ -98,9 +111,13 @@ def assign(found: Found, data: dict) -> Assignment:
     """Keep given splits, carve missing ones from train, then cut train to `max_train`."""
     warnings = []
     train = found.splits["train"]
-    parts = {split: np.full(len(s), SPLITS.index(split), np.int8) for split, s in found.splits.items()}
+    parts = {
+        split: np.full(len(s), SPLITS.index(split), np.int8) for split, s in found.splits.items()
+    }
     if (train.labels >= 0).any() and (train.labels < 0).any():
-        warnings.append(f"train: {int((train.labels < 0).sum())} of {len(train)} images have no label")
+        warnings.append(
+            f"train: {int((train.labels < 0).sum())} of {len(train)} images have no label"
+        )
     for split in [s for s in ("val", "test") if s in parts]:
         if (train.labels >= 0).any() and not (found.splits[split].labels >= 0).any():
             warnings.append(
@@ -114,10 +131,14 @@ def assign(found: Found, data: dict) -> Assignment:
             parts["train"][_share(rows, train.labels, fraction)] = SPLITS.index(split)
     rows = order[parts["train"][order] == 0]
     if not len(rows):
-        raise SourceError("data.test_fraction, data.val_fraction: no image of train remains; lower them")
+        raise SourceError(
+            "data.test_fraction, data.val_fraction: no image of train remains; lower them"
+        )
     if data["max_train"] and data["max_train"] < len(rows):
         by_class = rows[np.argsort(train.labels[rows], kind="stable")]
-        rank = _rank(train.labels[by_class])  # first all firsts of their class, then all seconds ...
+        rank = _rank(
+            train.labels[by_class]
+        )  # first all firsts of their class, then all seconds ...
         parts["train"][by_class[np.argsort(rank, kind="stable")][data["max_train"] :]] = -1
     return Assignment(parts, warnings)
 
@@ -127,14 +148,17 @@ def _order(listing: Listing, seed: int) -> np.ndarray:
     names = listing.names if listing.names is not None else range(len(listing))
     digests = (hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names)
     return np.argsort(
-        np.fromiter((int.from_bytes(d, "big") for d in digests), np.uint64, len(listing)), kind="stable"
+        np.fromiter((int.from_bytes(d, "big") for d in digests), np.uint64, len(listing)),
+        kind="stable",
     )
 
 
 def _share(rows: np.ndarray, labels: np.ndarray, fraction: float) -> np.ndarray:
-    """round(fraction * n) of the n rows, spread evenly over the classes (each within one of its share).
+    """round(fraction * n) of the n rows, spread evenly over the classes (each within one of its
+    share).
 
-    At least one row when there are two or more, and never the only row of a class."""
+    At least one row when there are two or more, and never the only row of a class.
+    """
     if fraction <= 0:
         return rows[:0]
     counts = Counter(labels[rows].tolist())
@@ -153,7 +177,8 @@ def _rank(labels: np.ndarray) -> np.ndarray:
     return np.arange(len(labels)) - np.searchsorted(labels, labels)
 
 
-# What a table (parquet, hub) needs beyond that: which columns are image and label, and what the labels mean.
+# What a table (parquet, hub) needs beyond that: which columns are image and label, and what the
+# labels mean.
 
 IMAGE_NAMES = ("image", "img", "images", "picture", "pixel_values", "jpg", "png")
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "y")
@@ -164,8 +189,9 @@ def find_columns(
 ) -> tuple[str, str | None]:
     """Names of the image column and the label column (None = unlabelled).
 
-    kinds: column -> "image" (declared as one), "bytes" (could be one), "class", "int", "string" or "other".
-    Named columns must exist; otherwise declared ones are taken, the usual names first. Raises SourceError.
+    kinds: column -> "image" (declared as one), "bytes" (could be one), "class", "int", "string" or
+    "other". Named columns must exist; otherwise declared ones are taken, the usual names first.
+    Raises SourceError.
     """
     for key, name in (("image_column", image), ("label_column", label)):
         if name is not None and name not in kinds:
@@ -173,7 +199,9 @@ def find_columns(
                 f"data.{key}: {where} has no column {name!r}, found {', '.join(kinds)}{nearest(name, kinds)}"
             )
     if image is None:
-        image = _choose(where, "image_column", kinds, (("image", None), ("bytes", None)), IMAGE_NAMES)
+        image = _choose(
+            where, "image_column", kinds, (("image", None), ("bytes", None)), IMAGE_NAMES
+        )
         if image is None:
             listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
             raise SourceError(
@@ -195,11 +223,18 @@ def find_columns(
 
 
 def _choose(where: str, key: str, kinds: dict, wanted: tuple, usual: tuple[str, ...]) -> str | None:
-    """The one column of the first wanted kind that occurs; several are an error unless one has a usual
-    name."""
+    """The one column of the first wanted kind that occurs; several are an error unless one has a
+    usual name.
+    """
     for kind, only in wanted:
-        found = [name for name, k in kinds.items() if k == kind and (only is None or name.lower() in only)]
-        named = sorted((n for n in found if n.lower() in usual), key=lambda n: usual.index(n.lower()))
+        found = [
+            name
+            for name, k in kinds.items()
+            if k == kind and (only is None or name.lower() in only)
+        ]
+        named = sorted(
+            (n for n in found if n.lower() in usual), key=lambda n: usual.index(n.lower())
+        )
         if named or len(found) == 1:
             return (named or found)[0]
         if found:
@@ -214,9 +249,9 @@ def number_labels(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Raw label values of every split -> (labels (N,) int64 of every split, class names).
 
-    With `names` (HF ClassLabel) values are numbers into them. Otherwise classes are the sorted distinct
-    values of train. None and negative numbers mean "no label". Raises SourceError for a value that train does
-    not know.
+    With `names` (HF ClassLabel) values are numbers into them. Otherwise classes are the sorted
+    distinct values of train. None and negative numbers mean "no label". Raises SourceError for a
+    value that train does not know.
     """
     if names is None:
         distinct = {v for v in values["train"] if _known(v)}

@@ -1,11 +1,12 @@
-"""`folder:PATH`: images in folders, the layout of torchvision's ImageFolder and of `datasets`' imagefolder.
+"""`folder:PATH`: images in folders, the layout of torchvision's ImageFolder and of `datasets`'
+imagefolder.
 
     PATH/cats/1.jpg                classes are the folders; splits are made by the data stage
-    PATH/train/cats/1.jpg          with folders train, val (valid, validation, dev) and test as given splits
-    PATH/1.jpg, PATH/train/1.jpg   flat: unlabelled
+    PATH/train/cats/1.jpg          with folders train, val (valid, validation, dev) and test as
+    given splits PATH/1.jpg, PATH/train/1.jpg   flat: unlabelled
 
-Folders inside a class folder belong to that class. Links may point anywhere. Hidden files and files that are
-not images by their extension are passed over and counted; archives are never opened.
+Folders inside a class folder belong to that class. Links may point anywhere. Hidden files and files
+that are not images by their extension are passed over and counted; archives are never opened.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.kit.decode import EXTENSIONS
+from stages.kit.data.decode import EXTENSIONS
 from stages.sources import ALIASES, Found, Listing, Sample, SourceError, nearest
 
 
@@ -28,7 +29,9 @@ class Config:
 
 
 def read(argument: str, config: Config, data: dict) -> Found:
-    """List the images below `argument`. Raises SourceError for a missing, empty or contradictory folder."""
+    """List the images below `argument`. Raises SourceError for a missing, empty or contradictory
+    folder.
+    """
     root = Path(argument).expanduser()
     if not argument:
         raise SourceError("data.source: 'folder:' needs a path, e.g. folder:photos")
@@ -55,7 +58,9 @@ def read(argument: str, config: Config, data: dict) -> Found:
     if given:
         others = [name for name in tops if name not in given.values()]
         warnings = (
-            [f"{argument}: folders beside the splits are passed over: {', '.join(others)}"] if others else []
+            [f"{argument}: folders beside the splits are passed over: {', '.join(others)}"]
+            if others
+            else []
         )
         files = {split: _images(root / name, ignored) for split, name in sorted(given.items())}
         bases = {split: root / name for split, name in given.items()}
@@ -69,7 +74,9 @@ def read(argument: str, config: Config, data: dict) -> Found:
         )
 
     labelled = config.labels and any("/" in name for name in files["train"])
-    classes = sorted({name.split("/")[0] for name in files["train"] if "/" in name}) if labelled else []
+    classes = (
+        sorted({name.split("/")[0] for name in files["train"] if "/" in name}) if labelled else []
+    )
     splits = {}
     for split, names in files.items():
         if labelled and (split == "train" or any("/" in name for name in names)):
@@ -94,8 +101,9 @@ def read(argument: str, config: Config, data: dict) -> Found:
 
 
 def _images(base: Path, ignored: Counter) -> list[str]:
-    """Relative names (with /) of all images below `base`, sorted; every folder is entered once, so link loops
-    end."""
+    """Relative names (with /) of all images below `base`, sorted; every folder is entered once, so
+    link loops end.
+    """
     names, seen = [], set()
     for folder, folders, files in os.walk(base, followlinks=True):
         here = os.stat(folder)

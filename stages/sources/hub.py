@@ -1,9 +1,9 @@
 """`hub:NAME`: a data set of the Hugging Face hub by its id, e.g. `hub:uoft-cs/cifar10`.
 
-Loaded with `datasets`, which downloads once and reads from its cache (memory-mapped) ever after. When the hub
-does not answer within seconds, only the caches are used: that of `datasets` first, then files fetched with
-`hf download`. No code of the data set is run. A path found in an image column is followed only because
-`datasets` itself put the file into its cache.
+Loaded with `datasets`, which downloads once and reads from its cache (memory-mapped) ever after.
+When the hub does not answer within seconds, only the caches are used: that of `datasets` first,
+then files fetched with `hf download`. No code of the data set is run. A path found in an image
+column is followed only because `datasets` itself put the file into its cache.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ PATIENCE = 4.0  # seconds to wait for a first answer of the hub
 @dataclass(frozen=True)
 class Config:
     subset: str | None = None  # the hub's "config" of a data set that has several
-    revision: str | None = None  # branch, tag or commit; a commit makes the data reproducible for ever
+    revision: str | None = (
+        None  # branch, tag or commit; a commit makes the data reproducible for ever
+    )
 
 
 def read(argument: str, config: Config, data: dict) -> Found:
-    """List the rows of the hub's data set. Raises SourceError when it can be had neither from the hub nor
-    from a cache."""
+    """List the rows of the hub's data set. Raises SourceError when it can be had neither from the
+    hub nor from a cache.
+    """
     if not argument or argument.startswith(("/", ".")) or argument.count("/") > 1:
         raise SourceError(
             f"data.source: 'hub:' needs an id like hub:owner/name, found {argument!r} (a path? use parquet:)"
@@ -57,23 +60,33 @@ def read(argument: str, config: Config, data: dict) -> Found:
 
     features = splits["train"].features
     kinds = {name: _kind(feature) for name, feature in features.items()}
-    image, label = find_columns(f"hub:{argument}", kinds, data.get("image_column"), data.get("label_column"))
-    values = {s: list(table[label]) if label else [None] * len(table) for s, table in splits.items()}
+    image, label = find_columns(
+        f"hub:{argument}", kinds, data.get("image_column"), data.get("label_column")
+    )
+    values = {
+        s: list(table[label]) if label else [None] * len(table) for s, table in splits.items()
+    }
     labels, classes = number_labels(
         f"hub:{argument}", values, getattr(features[label], "names", None) if label else None
     )
-    return Found({s: Listing(labels[s], _reader(table, image)) for s, table in splits.items()}, classes)
+    return Found(
+        {s: Listing(labels[s], _reader(table, image)) for s, table in splits.items()}, classes
+    )
 
 
 def _load(name: str, config: Config):
-    """The data set as a `datasets.DatasetDict`, without ever waiting long for a hub that does not answer."""
+    """The data set as a `datasets.DatasetDict`, without ever waiting long for a hub that does not
+    answer.
+    """
     online = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("0", "", "false") and reachable()
     for key, seconds in (("HF_HUB_ETAG_TIMEOUT", "10"), ("HF_HUB_DOWNLOAD_TIMEOUT", "30")):
         os.environ.setdefault(key, seconds)
     import datasets
     import huggingface_hub
 
-    if not online:  # read at import time from the environment, so a later finding has to be written here
+    if (
+        not online
+    ):  # read at import time from the environment, so a later finding has to be written here
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     tried = []
     try:
@@ -87,7 +100,11 @@ def _load(name: str, config: Config):
         return datasets.load_dataset(folder, config.subset)
     except Exception as error:
         tried.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    state = "the hub answers" if online else "the hub cannot be reached from here (or HF_HUB_OFFLINE is set)"
+    state = (
+        "the hub answers"
+        if online
+        else "the hub cannot be reached from here (or HF_HUB_OFFLINE is set)"
+    )
     raise SourceError(
         f"hub:{name} cannot be read: {state}, and no cache holds it. Check the id, run once with a network, "
         f"or fetch it elsewhere with `hf download --repo-type dataset {name}` and copy the cache, "
@@ -96,8 +113,9 @@ def _load(name: str, config: Config):
 
 
 def reachable() -> bool:
-    """Does the hub accept a connection within PATIENCE seconds? Behind a proxy this cannot be asked: taken as
-    yes."""
+    """Does the hub accept a connection within PATIENCE seconds? Behind a proxy this cannot be
+    asked: taken as yes.
+    """
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
     url = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")

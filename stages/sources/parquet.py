@@ -1,9 +1,9 @@
 """`parquet:PATH`: tables of encoded images, as Hugging Face `datasets` writes them.
 
-PATH is a file or a folder. In a folder, files named train-*, validation-* (val, valid, dev) and test-* are
-the splits, also in subfolders `data/` or `train/`, `test/`; files without such names are all train. The image
-column holds structs {bytes, path} or plain bytes. The label column holds class numbers (names come from the
-`huggingface` metadata when they are there) or strings.
+PATH is a file or a folder. In a folder, files named train-*, validation-* (val, valid, dev) and
+test-* are the splits, also in subfolders `data/` or `train/`, `test/`; files without such names are
+all train. The image column holds structs {bytes, path} or plain bytes. The label column holds class
+numbers (names come from the `huggingface` metadata when they are there) or strings.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def read(argument: str, config: Config, data: dict) -> Found:
     groups = _files(argument)
     first = groups["train"][0]
     schema = _schema(first)
-    image, label = find_columns(argument, _kinds(schema), data.get("image_column"), data.get("label_column"))
+    image, label = find_columns(
+        argument, _kinds(schema), data.get("image_column"), data.get("label_column")
+    )
     values: dict[str, list] = {}
     for split, paths in groups.items():
         values[split] = []
@@ -56,7 +58,9 @@ def read(argument: str, config: Config, data: dict) -> Found:
                 )
             table = pq.ParquetFile(path)
             rows = table.metadata.num_rows
-            values[split] += table.read(columns=[label])[label].to_pylist() if label else [None] * rows
+            values[split] += (
+                table.read(columns=[label])[label].to_pylist() if label else [None] * rows
+            )
     names = _features(schema).get(label, {}).get("names") if label else None
     labels, classes = number_labels(argument, values, names)
     if not len(labels["train"]):
@@ -74,12 +78,16 @@ def _files(argument: str) -> dict[str, list[Path]]:
         return {"train": [root]}
     if not root.is_dir():
         siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise SourceError(f"data.source: no file or folder {argument}{nearest(root.name, siblings)}")
+        raise SourceError(
+            f"data.source: no file or folder {argument}{nearest(root.name, siblings)}"
+        )
     files = sorted(p for p in root.glob("*.parquet") if not p.name.startswith("."))
     files = files or sorted(root.glob("data/*.parquet")) or sorted(root.glob("*/*.parquet"))
     if not files:
         listed = sorted(p.name for p in root.iterdir())[:8]
-        raise SourceError(f"{argument}: no *.parquet files, found {', '.join(listed) or 'an empty folder'}")
+        raise SourceError(
+            f"{argument}: no *.parquet files, found {', '.join(listed) or 'an empty folder'}"
+        )
     groups: dict[str, list[Path]] = {}
     for path in files:
         inside = split_name(path.parent.name) if path.parent != root else None
@@ -104,7 +112,9 @@ def _schema(path: Path) -> pa.Schema:
 def _features(schema: pa.Schema) -> dict:
     """Hugging Face features of the columns, {} when the file has none."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"][
+            "features"
+        ]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -142,7 +152,8 @@ def _reader(paths: list[Path], image: str):
                 count = parquet.metadata.row_group(group).num_rows
                 chosen = set(
                     (
-                        rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + count)] - start
+                        rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + count)]
+                        - start
                     ).tolist()
                 )
                 if chosen:
@@ -152,9 +163,13 @@ def _reader(paths: list[Path], image: str):
     return samples
 
 
-def _group(parquet: pq.ParquetFile, group: int, image: str, chosen: set[int], start: int) -> Iterator[Sample]:
+def _group(
+    parquet: pq.ParquetFile, group: int, image: str, chosen: set[int], start: int
+) -> Iterator[Sample]:
     row = 0
-    for batch in parquet.iter_batches(BATCH, row_groups=[group], columns=[image], use_threads=False):
+    for batch in parquet.iter_batches(
+        BATCH, row_groups=[group], columns=[image], use_threads=False
+    ):
         for value in batch.column(0):
             if row in chosen:
                 yield to_sample(value.as_py(), start + row)
@@ -162,7 +177,9 @@ def _group(parquet: pq.ParquetFile, group: int, image: str, chosen: set[int], st
 
 
 def to_sample(value: dict | bytes | None, row: int) -> Sample:
-    """One cell of an image column -> Sample. Only stored bytes count: a path in a table is not followed."""
+    """One cell of an image column -> Sample. Only stored bytes count: a path in a table is not
+    followed.
+    """
     struct = value if isinstance(value, dict) else {"bytes": value}
     name = f"{row}:{Path(struct['path']).name}" if struct.get("path") else str(row)
     data = struct.get("bytes")

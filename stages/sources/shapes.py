@@ -1,13 +1,14 @@
 """`shapes`: scenes rendered from a seed, for a laboratory without network or files.
 
-Every image shows one object on a cluttered ground. Its shape is the class label; its segmentation mask and
-bounding box come with it. Colours, textures, pose, size, proportions, background, clutter, light and noise
-are drawn independently of the class, so that nothing but shape gives the label away, and pixels at fixed
-places say little about it. Some strokes lie over the object: the mask is what remains visible.
+Every image shows one object on a cluttered ground. Its shape is the class label; its segmentation
+mask and bounding box come with it. Colours, textures, pose, size, proportions, background, clutter,
+light and noise are drawn independently of the class, so that nothing but shape gives the label
+away, and pixels at fixed places say little about it. Some strokes lie over the object: the mask is
+what remains visible.
 
-An image is a pure function of (seed, split, index, options, size): its numbers come from `kit.keyed`, never
-from a generator that advances. Objects are sampled SUPER x SUPER times per pixel; strokes have an analytic
-edge one pixel wide.
+An image is a pure function of (seed, split, index, options, size): its numbers come from
+`kit.keyed`, never from a generator that advances. Objects are sampled SUPER x SUPER times per
+pixel; strokes have an analytic edge one pixel wide.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class Config:
 
 
 def read(argument: str | None, config: Config, data: dict) -> Found:
-    """The splits of `config`; a split of 0 images does not exist. Rendered at the size in which they are
-    stored."""
+    """The splits of `config`; a split of 0 images does not exist. Rendered at the size in which
+    they are stored.
+    """
     size = data["store_size"] or data["image_size"]
     splits = {}
     for split in ("train", "val", "test"):
@@ -77,14 +79,19 @@ def _reader(seed: int, split: str, size: int, config: Config):
             for row, image, mask in zip(index.tolist(), images, masks, strict=True):
                 box = extent(mask)
                 yield Sample(
-                    f"{split}/{row:07d}.png", image, mask, (box + (int(mask.max()) - 1,),) if box else ()
+                    f"{split}/{row:07d}.png",
+                    image,
+                    mask,
+                    (box + (int(mask.max()) - 1,),) if box else (),
                 )
 
     return samples
 
 
 def extent(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Smallest box (x, y, w, h) in pixels around the non-zero part of a mask, None when there is none."""
+    """Smallest box (x, y, w, h) in pixels around the non-zero part of a mask, None when there is
+    none.
+    """
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(ys):
         return None
@@ -94,20 +101,29 @@ def extent(mask: np.ndarray) -> tuple[int, int, int, int] | None:
 def render(
     seed: int, split: str, index: np.ndarray, size: int, config: Config
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images number `index` (B,) -> pixels (B, size, size, 3), masks (B, size, size) = class + 1, uint8."""
+    """Images number `index` (B,) -> pixels (B, size, size, 3), masks (B, size, size) = class + 1,
+    uint8.
+    """
     import torch
 
     from stages.kit import keyed
 
-    rows, labels = torch.as_tensor(np.asarray(index, np.int64)), label(np.asarray(index), config.classes)
+    rows, labels = (
+        torch.as_tensor(np.asarray(index, np.int64)),
+        label(np.asarray(index), config.classes),
+    )
     draw = _Draws(keyed.uniform(keyed.key(seed, "shapes", split), rows, 192).numpy())
     grid, fine = _centres(size), _centres(size * SUPER)
 
     paint, ground = _colours(draw, config.lighter)
-    u, v = _frame(draw(0, 2 * np.pi), draw(-1, 1, 2), draw(1, 1.4), grid)  # a pose of the ground's own
+    u, v = _frame(
+        draw(0, 2 * np.pi), draw(-1, 1, 2), draw(1, 1.4), grid
+    )  # a pose of the ground's own
     image = _blend(ground[:, 0], ground[:, 1], _texture(draw, u, v))
 
-    strokes = [_stroke(draw, grid, thin=k >= STROKES - 2, clutter=config.clutter) for k in range(STROKES)]
+    strokes = [
+        _stroke(draw, grid, thin=k >= STROKES - 2, clutter=config.clutter) for k in range(STROKES)
+    ]
     for cover, colour in strokes[:-2]:
         image += cover[..., None] * (colour[:, None, None] - image)
 
@@ -129,8 +145,12 @@ def render(
     light = draw(-0.18, 0.18, 2)
     light = 0.85 + light[:, :1, None] * grid[None, None] + light[:, 1:, None] * grid[None, :, None]
     image *= light[..., None]
-    bits = keyed.bits(keyed.key(seed, "shapes", split, "noise"), rows, -(-size * size * 3 // 4)).numpy()
-    noise = bits.astype("<i8", copy=False).view("<u2")[:, : size * size * 3]  # four numbers from each hash
+    bits = keyed.bits(
+        keyed.key(seed, "shapes", split, "noise"), rows, -(-size * size * 3 // 4)
+    ).numpy()
+    noise = bits.astype("<i8", copy=False).view("<u2")[
+        :, : size * size * 3
+    ]  # four numbers from each hash
     noise = (noise.astype(np.float32) / 65536 - 0.5).reshape(image.shape)
     image += noise * draw(0.02, 0.12)[:, None, None, None]
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8), masks
@@ -157,13 +177,18 @@ class _Draws:
 
 
 def _frame(turn, centre, radius, axis, stretch=None):
-    """Coordinates (u, v) of all pixels in a frame turned by `turn`, at `centre`, of unit `radius`: (B, n, n)
-    each."""
+    """Coordinates (u, v) of all pixels in a frame turned by `turn`, at `centre`, of unit `radius`:
+    (B, n, n) each.
+    """
     cos, sin = np.cos(turn) / radius, np.sin(turn) / radius
     x, y = axis[None] - centre[:, :1], axis[None] - centre[:, 1:]
     along = 1 if stretch is None else stretch[:, None]
-    u = ((cos[:, None] * x)[:, None, :] + (sin[:, None] * y)[:, :, None]) / np.expand_dims(along, -1)
-    v = ((cos[:, None] * y)[:, :, None] - (sin[:, None] * x)[:, None, :]) * np.expand_dims(along, -1)
+    u = ((cos[:, None] * x)[:, None, :] + (sin[:, None] * y)[:, :, None]) / np.expand_dims(
+        along, -1
+    )
+    v = ((cos[:, None] * y)[:, :, None] - (sin[:, None] * x)[:, None, :]) * np.expand_dims(
+        along, -1
+    )
     return u, v
 
 
@@ -180,17 +205,24 @@ def _colours(draw: _Draws, lighter: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _texture(draw: _Draws, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Share of the second colour at each pixel, (B, n, n) in [0, 1]: plain, stripes, checks or soft blobs."""
+    """Share of the second colour at each pixel, (B, n, n) in [0, 1]: plain, stripes, checks or soft
+    blobs.
+    """
     kind, step, turn = draw(0, 4).astype(int), draw(0.35, 1.1), draw(0, 2 * np.pi)
     phase, soft, nodes = draw(0, 1, 2), draw(1, 6), draw(-1, 1, 8)
     cos, sin, step, soft = (a[:, None, None] for a in (np.cos(turn), np.sin(turn), step, soft))
-    p, q = (cos * u + sin * v) / step + phase[:, :1, None], (cos * v - sin * u) / step + phase[:, 1:, None]
+    p, q = (
+        (cos * u + sin * v) / step + phase[:, :1, None],
+        (cos * v - sin * u) / step + phase[:, 1:, None],
+    )
     wave_p, wave_q = _wave(p), _wave(q)
     kind = kind[:, None, None]
     blobs = np.zeros_like(p)
     for k in range(0, 8, 2):  # four waves in drawn directions add up to something like clouds
         blobs += _wave(nodes[:, k, None, None] * p + nodes[:, k + 1, None, None] * q)
-    chosen = np.select([kind == 0, kind == 1, kind == 2], [-1.0, wave_p, wave_p * wave_q], blobs * 0.5)
+    chosen = np.select(
+        [kind == 0, kind == 1, kind == 2], [-1.0, wave_p, wave_p * wave_q], blobs * 0.5
+    )
     return np.clip(0.5 + soft * chosen, 0, 1).astype(np.float32)
 
 
@@ -203,11 +235,18 @@ def _blend(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarr
     return first[:, None, None] + share[..., None] * (second - first)[:, None, None]
 
 
-def _stroke(draw: _Draws, grid: np.ndarray, thin: bool, clutter: float) -> tuple[np.ndarray, np.ndarray]:
-    """One round-ended line, down to a dot: how much it covers of each pixel, (B, n, n), and its colour (B,
-    3)."""
+def _stroke(
+    draw: _Draws, grid: np.ndarray, thin: bool, clutter: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """One round-ended line, down to a dot: how much it covers of each pixel, (B, n, n), and its
+    colour (B, 3).
+    """
     start, turn, length = draw(-1, 1, 2), draw(0, 2 * np.pi), draw(0, 1)
-    width, shown, colour = draw(0.03, 0.06) if thin else draw(0.05, 0.13), draw(0, 1) < clutter, draw(0, 1, 3)
+    width, shown, colour = (
+        draw(0.03, 0.06) if thin else draw(0.05, 0.13),
+        draw(0, 1) < clutter,
+        draw(0, 1, 3),
+    )
     x, y = grid[None, None] - start[:, :1, None], grid[None, :, None] - start[:, 1:, None]
     cos, sin, length = (a[:, None, None] for a in (np.cos(turn), np.sin(turn), length))
     along = np.clip(cos * x + sin * y, 0, length)
@@ -218,11 +257,14 @@ def _stroke(draw: _Draws, grid: np.ndarray, thin: bool, clutter: float) -> tuple
 
 def _average(inside: np.ndarray) -> np.ndarray:
     """(B, n SUPER, n SUPER) bool -> share of the samples of each pixel that are inside, (B, n, n)."""
-    count = sum(inside[:, i::SUPER, j::SUPER].view(np.uint8) for i in range(SUPER) for j in range(SUPER))
+    count = sum(
+        inside[:, i::SUPER, j::SUPER].view(np.uint8) for i in range(SUPER) for j in range(SUPER)
+    )
     return count.astype(np.float32) / SUPER**2
 
 
-# The shapes, each of about the same area (2 in units of the radius): (u to the right, v down) -> inside?
+# The shapes, each of about the same area (2 in units of the radius): (u to the right, v down) ->
+# inside?
 
 
 def _star(u, v):
@@ -243,14 +285,19 @@ _INSIDE = [
     lambda u, v: np.maximum(np.abs(u), np.abs(v)) < 0.71,  # square
     lambda u, v: np.maximum(v, 0.866 * np.abs(u) - 0.5 * v) < 0.6,  # triangle
     _star,
-    lambda u, v: (np.minimum(np.abs(u), np.abs(v)) < 0.29) & (np.maximum(np.abs(u), np.abs(v)) < 1),  # cross
+    lambda u, v: (
+        (np.minimum(np.abs(u), np.abs(v)) < 0.29) & (np.maximum(np.abs(u), np.abs(v)) < 1)
+    ),  # cross
     lambda u, v: np.abs(np.sqrt(u * u + v * v) - 0.77) < 0.22,  # ring
     _heart,
     lambda u, v: ((u + 0.3) ** 2 + v * v < 1.1) & ((u - 0.25) ** 2 + v * v > 0.66),  # crescent
     lambda u, v: (np.abs(u) < 1.3) & (np.abs(v) < 0.37),  # bar
     lambda u, v: (
-        ((np.abs(v) < 0.27) & (np.abs(u + 0.5) < 0.6)) | ((u > 0) & (np.abs(v) < 0.85 * (1.2 - u) / 1.2))
+        ((np.abs(v) < 0.27) & (np.abs(u + 0.5) < 0.6))
+        | ((u > 0) & (np.abs(v) < 0.85 * (1.2 - u) / 1.2))
     ),  # arrow
     lambda u, v: (np.maximum(np.abs(u), np.abs(v)) < 0.95) & (np.minimum(u, v) < -0.3),  # ell
-    lambda u, v: ((u + 0.5) ** 2 + v * v < 1.7) & (u > -0.5) & (np.abs(v) < 0.25 + 0.8 * (u + 0.5)),  # fan
+    lambda u, v: (
+        ((u + 0.5) ** 2 + v * v < 1.7) & (u > -0.5) & (np.abs(v) < 0.25 + 0.8 * (u + 0.5))
+    ),  # fan
 ]

@@ -1,7 +1,8 @@
-"""Tokenizers and teachers that supply targets, one file per kind; the file's name is the kind in params.yaml.
+"""Tokenizers and teachers that supply targets, one file per kind; the file's name is the kind in
+params.yaml.
 
-A finished target is a folder with target.safetensors (its weights) and target.json (kind, config, spec): it
-needs neither its upstream nor its data to be used. `load` reads it, `save` writes it.
+A finished target is a folder with target.safetensors (its weights) and target.json (kind, config,
+spec): it needs neither its upstream nor its data to be used. `load` reads it, `save` writes it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from stages.kit.job import write_atomic, write_json
+from stages.kit.job.job import write_atomic, write_json
 from stages.kit.plugin import load as plugin
 from stages.kit.spec import Spec, configure
 
@@ -40,13 +41,19 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> torch.nn.Modul
     described = json.loads((path / DESCRIPTION).read_text())
     module = find(described["kind"])
     config, spec = configure(module.Config, described["config"]), Spec.from_json(described["spec"])
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten; nobody's randomness may move
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # what is drawn here is overwritten; nobody's randomness may move
         target = module.Target(config, spec)
     try:
         target.load_state_dict(load_file(path / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path / WEIGHTS}: does not fit the target described beside it: {error}") from error
-    if torch.device(device).type == "cpu":  # torch's fused kernel is slow there in bf16, see kit/attention.py
+        raise ValueError(
+            f"{path / WEIGHTS}: does not fit the target described beside it: {error}"
+        ) from error
+    if (
+        torch.device(device).type == "cpu"
+    ):  # torch's fused kernel is slow there in bf16, see kit/nets/attention.py
         for layer in target.modules():
             if hasattr(layer, "fused_attn"):
                 layer.fused_attn = False
@@ -54,10 +61,15 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> torch.nn.Modul
 
 
 def save(target: torch.nn.Module, path: Path | str, kind: str, config, spec: Spec, **facts) -> dict:
-    """Writes the folder that `load` reads; returns the description, with `codes` or `dim` and **facts."""
+    """Writes the folder that `load` reads; returns the description, with `codes` or `dim` and
+    **facts.
+    """
     path = Path(path)
     # clones: safetensors refuses tensors that share memory
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in target.state_dict().items()}
+    state = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in target.state_dict().items()
+    }
     write_atomic(path / WEIGHTS, serialise(state))
     size = {
         name: int(getattr(target, name))

@@ -1,13 +1,16 @@
-"""DINO: self-distillation with no labels (arXiv 2104.14294), as a teacher of features that is trained in the pipeline.
+"""DINO: self-distillation with no labels (arXiv 2104.14294), as a teacher of features that is
+trained in the pipeline.
 
-A student and its exponential moving average see different crops of an image and map them to distributions over learnt
-prototypes; the student must match the average's centred and sharpened distribution for another crop. The average (the
-teacher) is what is kept: its patch tokens after the final norm are the features.
+A student and its exponential moving average see different crops of an image and map them to
+distributions over learnt prototypes; the student must match the average's centred and sharpened
+distribution for another crop. The average (the teacher) is what is kept: its patch tokens after the
+final norm are the features.
 
-The training, and its departures from facebookresearch/dino, are in kit/selfdistil.py, which the method of the same name
-shares. Defaults are for small images. As published, for ImageNet and ViT-S/16 (300 epochs, batch 1024): prototypes 65536,
-hidden 2048, bottleneck 256, teacher_temp 0.04 rising to 0.07 over 10 % of the training, momentum 0.996, norm_last false,
-local_size 0.43, local_scale (0.05, 0.4), n_local 8; blur sigma up to 2 at 224 pixels.
+The training, and its departures from facebookresearch/dino, are in kit/parts/selfdistil.py, which
+the method of the same name shares. Defaults are for small images. As published, for ImageNet and
+ViT-S/16 (300 epochs, batch 1024): prototypes 65536, hidden 2048, bottleneck 256, teacher_temp 0.04
+rising to 0.07 over 10 % of the training, momentum 0.996, norm_last false, local_size 0.43,
+local_scale (0.05, 0.4), n_local 8; blur sigma up to 2 at 224 pixels.
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from stages.kit import checks
-from stages.kit import health as measure
-from stages.kit.collapse import ADVICE, kind
-from stages.kit.patches import contact_sheet
-from stages.kit.selfdistil import MomentumTeacher, SelfDistillation, feature_columns, views
+from stages.kit.nets.patches import contact_sheet
+from stages.kit.parts import health as measure
+from stages.kit.parts.collapse import ADVICE, kind
+from stages.kit.parts.selfdistil import MomentumTeacher, SelfDistillation, feature_columns, views
+from workflow import checks
 
 __all__ = ["Config", "Target", "Training", "health", "pictures", "views"]
 
@@ -43,20 +46,33 @@ class Config:
     teacher_temp_end: float | None = None  # reached linearly; None: constant
     teacher_temp_warmup: float = 0.1  # share of the training until teacher_temp_end
     centre_momentum: float = 0.9
-    momentum: float = 0.99  # of the teacher; rises to 1 as a cosine. Fewer steps per epoch want less
+    momentum: float = (
+        0.99  # of the teacher; rises to 1 as a cosine. Fewer steps per epoch want less
+    )
     drop_path: float = 0.1  # of the student
     n_local: int = 4  # local crops
     local_size: float = 0.5  # side of a local crop, share of the image's, rounded to whole patches
     global_scale: tuple[float, float] = (0.4, 1.0)  # share of the area
     local_scale: tuple[float, float] = (0.1, 0.4)
     flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    jitter: tuple[float, float, float, float] = (
+        0.4,
+        0.4,
+        0.2,
+        0.1,
+    )  # brightness, contrast, saturation, hue
     jitter_p: float = 0.8
     grey: float = 0.2
     solarise: float = 0.2  # of the second global view
-    blur: bool = True  # always in the first global view, 10 % of the second, half of the local ones; never below 64 pixels
-    min_rank: float = 4.0  # effective rank of the features, over the validation images; below, the stage fails
-    min_information: float = 0.01  # that the prototypes carry about an image, as a share of ln(prototypes)
+    # always in the first global view, 10 % of the second, half of the local ones; never below 64
+    # pixels
+    blur: bool = True
+    min_rank: float = (
+        4.0  # effective rank of the features, over the validation images; below, the stage fails
+    )
+    min_information: float = (
+        0.01  # that the prototypes carry about an image, as a share of ln(prototypes)
+    )
     lr: float = 5e-4  # at batch lr_per
     lr_per: int | None = 256
     min_lr: float = 1e-6
@@ -72,7 +88,9 @@ class Config:
 
 
 class Target(MomentumTeacher):
-    """The teacher: images -> its patch tokens. `dim` is their width. Head and centre are kept to judge its health."""
+    """The teacher: images -> its patch tokens. `dim` is their width. Head and centre are kept to
+    judge its health.
+    """
 
     def __init__(self, config: Config, spec):
         super().__init__(config, spec)
@@ -94,10 +112,13 @@ class Training(SelfDistillation):
 
 @torch.no_grad()
 def health(target: Target, images, config: Config) -> dict:
-    """Over the validation images: effective rank and spread of patch and class tokens; entropy of the prototypes' shares
-    (nats, the uniform one has ln K) and what they tell about an image."""
+    """Over the validation images: effective rank and spread of patch and class tokens; entropy of
+    the prototypes' shares (nats, the uniform one has ln K) and what they tell about an image.
+    """
     patches, tokens, shares = [], [], []
-    temperature = config.teacher_temp if config.teacher_temp_end is None else config.teacher_temp_end
+    temperature = (
+        config.teacher_temp if config.teacher_temp_end is None else config.teacher_temp_end
+    )
     for batch in images:
         found = target.features(batch)
         patches.append(measure.sample_rows([found["patch"]]))
@@ -105,7 +126,11 @@ def health(target: Target, images, config: Config) -> dict:
         shares.append(target.centre.sharpen(target.head(found["cls"]), temperature).cpu())
         if sum(map(len, patches)) >= measure.ROWS:
             break
-    patches, tokens, shares = torch.cat(patches)[: measure.ROWS], torch.cat(tokens), torch.cat(shares)
+    patches, tokens, shares = (
+        torch.cat(patches)[: measure.ROWS],
+        torch.cat(tokens),
+        torch.cat(shares),
+    )
     rank, spread = measure.effective_rank(patches), measure.spread(patches)
     entropy, information = measure.information(shares)
     most = float(np.log(config.prototypes))

@@ -1,9 +1,11 @@
-"""Histograms of oriented gradients as a target: DMJD's (arXiv 2301.00230), after an idea of MaskFeat (arXiv 2112.09133).
+"""Histograms of oriented gradients as a target: DMJD's (arXiv 2301.00230), after an idea of
+MaskFeat (arXiv 2112.09133).
 
-Each channel of each cell of a few pixels gives a histogram of 9 orientations at zero mean and unit variance; a patch's
-target is those of its cells. Nothing is trained or loaded. kit/hog.py has the definition. The official code knows cells
-of 8 pixels in patches of 16; at other sizes the default is half a patch too, or the whole if that half has less than 4
-pixels, in which hardly a gradient fits.
+Each channel of each cell of a few pixels gives a histogram of 9 orientations at zero mean and unit
+variance; a patch's target is those of its cells. Nothing is trained or loaded. kit/parts/hog.py has
+the definition. The official code knows cells of 8 pixels in patches of 16; at other sizes the
+default is half a patch too, or the whole if that half has less than 4 pixels, in which hardly a
+gradient fits.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages.kit import checks, hog
-from stages.kit import health as measure
-from stages.kit.patches import contact_sheet
+from stages.kit.nets.patches import contact_sheet
+from stages.kit.parts import health as measure
+from stages.kit.parts import hog
+from workflow import checks
 
 UPSTREAM = None
 PRODUCES = "features"
@@ -26,9 +29,13 @@ LABELS = False
 
 @dataclass(frozen=True)
 class Config:
-    cell: int | None = None  # pixels; None: half a patch, a whole one if it is odd or below 8 pixels
+    cell: int | None = (
+        None  # pixels; None: half a patch, a whole one if it is odd or below 8 pixels
+    )
     bins: int = 9  # orientations in 180 degrees
-    min_rank: float = 2.0  # effective rank of the targets, over the validation images; below, the stage fails
+    min_rank: float = (
+        2.0  # effective rank of the targets, over the validation images; below, the stage fails
+    )
 
     def __post_init__(self):
         checks.within(self, "[1, inf)", "cell")
@@ -38,7 +45,9 @@ class Config:
         stages = len(model["depth"]) if isinstance(model["depth"], list | tuple) else 1
         patch = model["patch_size"] * 2 ** (stages - 1)  # Spec.stride
         if patch % self.pixels(patch):
-            raise ValueError(f"cell: {self.cell} pixels do not divide the student's patches of {patch}")
+            raise ValueError(
+                f"cell: {self.cell} pixels do not divide the student's patches of {patch}"
+            )
 
     def pixels(self, patch: int) -> int:
         """Side of a cell."""
@@ -48,7 +57,9 @@ class Config:
 
 
 class Target(nn.Module):
-    """Images -> histograms of each patch as a vector of `dim` numbers: cell row, cell column, bin, channel."""
+    """Images -> histograms of each patch as a vector of `dim` numbers: cell row, cell column, bin,
+    channel.
+    """
 
     def __init__(self, config: Config, spec):
         super().__init__()
@@ -71,17 +82,27 @@ class Target(nn.Module):
         return hog.to_tokens(hog.whiten(histograms), self.cells)
 
     def render(self, features: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Targets or predictions (B,N,dim) -> pictures (B,3,H,W) in [0,1]: each cell's edges, channels as colours."""
+        """Targets or predictions (B,N,dim) -> pictures (B,3,H,W) in [0,1]: each cell's edges,
+        channels as colours.
+        """
         return hog.strokes(hog.from_tokens(features.float(), self.cells), self.cell)
 
 
 def health(target: Target, images, config: Config) -> dict:
-    """Over the validation images: effective rank and spread of the targets, which tell blank images."""
+    """Over the validation images: effective rank and spread of the targets, which tell blank
+    images.
+    """
     rows = measure.sample_rows(target(batch) for batch in images)
     rank, spread = measure.effective_rank(rows), measure.spread(rows)
     advice = "Check that the images are not blank or all alike."
     problems = measure.feature_problems(rank, spread, config.min_rank, advice)
-    return {"rank": rank, "spread": spread, "dim": target.dim, "cell": target.cell, "problems": problems}
+    return {
+        "rank": rank,
+        "spread": spread,
+        "dim": target.dim,
+        "cell": target.cell,
+        "problems": problems,
+    }
 
 
 @torch.no_grad()

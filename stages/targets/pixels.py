@@ -1,6 +1,8 @@
-"""The patches' own pixels as a target, each patch at zero mean and unit variance: what MAE regresses (arXiv 2111.06377).
+"""The patches' own pixels as a target, each patch at zero mean and unit variance: what MAE
+regresses (arXiv 2111.06377).
 
-Nothing is trained or loaded. Pixels are first normalised with the data set's mean and deviation, as the student's are.
+Nothing is trained or loaded. Pixels are first normalised with the data set's mean and deviation, as
+the student's are.
 """
 
 from __future__ import annotations
@@ -11,8 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages.kit import health as measure
-from stages.kit.patches import contact_sheet, normalise_patches, patch_statistics, patchify, unpatchify
+from stages.kit.nets.patches import (
+    contact_sheet,
+    normalise_patches,
+    patch_statistics,
+    patchify,
+    unpatchify,
+)
+from stages.kit.parts import health as measure
 
 UPSTREAM = None
 PRODUCES = "features"
@@ -23,7 +31,9 @@ LABELS = False
 @dataclass(frozen=True)
 class Config:
     norm_pix: bool = True  # each patch less its mean, over its deviation
-    min_rank: float = 2.0  # effective rank of the patches, over the validation images; below, the stage fails
+    min_rank: float = (
+        2.0  # effective rank of the patches, over the validation images; below, the stage fails
+    )
 
 
 class Target(nn.Module):
@@ -50,7 +60,8 @@ class Target(nn.Module):
     def render(self, features: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Targets or predictions (B,N,dim) -> pictures (B,3,H,W) in [0,1].
 
-        With norm_pix a patch gets the mean and deviation of the TRUE patch in `images`, which no student knows.
+        With norm_pix a patch gets the mean and deviation of the TRUE patch in `images`, which no
+        student knows.
         """
         features = features.float()
         if self.config.norm_pix:
@@ -63,7 +74,9 @@ class Target(nn.Module):
 
 
 def health(target: Target, images, config: Config) -> dict:
-    """Over the validation images: effective rank and spread of the patches, which tell blank images."""
+    """Over the validation images: effective rank and spread of the patches, which tell blank
+    images.
+    """
     rows = measure.sample_rows(target(batch) for batch in images)
     rank, spread = measure.effective_rank(rows), measure.spread(rows)
     advice = "Check that the images are not blank or all alike."
@@ -73,6 +86,8 @@ def health(target: Target, images, config: Config) -> dict:
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """features: images | their normalised patches, mid-grey at the mean, black and white two deviations from it."""
+    """features: images | their normalised patches, mid-grey at the mean, black and white two
+    deviations from it.
+    """
     shown = unpatchify(target(images) / 4 + 0.5, target.patch)
     return {"features": contact_sheet([images, shown])}

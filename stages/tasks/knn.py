@@ -1,15 +1,16 @@
-"""Weighted k-nearest-neighbour classification of frozen features: what the geometry is worth without training
-anything.
+"""Weighted k-nearest-neighbour classification of frozen features: what the geometry is worth
+without training anything.
 
-DINO's protocol (arXiv:2104.14294, facebookresearch/dino, eval_knn.py; the same in iBOT and AttMask): features
-of the last block after the final norm, l2-normalised; each of the k nearest training images votes
-exp(similarity / T) for its label.
+DINO's protocol (arXiv:2104.14294, facebookresearch/dino, eval_knn.py; the same in iBOT and
+AttMask): features of the last block after the final norm, l2-normalised; each of the k nearest
+training images votes exp(similarity / T) for its label.
 
-Departures. Mean patch tokens stand beside the class token, which methods without an instance-level loss leave
-untrained. The headline's feature and k are chosen on the validation split (the papers report the best k on
-the test set); the usual k = 20 is reported for each feature besides. `centred` adds variants from which the
-training mean is subtracted before the normalisation, named "cls-centred" and "patch-centred" because they are
-another protocol. Votes are scaled by the nearest neighbour's, which changes no ranking and lets T go to 0.
+Departures. Mean patch tokens stand beside the class token, which methods without an instance-level
+loss leave untrained. The headline's feature and k are chosen on the validation split (the papers
+report the best k on the test set); the usual k = 20 is reported for each feature besides. `centred`
+adds variants from which the training mean is subtracted before the normalisation, named
+"cls-centred" and "patch-centred" because they are another protocol. Votes are scaled by the nearest
+neighbour's, which changes no ranking and lets T go to 0.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from stages.kit import checks, dist, store
-from stages.kit.features import frozen
-from stages.kit.job import JobError
+from stages.kit import dist
+from stages.kit.data import store
+from stages.kit.job.job import JobError
 from stages.tasks import SPLITS, labelled, save_predictions, score, unseen
+from stages.tasks._features import frozen
+from workflow import checks
 
 LABELS = True
 BLOCK = 65536  # training images compared at once
@@ -32,9 +35,10 @@ BLOCK = 65536  # training images compared at once
 
 @dataclass(frozen=True)
 class Config:
-    """k: candidates for the number of neighbours, those not below the number of training images are left out
-    (and listed); temperature: T of the vote; centred: also try features less the training mean; precision: of
-    the feature extraction."""
+    """k: candidates for the number of neighbours, those not below the number of training images are
+    left out (and listed); temperature: T of the vote; centred: also try features less the training
+    mean; precision: of the feature extraction.
+    """
 
     k: tuple[int, ...] = (10, 20, 100, 200)
     temperature: float = 0.07
@@ -56,10 +60,12 @@ def vote(
     classes: int,
     chunk: int = 512,
 ) -> dict[int, torch.Tensor]:
-    """{k: class scores (M, classes)} for queries (M, D) among training images; all rows are unit vectors.
+    """{k: class scores (M, classes)} for queries (M, D) among training images; all rows are unit
+    vectors.
 
-    The training images come in blocks of (vectors (n, D), labels (n,)), so that memory does not grow with
-    their number. Of equally near images any may be taken. `ks` must not exceed the number of training images.
+    The training images come in blocks of (vectors (n, D), labels (n,)), so that memory does not
+    grow with their number. Of equally near images any may be taken. `ks` must not exceed the number
+    of training images.
     """
     most = max(ks)
     near = torch.empty(len(queries), 0, device=queries.device)
@@ -79,7 +85,8 @@ def vote(
 
 
 def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
-    """Metrics on test of the chosen (feature, k) and of k = 20, accuracies on val; writes predictions.npz.
+    """Metrics on test of the chosen (feature, k) and of k = 20, accuracies on val; writes
+    predictions.npz.
 
     Under torchrun the first process does it all; the others get {}.
     """
@@ -110,7 +117,9 @@ def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
         """{feature: {k: class scores}} of a split's labelled images."""
         found, queries = {}, features(split)
         for name, (kind, centre) in centres.items():
-            parts = zip(rows["train"].split(BLOCK), labels["train"].to(run.device).split(BLOCK), strict=True)
+            parts = zip(
+                rows["train"].split(BLOCK), labels["train"].to(run.device).split(BLOCK), strict=True
+            )
             blocks = ((unit(train[kind][part], centre, run.device), owner) for part, owner in parts)
             mine = unit(queries[kind][rows[split]], centre, run.device)
             found[name] = vote(mine, blocks, ks, config.temperature, spec.num_classes)

@@ -1,21 +1,22 @@
-"""Linear probing of frozen features: many heads, one for each feature, normalisation and learning rate, in
-one pass.
+"""Linear probing of frozen features: many heads, one for each feature, normalisation and learning
+rate, in one pass.
 
-The head is MAE's (arXiv:2111.06377, facebookresearch/mae, main_linprobe.py): BatchNorm without parameters
-(eps 1e-6) and a Linear with truncated normal weights (std 0.01) and no bias at first, D * K + K parameters;
-beside it the plain Linear that DINO, iBOT and BEiT use. No weight decay; cosine per step to 0; plain
-cross-entropy. All rates are trained at once on the same batches, as in DINOv2 (arXiv:2304.07193,
-eval/linear.py). BEiT v2 (arXiv:2208.06366) probes the class token of models with patch aggregation and the
-mean patch of those without: both are swept, and reported beside the better of them.
+The head is MAE's (arXiv:2111.06377, facebookresearch/mae, main_linprobe.py): BatchNorm without
+parameters (eps 1e-6) and a Linear with truncated normal weights (std 0.01) and no bias at first, D
+* K + K parameters; beside it the plain Linear that DINO, iBOT and BEiT use. No weight decay; cosine
+per step to 0; plain cross-entropy. All rates are trained at once on the same batches, as in DINOv2
+(arXiv:2304.07193, eval/linear.py). BEiT v2 (arXiv:2208.06366) probes the class token of models with
+patch aggregation and the mean patch of those without: both are swept, and reported beside the
+better of them.
 
-Departures. Features are extracted once (`passes` > 1: from that many random crops and flips, used in turn)
-instead of anew in every epoch, which costs about 1-2 points at published sizes. SGD by default, as MAE's LARS
-with its batch of 16384 is of no use on small sets (`optimizer: lars` gives it, then choose rates of 0.1 to
-30). Batches normalise by their own mean and variance in training as in MAE, but in evaluation by those of all
-training features, of which MAE's running averages are an estimate; below 64 images a batch they are used in
-training too. Feature, normalisation and rate are chosen on the validation split (the papers choose on what
-they report), at the last epoch (MAE reports the best one), then repeated for every head seed: reported is
-their mean on the test split.
+Departures. Features are extracted once (`passes` > 1: from that many random crops and flips, used
+in turn) instead of anew in every epoch, which costs about 1-2 points at published sizes. SGD by
+default, as MAE's LARS with its batch of 16384 is of no use on small sets (`optimizer: lars` gives
+it, then choose rates of 0.1 to 30). Batches normalise by their own mean and variance in training as
+in MAE, but in evaluation by those of all training features, of which MAE's running averages are an
+estimate; below 64 images a batch they are used in training too. Feature, normalisation and rate are
+chosen on the validation split (the papers choose on what they report), at the last epoch (MAE
+reports the best one), then repeated for every head seed: reported is their mean on the test split.
 """
 
 from __future__ import annotations
@@ -26,24 +27,29 @@ from typing import Literal
 
 import torch
 
-from stages.kit import checks, dist, keyed, store
-from stages.kit.features import frozen
-from stages.kit.job import JobError
-from stages.kit.lars import adapted
-from stages.kit.schedule import warmup_cosine
+from stages.kit import dist, keyed
+from stages.kit.data import store
+from stages.kit.job.job import JobError
+from stages.kit.train.lars import adapted
+from stages.kit.train.schedule import warmup_cosine
 from stages.tasks import SPLITS, average, labelled, save_predictions, score, unseen
+from stages.tasks._features import frozen
+from workflow import checks
 
 LABELS = True
 EPS = 1e-6  # of the BatchNorm
-ON_DEVICE = 4 << 30  # bytes of features that are moved to a GPU as a whole; more are fetched by the batch
+ON_DEVICE = (
+    4 << 30
+)  # bytes of features that are moved to a GPU as a whole; more are fetched by the batch
 
 
 @dataclass(frozen=True)
 class Config:
-    """features, norms, lrs: the sweep; lr is absolute, at the batch size; warmup: fraction of the steps;
-    head_seeds: how often the chosen heads are trained, from other weights and in another order; passes: 1 =
-    features of the evaluation transform, more = that many random crops (area from crop_min) and flips;
-    precision: of the feature extraction."""
+    """features, norms, lrs: the sweep; lr is absolute, at the batch size; warmup: fraction of the
+    steps; head_seeds: how often the chosen heads are trained, from other weights and in another
+    order; passes: 1 = features of the evaluation transform, more = that many random crops (area
+    from crop_min) and flips; precision: of the feature extraction.
+    """
 
     features: tuple[Literal["cls", "patch"], ...] = ("cls", "patch")
     norms: tuple[Literal["batchnorm", "none"], ...] = ("batchnorm", "none")
@@ -97,7 +103,8 @@ class Stack:
             return x
         x, var = x - self.mean, self.var
         if own:
-            # products with a row of 1 / B: torch's reduction over the first dimension is 20 times slower
+            # products with a row of 1 / B: torch's reduction over the first dimension is 20 times
+            # slower
             share = x.new_full((1, len(x)), 1 / len(x))
             mean = share @ x
             x, var = x.sub_(mean), (share @ (x * x)).clamp_min_(0)
@@ -120,8 +127,9 @@ def train(
 ) -> list[Stack]:
     """Trains all heads on the same batches; a pure function of its arguments.
 
-    tables: features (P, N, D) by name, P passes; labels (N,) in 0..classes-1. The gradient of softmax
-    cross-entropy is written out, (p - onehot) x / B: one product forward and one backward serve every head.
+    tables: features (P, N, D) by name, P passes; labels (N,) in 0..classes-1. The gradient of
+    softmax cross-entropy is written out, (p - onehot) x / B: one product forward and one backward
+    serve every head.
     """
     images = len(labels)
     batch = min(config.batch_size, images)
@@ -147,14 +155,21 @@ def train(
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
             target = (labels[rows] == torch.arange(classes)[:, None]).to(device, torch.float32)
-            x = {name: rows_of(table[epoch % len(table)], rows).to(device) for name, table in tables.items()}
+            x = {
+                name: rows_of(table[epoch % len(table)], rows).to(device)
+                for name, table in tables.items()
+            }
             now = warmup_cosine(epoch * steps + step, total, warm, 1.0)
             for stack, rate in zip(stacks, rates, strict=True):
-                update(stack, stack.whiten(x[stack.heads[0].feature], own), target, rate * now, config)
+                update(
+                    stack, stack.whiten(x[stack.heads[0].feature], own), target, rate * now, config
+                )
     return stacks
 
 
-def update(stack: Stack, x: torch.Tensor, target: torch.Tensor, rate: torch.Tensor, config: Config) -> None:
+def update(
+    stack: Stack, x: torch.Tensor, target: torch.Tensor, rate: torch.Tensor, config: Config
+) -> None:
     """One step of every head in the stack: whitened x (B, D), one-hot target (K, B), rate (H,)."""
     slope = stack.logits(x).softmax(1)
     slope.sub_(target).div_(len(x))
@@ -173,13 +188,19 @@ def rows_of(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def statistics(table: torch.Tensor, chunk: int = 65536) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and (biased) variance (D,) of features (P, N, D), in float64 over chunks, returned in float32."""
+    """Mean and (biased) variance (D,) of features (P, N, D), in float64 over chunks, returned in
+    float32.
+    """
     count = total = square = 0
     shift = table[0, :1].cpu().double()  # near the mean, so that the squares do not cancel
     for values in table:
         for part in values.split(chunk):
             part = part.cpu().double() - shift
-            count, total, square = count + len(part), total + part.sum(0), square + part.square().sum(0)
+            count, total, square = (
+                count + len(part),
+                total + part.sum(0),
+                square + part.square().sum(0),
+            )
     mean = total / count
     return (mean + shift[0]).float(), (square / count - mean.square()).clamp_min(0).float()
 
@@ -200,8 +221,9 @@ def scores(
 
 @torch.no_grad()
 def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
-    """Mean over head seeds on test of the head chosen on val, of the best "cls" and the best "patch" head
-    besides, and every validation accuracy (None where a head diverged); writes predictions.npz.
+    """Mean over head seeds on test of the head chosen on val, of the best "cls" and the best
+    "patch" head besides, and every validation accuracy (None where a head diverged); writes
+    predictions.npz.
 
     Under torchrun the first process does it all; the others get {}.
     """
@@ -238,8 +260,12 @@ def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
         val[head] = score(each, labels["val"])["top1"] if each.isfinite().all() else None
     alive = [head for head in sweep if val[head] is not None]
     if not alive:
-        raise JobError(f"tasks.linear.lrs: every head diverged at rates {list(config.lrs)}: add lower ones")
-    best = {"": max(alive, key=val.get)}  # the first of equals: the lower rate as the sweep is written
+        raise JobError(
+            f"tasks.linear.lrs: every head diverged at rates {list(config.lrs)}: add lower ones"
+        )
+    best = {
+        "": max(alive, key=val.get)
+    }  # the first of equals: the lower rate as the sweep is written
     for name in config.features:
         if mine := [head for head in alive if head.feature == name]:
             best[name] = max(mine, key=val.get)

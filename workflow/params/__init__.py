@@ -1,8 +1,9 @@
 """params.yaml: its sections, its plug-ins' settings, and errors that a person can act on.
 
-`read(path)` checks everything that can be known before a job runs and lists all problems at once. A plug-in
-(`stages/{methods,targets,tasks,sources}/<name>.py`) is named by its file; its settings are the fields of its
-dataclass `Config`, read from the source text without importing it, so nothing here needs torch.
+`read(path)` checks everything that can be known before a job runs and lists all problems at once. A
+plug-in (`stages/{methods,targets,tasks,sources}/<name>.py`) is named by its file; its settings are
+the fields of its dataclass `Config`, read from the source text without importing it, so nothing
+here needs torch.
 
     python -m workflow.params [FILE]      check a params file
     python -m workflow.params --schema    print the JSON Schema that editors use for completion
@@ -29,7 +30,9 @@ from workflow.plugins import ROOT, ParamsError
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that params.yaml says, checked and complete. Teachers come before their students in `runs`."""
+    """Everything that params.yaml says, checked and complete. Teachers come before their students
+    in `runs`.
+    """
 
     params: Params
     source: tuple[str, str | None, Settings]  # name, argument, settings
@@ -57,7 +60,10 @@ def check(content: dict, path: str = "params.yaml", root: Path = ROOT) -> Experi
     for name, section in params.methods.items():  # also those that no run uses
         checker.settings("method", name, (f"methods.{name}", section), suits=False)
     runs = check_runs(checker, targets)
-    tasks = {n: checker.settings("task", n, (f"tasks.{n}", section)) for n, section in params.tasks.items()}
+    tasks = {
+        n: checker.settings("task", n, (f"tasks.{n}", section))
+        for n, section in params.tasks.items()
+    }
     if problems:
         raise ParamsError(listing(path, list(dict.fromkeys(problems))))
     return Experiment(params, source, targets, runs, tasks)

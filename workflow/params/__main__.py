@@ -11,9 +11,13 @@ from workflow.plugins import ParamsError
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m workflow.params", description="Check a params file.")
+    parser = argparse.ArgumentParser(
+        prog="python -m workflow.params", description="Check a params file."
+    )
     parser.add_argument("file", nargs="?", default="params.yaml")
-    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of params files")
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON Schema of params files"
+    )
     args = parser.parse_args(argv)
     if args.schema:
         sys.stdout.write(schema_text())

@@ -1,4 +1,6 @@
-"""What pydantic and plug-ins object to, as "dotted.key: what is wrong, what is expected (found ...)"."""
+"""What pydantic and plug-ins object to, as "dotted.key: what is wrong, what is expected (found
+...)".
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,24 @@ def listing(path: str, problems: list[str]) -> str:
     return "\n".join([f"{head}:", *(f"  {p}" for p in problems)])
 
 
-def sentences(error: ValidationError, where: Callable[[str], str], keys: Callable[[Iterable[str]], list[str]]) -> list[str]:
-    """One sentence for each key at fault. `where`: the dotted key of a field; `keys`: those allowed at a place."""
+def sentences(
+    error: ValidationError, where: Callable[[str], str], keys: Callable[[Iterable[str]], list[str]]
+) -> list[str]:
+    """One sentence for each key at fault. `where`: the dotted key of a field; `keys`: those allowed
+    at a place.
+    """
     found: dict[str, list[dict]] = {}
     for e in error.errors():
         first, *inner = (str(p) for p in e["loc"] if not UNION.fullmatch(str(p)))
-        found.setdefault(".".join([where(first), *inner]), []).append(e | {"place": [first, *inner]})
+        found.setdefault(".".join([where(first), *inner]), []).append(
+            e | {"place": [first, *inner]}
+        )
     # of a union, the member that fits best: the one in which something deeper is wrong
-    deepest = {key: es for key, es in found.items() if not any(other.startswith(f"{key}.") for other in found)}
+    deepest = {
+        key: es
+        for key, es in found.items()
+        if not any(other.startswith(f"{key}.") for other in found)
+    }
     return [_sentence(key, es, keys) for key, es in deepest.items()]
 
 
@@ -51,7 +63,9 @@ def _sentence(key: str, errors: list[dict], keys) -> str:
 
 
 def _expected(message: str) -> str:
-    """The verb and what follows of "Input should be ...", "List should have ... after validation, not 0"."""
+    """The verb and what follows of "Input should be ...", "List should have ... after validation,
+    not 0".
+    """
     rule = message.partition(" should ")[2].partition(" after validation")[0]
     return rule.replace("a valid array", "a list").replace("a valid string", "text")
 
@@ -64,8 +78,9 @@ def shown(value) -> str:
 
 
 def blame(error: Exception, key: str, values: dict, origin: dict[str, str]) -> str:
-    """A plug-in's ValueError("field: why") with the field as it stands in params.yaml (`origin`, else below `key`) and
-    the value given there."""
+    """A plug-in's ValueError("field: why") with the field as it stands in params.yaml (`origin`,
+    else below `key`) and the value given there.
+    """
     field, colon, why = str(error).partition(":")
     if not colon or not re.fullmatch(r"\w+(\.\w+)*", field):
         return f"{key}: {error}"

@@ -1,4 +1,6 @@
-"""YAML as it is meant: 1e-3 is a number, a key is a word and stands once, and a mistake is named with its line."""
+"""YAML as it is meant: 1e-3 is a number, a key is a word and stands once, and a mistake is named
+with its line.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,19 @@ HINTS = {  # what PyYAML says -> what to do
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with numbers as in YAML 1.2 (as DVC reads them), and keys as they are written, none twice."""
+    """The safe loader, with numbers as in YAML 1.2 (as DVC reads them), and keys as they are
+    written, none twice.
+    """
 
     def scan_plain(self):
         token = super().scan_plain()
-        if self.flow_level and ":" in token.value:  # YAML allows it, but not the C parser that DVC reads params.yaml with
+        if (
+            self.flow_level and ":" in token.value
+        ):  # YAML allows it, but not the C parser that DVC reads params.yaml with
             at = f"{token.start_mark.name}, line {token.start_mark.line + 1}"
-            raise ParamsError(f"{at}: found {token.value} within brackets, expected quotes around a text with a colon")
+            raise ParamsError(
+                f"{at}: found {token.value} within brackets, expected quotes around a text with a colon"
+            )
         return token
 
     def compose_mapping_node(self, anchor):
@@ -32,17 +40,23 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             at = f"{key.start_mark.name}, line {key.start_mark.line + 1}"
             if not isinstance(key, yaml.ScalarNode):
-                raise ParamsError(f"{at}: found brackets as a key, expected a word (quote a text that begins with one)")
+                raise ParamsError(
+                    f"{at}: found brackets as a key, expected a word (quote a text that begins with one)"
+                )
             if key.tag == MERGE:
                 continue
             if key.value in lines:
-                raise ParamsError(f"{at}: key {key.value!r} is given twice (first in line {lines[key.value]})")
+                raise ParamsError(
+                    f"{at}: key {key.value!r} is given twice (first in line {lines[key.value]})"
+                )
             lines[key.value], key.tag = key.start_mark.line + 1, STRING
         return node
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -60,11 +74,17 @@ def read_yaml(path: str | Path) -> dict:
     except yaml.MarkedYAMLError as error:
         mark, said = error.problem_mark, ", ".join(filter(None, [error.context, error.problem]))
         hint = "".join(hint for words, hint in HINTS.items() if words in said)
-        raise ParamsError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: is not YAML: {said}{hint}") from None
+        raise ParamsError(
+            f"{path}, line {mark.line + 1}, column {mark.column + 1}: is not YAML: {said}{hint}"
+        ) from None
     except yaml.YAMLError as error:
         raise ParamsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if content is None:
-        raise ParamsError(f"{path}: is empty; expected sections such as data, model, train, methods, tasks, grid")
+        raise ParamsError(
+            f"{path}: is empty; expected sections such as data, model, train, methods, tasks, grid"
+        )
     if not isinstance(content, dict):
-        raise ParamsError(f"{path}: holds a {type(content).__name__}, expected sections: data, model, train, ...")
+        raise ParamsError(
+            f"{path}: holds a {type(content).__name__}, expected sections: data, model, train, ..."
+        )
     return content

@@ -1,4 +1,6 @@
-"""The section `grid`: its runs, chains of runs that teach one another, and the contrasts between them."""
+"""The section `grid`: its runs, chains of runs that teach one another, and the contrasts between
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,10 @@ from workflow.plugins import ParamsError, nearest, plugin, plugin_names
 
 @dataclass(frozen=True)
 class Student:
-    """A run of the grid, or one stage of a chain. It learns from the target `target`, from the encoder of the run
-    `teacher` with the same seed, or from neither. `stage` counts the runs of its method in a row of which each
-    taught the next, itself included."""
+    """A run of the grid, or one stage of a chain. It learns from the target `target`, from the
+    encoder of the run `teacher` with the same seed, or from neither. `stage` counts the runs of its
+    method in a row of which each taught the next, itself included.
+    """
 
     name: str
     key: str  # where it is declared, as a dotted key of params.yaml
@@ -35,7 +38,9 @@ class Declared(NamedTuple):
 
 
 def check_runs(checker: Checker, targets: dict[str, Target]) -> dict[str, Student]:
-    """All runs, teachers before their students; none if there is any problem. Problems go to the checker."""
+    """All runs, teachers before their students; none if there is any problem. Problems go to the
+    checker.
+    """
     params, problems = checker.params, checker.problems
     declared = _unrolled(params.grid.runs, problems)
     problems += _idle_contrasts(params.grid, declared)
@@ -50,10 +55,14 @@ def check_runs(checker: Checker, targets: dict[str, Target]) -> dict[str, Studen
             needs = plugin("method", run.method, checker.root).literals["TARGET"]
         except ParamsError:  # noted by the checker
             continue
-        problems += filter(None, [_above_problem(name, needs, declared, params.grid, targets, params.targets)])
+        problems += filter(
+            None, [_above_problem(name, needs, declared, params.grid, targets, params.targets)]
+        )
     teachers = {name: _teacher(run) for name, (_, run) in declared.items()}
     for circle in circles(teachers):
-        problems.append(f"{declared[circle[0]].key}.target: goes round in a circle: {' -> '.join(circle)}")
+        problems.append(
+            f"{declared[circle[0]].key}.target: goes round in a circle: {' -> '.join(circle)}"
+        )
     if problems:
         return {}
     students: dict[str, Student] = {}
@@ -64,7 +73,9 @@ def check_runs(checker: Checker, targets: dict[str, Target]) -> dict[str, Studen
             above = add(teacher) if teacher else None
             stage = above.stage + 1 if above and above.method == run.method else 1
             target, seeds = None if teacher else run.target, run.seeds or params.grid.seeds
-            students[name] = Student(name, key, run.method, target, teacher, stage, seeds, run.set, settings[name])
+            students[name] = Student(
+                name, key, run.method, target, teacher, stage, seeds, run.set, settings[name]
+            )
         return students[name]
 
     for name in declared:
@@ -82,7 +93,9 @@ def _unrolled(declared: dict[str, Run], problems: list[str]) -> dict[str, Declar
         for each, target in zip(names, targets):
             if each in found:
                 chain = key if run.stages else found[each].key
-                problems.append(f"{chain}.stages: makes a run {each!r}, but there is another of that name")
+                problems.append(
+                    f"{chain}.stages: makes a run {each!r}, but there is another of that name"
+                )
             found[each] = Declared(key, run.model_copy(update={"target": target}))
     return found
 
@@ -110,9 +123,16 @@ def _teacher(run: Run) -> str | None:
 
 
 def _above_problem(
-    name: str, needs: str | None, runs: dict[str, Declared], grid: Grid, targets: dict[str, Target], sections: dict
+    name: str,
+    needs: str | None,
+    runs: dict[str, Declared],
+    grid: Grid,
+    targets: dict[str, Target],
+    sections: dict,
 ) -> str | None:
-    """What is wrong with that from which a run learns. `needs`: "ids", "features" or None, of its method."""
+    """What is wrong with that from which a run learns. `needs`: "ids", "features" or None, of its
+    method.
+    """
     key, run = runs[name]
     if run.stages and needs != "features":
         what = f"needs a target that produces {needs}" if needs else "takes no target"
@@ -121,7 +141,11 @@ def _above_problem(
             f"before (found {run.stages})"
         )
     if needs is None:
-        return None if run.target is None else f"{key}.target: method {run.method} takes no target (found {run.target!r})"
+        return (
+            None
+            if run.target is None
+            else f"{key}.target: method {run.method} takes no target (found {run.target!r})"
+        )
     if _teacher(run):
         return _teacher_problem(name, needs, runs, grid)
     also = ", or run:NAME, the encoder of another run" if needs == "features" else ""
@@ -129,9 +153,15 @@ def _above_problem(
     if run.target is None:
         return f"{key}.target: method {run.method} needs a target that produces {needs}{fit}"
     if run.target not in sections:
-        return f"{key}.target: no target is called {run.target!r}{nearest(run.target, sections)}{also}"
+        return (
+            f"{key}.target: no target is called {run.target!r}{nearest(run.target, sections)}{also}"
+        )
     made = targets[run.target].produces if run.target in targets else needs
-    return None if made == needs else f"{key}.target: {run.target!r} produces {made}, method {run.method} needs {needs}{fit}"
+    return (
+        None
+        if made == needs
+        else f"{key}.target: {run.target!r} produces {made}, method {run.method} needs {needs}{fit}"
+    )
 
 
 def _teacher_problem(name: str, needs: str, runs: dict[str, Declared], grid: Grid) -> str | None:
@@ -141,7 +171,11 @@ def _teacher_problem(name: str, needs: str, runs: dict[str, Declared], grid: Gri
         return f"{key}.target: {run.target!r} gives features, method {run.method} needs {needs}"
     if teacher not in runs:
         stages = grid.runs[teacher].stages if teacher in grid.runs else None
-        hint = f"; it is a chain: name a stage, as in 'run:{teacher}-{stages}'" if stages else nearest(teacher, runs)
+        hint = (
+            f"; it is a chain: name a stage, as in 'run:{teacher}-{stages}'"
+            if stages
+            else nearest(teacher, runs)
+        )
         return f"{key}.target: no run is called {teacher!r}{hint}"
     given = runs[teacher].run.seeds or grid.seeds
     missing = [str(seed) for seed in run.seeds or grid.seeds if seed not in given]

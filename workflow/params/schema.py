@@ -1,4 +1,6 @@
-"""JSON Schema of params.yaml, with the settings of every plug-in in the tree, by which editors complete and check."""
+"""JSON Schema of params.yaml, with the settings of every plug-in in the tree, by which editors
+complete and check.
+"""
 
 from __future__ import annotations
 

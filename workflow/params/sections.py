@@ -1,4 +1,6 @@
-"""The sections of params.yaml and what each key of them may hold. Settings of plug-ins are theirs: see settings.py."""
+"""The sections of params.yaml and what each key of them may hold. Settings of plug-ins are theirs:
+see settings.py.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,29 @@ class Section(BaseModel):
 
 class Data(Section):
     source: str = Field(description="shapes | folder:PATH | parquet:PATH | hub:NAME")
-    image_size: int = Field(ge=4, le=4096, description="side of the square that encoders see, in pixels")
-    store_size: int | None = Field(None, ge=4, le=8192, description="side of the stored images (null: image_size)")
-    val_fraction: float = Field(0.1, ge=0, lt=1, description="share of train used to select, if the source has no val")
-    test_fraction: float = Field(0.2, ge=0, lt=1, description="share of all used to test, if the source has no test")
+    image_size: int = Field(
+        ge=4, le=4096, description="side of the square that encoders see, in pixels"
+    )
+    store_size: int | None = Field(
+        None, ge=4, le=8192, description="side of the stored images (null: image_size)"
+    )
+    val_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of train used to select, if the source has no val"
+    )
+    test_fraction: float = Field(
+        0.2, ge=0, lt=1, description="share of all used to test, if the source has no test"
+    )
     max_train: int | None = Field(None, ge=1, description="use at most this many training images")
     seed: int = Field(0, ge=0)
-    normalise: Literal["dataset", "imagenet"] = Field("dataset", description="mean and std: the set's or ImageNet's")
-    quarantine_limit: float = Field(0.05, ge=0, le=1, description="stop when a larger share of the files is broken")
-    memory_map_gb: float = Field(8, ge=0, description="decode once into a memory map when it is no larger than this")
+    normalise: Literal["dataset", "imagenet"] = Field(
+        "dataset", description="mean and std: the set's or ImageNet's"
+    )
+    quarantine_limit: float = Field(
+        0.05, ge=0, le=1, description="stop when a larger share of the files is broken"
+    )
+    memory_map_gb: float = Field(
+        8, ge=0, description="decode once into a memory map when it is no larger than this"
+    )
     image_column: str | None = None
     label_column: str | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the source's own settings")
@@ -31,33 +47,46 @@ class Data(Section):
 
 class Model(Section):
     name: str = Field(
-        "vit_tiny_patch16_224", description="a timm model: a ViT, a Swin or SwinV2, or a convvit_* (stages/kit/hybrid.py)"
+        "vit_tiny_patch16_224",
+        description="a timm model: a ViT, a Swin or SwinV2, or a convvit_* (stages/kit/nets/hybrid.py)",
     )
     patch_size: int = Field(16, ge=1, description="side in pixels; of a Swin, in its first stage")
     embed_dim: int = Field(192, ge=1, description="width; of a Swin, in its first stage")
-    depth: int | list[int] = Field(12, description="number of blocks; of a Swin, a list: of each stage")
+    depth: int | list[int] = Field(
+        12, description="number of blocks; of a Swin, a list: of each stage"
+    )
     num_heads: int | list[int] = Field(3, description="of a Swin, a list: in each stage")
     window_size: int | None = Field(None, ge=1, description="side of a Swin's windows, in tokens")
     mlp_ratio: float = Field(4.0, gt=0)
-    args: dict[str, Any] = Field(default_factory=dict, description="more arguments for timm.create_model")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="more arguments for timm.create_model"
+    )
 
 
 class Train(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="images per step over all devices")
-    micro_batch: int | None = Field(None, ge=1, description="images per pass and device; accumulation follows")
+    micro_batch: int | None = Field(
+        None, ge=1, description="images per pass and device; accumulation follows"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     save_minutes: float = Field(5, gt=0, description="minutes between checkpoints")
-    nan_skips: int = Field(0, ge=0, description="batches that may be left out because they give NaN; 0: stop at once")
+    nan_skips: int = Field(
+        0, ge=0, description="batches that may be left out because they give NaN; 0: stop at once"
+    )
 
 
 class Run(Section):
     method: str
     target: str | None = Field(
-        None, description="a name under targets, or run:NAME: the encoder of that run with the same seed"
+        None,
+        description="a name under targets, or run:NAME: the encoder of that run with the same seed",
     )
     stages: int | None = Field(
-        None, ge=1, le=99, description="a chain: runs NAME-1, NAME-2, ..., each the teacher of the next"
+        None,
+        ge=1,
+        le=99,
+        description="a chain: runs NAME-1, NAME-2, ..., each the teacher of the next",
     )
     seeds: list[int] | None = Field(None, min_length=1, description="instead of grid.seeds")
     set: dict[str, Any] = Field(
@@ -66,20 +95,26 @@ class Run(Section):
 
 
 class Contrast(Section):
-    of: list[str] = Field(min_length=1, description="runs, or patterns of their names such as hog-*")
+    of: list[str] = Field(
+        min_length=1, description="runs, or patterns of their names such as hog-*"
+    )
     against: list[str] = Field(min_length=1, description="the runs whose mean score is subtracted")
 
     def sides(self, runs: Iterable[str]) -> dict[str, list[str]]:
         """{"of", "against": those of `runs` that are named}."""
         both = {"of": self.of, "against": self.against}
-        return {side: [run for run in runs if any(fnmatchcase(run, p) for p in patterns)] for side, patterns in both.items()}
+        return {
+            side: [run for run in runs if any(fnmatchcase(run, p) for p in patterns)]
+            for side, patterns in both.items()
+        }
 
 
 class Grid(Section):
     seeds: list[int] = Field([0], min_length=1)
     runs: dict[str, Run] = Field(min_length=1)
     contrasts: dict[str, Contrast] = Field(
-        default_factory=dict, description="differences that the report shall give, declared before they are seen"
+        default_factory=dict,
+        description="differences that the report shall give, declared before they are seen",
     )
 
 
@@ -89,12 +124,16 @@ class Compute(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     workers: int = Field(1, ge=0, description="threads that prepare batches")
     threads: int | None = Field(None, ge=1, description="CPU threads of a job")
-    processes: int = Field(1, ge=1, description="processes that train one job, each with a GPU where there are any")
+    processes: int = Field(
+        1, ge=1, description="processes that train one job, each with a GPU where there are any"
+    )
     compile: Literal["auto", True, False] = Field(
         False, description="forward and backward by torch.compile; auto: in long trainings on CUDA"
     )
     tracking: bool = True
-    tracking_uri: str | None = Field(None, description="MLflow server or store (null: MLFLOW_TRACKING_URI or SQLite)")
+    tracking_uri: str | None = Field(
+        None, description="MLflow server or store (null: MLFLOW_TRACKING_URI or SQLite)"
+    )
 
 
 class Params(Section):
@@ -112,7 +151,9 @@ class Params(Section):
 
 
 def keys_at(place: Iterable[str]) -> list[str]:
-    """The keys that the section at this place may have, such as ("grid", "runs", "mae"); none where any name may stand."""
+    """The keys that the section at this place may have, such as ("grid", "runs", "mae"); none where
+    any name may stand.
+    """
     section: Any = Params
     for key in place:
         fields = getattr(section, "model_fields", {})

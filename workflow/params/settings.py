@@ -17,9 +17,11 @@ from workflow.plugins import ParamsError, Plugin, nearest, plugin
 
 @dataclass(frozen=True)
 class Settings:
-    """A checked plug-in section: the plug-in, its complete settings, and `train` with the section's own changes.
+    """A checked plug-in section: the plug-in, its complete settings, and `train` with the section's
+    own changes.
 
-    `origin` tells for each key given where it was given, as a dotted key of params.yaml."""
+    `origin` tells for each key given where it was given, as a dotted key of params.yaml.
+    """
 
     name: str
     plugin: Plugin
@@ -37,9 +39,13 @@ class Checker:
     problems: list[str]
     sound: bool  # there can be such an encoder; otherwise a plug-in cannot say whether it suits it
 
-    def settings(self, kind: str, name: str, *given: tuple[str, dict | None], suits: bool = True) -> Settings | None:
-        """The settings of a plug-in from what is `given`: pairs of a dotted key and the values there, of which later
-        ones win. None after noting a problem. `suits`: also ask the plug-in whether it suits the model."""
+    def settings(
+        self, kind: str, name: str, *given: tuple[str, dict | None], suits: bool = True
+    ) -> Settings | None:
+        """The settings of a plug-in from what is `given`: pairs of a dotted key and the values
+        there, of which later ones win. None after noting a problem. `suits`: also ask the plug-in
+        whether it suits the model.
+        """
         key, before = given[0][0], len(self.problems)
         try:
             found = plugin(kind, name, self.root)
@@ -51,11 +57,15 @@ class Checker:
         trainable = list(Train.model_fields) if kind in ("method", "target") else []
         allowed = found.fields + trainable
         self.problems += [
-            f"{origin[k]}: unknown key (found {v!r}){nearest(k, allowed)}" for k, v in values.items() if k not in allowed
+            f"{origin[k]}: unknown key (found {v!r}){nearest(k, allowed)}"
+            for k, v in values.items()
+            if k not in allowed
         ]
         own = {k: v for k, v in values.items() if k in found.fields}
         config = self._config(found, own, key, origin)
-        train = self._train({k: v for k, v in values.items() if k in trainable and k not in own}, origin)
+        train = self._train(
+            {k: v for k, v in values.items() if k in trainable and k not in own}, origin
+        )
         if suits and self.sound:
             self._suits(kind, name, found, config, key, own, origin)
         if len(self.problems) > before:
@@ -67,10 +77,14 @@ class Checker:
         try:
             return TypeAdapter(found.config).validate_json(as_json(own))
         except ValidationError as error:
-            if error.errors()[0]["type"] == "value_error":  # from __post_init__, which runs when all types are right
+            if (
+                error.errors()[0]["type"] == "value_error"
+            ):  # from __post_init__, which runs when all types are right
                 self.problems.append(blame(error.errors()[0]["ctx"]["error"], key, own, origin))
             else:
-                self.problems += sentences(error, lambda field: origin.get(field, f"{key}.{field}"), lambda place: [])
+                self.problems += sentences(
+                    error, lambda field: origin.get(field, f"{key}.{field}"), lambda place: []
+                )
         return None
 
     def _train(self, changes: dict, origin: dict[str, str]) -> dict:
@@ -81,14 +95,25 @@ class Checker:
         except ValidationError as error:
             self.problems += sentences(error, origin.__getitem__, lambda place: [])
             return merged
-        where = next((origin[k] for k in ("micro_batch", "batch_size") if k in changes), "train.micro_batch")
+        where = next(
+            (origin[k] for k in ("micro_batch", "batch_size") if k in changes), "train.micro_batch"
+        )
         batch, micro = merged["batch_size"], merged["micro_batch"]
         if micro and batch % micro:
             why = f"micro_batch {micro} does not divide batch_size {batch}, so accumulation would never make a whole step"
             self.problems.append(f"{where}: {why}")
         return merged
 
-    def _suits(self, kind: str, name: str, found: Plugin, config, key: str, own: dict, origin: dict[str, str]) -> None:
+    def _suits(
+        self,
+        kind: str,
+        name: str,
+        found: Plugin,
+        config,
+        key: str,
+        own: dict,
+        origin: dict[str, str],
+    ) -> None:
         """Note why the plug-in cannot work with the model."""
         model, able = self.params.model, found.literals["ENCODERS"]
         family = encoder.family(model.name)
@@ -104,5 +129,7 @@ class Checker:
 
 
 def as_json(value) -> str:
-    """What YAML gave as JSON, in which pydantic also takes a list for a tuple while it is strict about the rest."""
+    """What YAML gave as JSON, in which pydantic also takes a list for a tuple while it is strict
+    about the rest.
+    """
     return json.dumps(value, default=str)

@@ -18,7 +18,9 @@ def check_source(checker: Checker) -> tuple[str, str | None, Settings | None]:
             "parquet:PATH or hub:NAME"
         )
     elif name == "shapes" and argument:
-        checker.problems.append(f"data.source: shapes takes nothing after the colon (found {argument!r})")
+        checker.problems.append(
+            f"data.source: shapes takes nothing after the colon (found {argument!r})"
+        )
     elif name != "shapes" and not argument:
         what = "NAME" if name == "hub" else "PATH"
         checker.problems.append(f"data.source: {name} needs something to read, as in {name}:{what}")

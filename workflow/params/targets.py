@@ -29,22 +29,34 @@ def check_targets(checker: Checker) -> dict[str, Target]:
     good: dict[str, Target] = {}
     for name, section in checker.params.targets.items():
         key, given = f"targets.{name}", dict(section or {})
-        kind, upstream, seed = given.pop("kind", None), given.pop("upstream", None), given.pop("seed", 0)
+        kind, upstream, seed = (
+            given.pop("kind", None),
+            given.pop("upstream", None),
+            given.pop("seed", 0),
+        )
         if not isinstance(kind, str):
             kinds = ", ".join(plugin_names("target", checker.root))
             checker.problems.append(f"{key}.kind: required, one of {kinds} (found {shown(kind)})")
             continue
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            checker.problems.append(f"{key}.seed: must be a whole number, 0 or more (found {shown(seed)})")
+            checker.problems.append(
+                f"{key}.seed: must be a whole number, 0 or more (found {shown(seed)})"
+            )
         settings = checker.settings("target", kind, (key, given))
         if settings is None:
             continue
         good[name] = Target(name, kind, upstream, seed, settings)
         if good[name].produces not in ("ids", "features"):
-            checker.problems.append(f'{key}.kind: {settings.plugin.path} must declare PRODUCES = "ids" or "features"')
-    checker.problems += filter(None, (_upstream_problem(t, good, checker.params.targets) for t in good.values()))
+            checker.problems.append(
+                f'{key}.kind: {settings.plugin.path} must declare PRODUCES = "ids" or "features"'
+            )
+    checker.problems += filter(
+        None, (_upstream_problem(t, good, checker.params.targets) for t in good.values())
+    )
     for circle in circles({name: target.upstream for name, target in good.items()}):
-        checker.problems.append(f"targets.{circle[0]}.upstream: goes round in a circle: {' -> '.join(circle)}")
+        checker.problems.append(
+            f"targets.{circle[0]}.upstream: goes round in a circle: {' -> '.join(circle)}"
+        )
     return good
 
 
@@ -53,7 +65,11 @@ def _upstream_problem(target: Target, good: dict[str, Target], declared: dict) -
     key, upstream = f"targets.{target.name}.upstream", target.upstream
     needs = target.settings.plugin.literals["UPSTREAM"]
     if needs is None:
-        return None if upstream is None else f"{key}: kind {target.kind} takes no upstream target (found {upstream!r})"
+        return (
+            None
+            if upstream is None
+            else f"{key}: kind {target.kind} takes no upstream target (found {upstream!r})"
+        )
     if not isinstance(upstream, str):
         fit = such_as(good, needs, but=target.name)
         return f"{key}: kind {target.kind} needs an upstream target that produces {needs}{fit} (found {shown(upstream)})"
@@ -71,8 +87,9 @@ def such_as(good: dict[str, Target], what: str, but: str | None = None) -> str:
 
 
 def circles(above: dict[str, Any]) -> list[list[str]]:
-    """The circles among names of which each points to at most one other, from their alphabetically first member back to
-    it."""
+    """The circles among names of which each points to at most one other, from their alphabetically
+    first member back to it.
+    """
     found = []
     for name in above:
         path, at = [name], above[name]

@@ -16,7 +16,9 @@ def contradictions(params: Params) -> list[str]:
     data, grid = params.data, params.grid
     found = []
     if data.store_size is not None and data.store_size < data.image_size:
-        found.append(f"data.store_size: {data.store_size} is smaller than data.image_size {data.image_size}")
+        found.append(
+            f"data.store_size: {data.store_size} is smaller than data.image_size {data.image_size}"
+        )
     if data.val_fraction + data.test_fraction >= 1:
         found.append(
             f"data.val_fraction: {data.val_fraction} and data.test_fraction {data.test_fraction} leave nothing to train on"
@@ -30,7 +32,9 @@ def contradictions(params: Params) -> list[str]:
         for n in grid.runs
         if SEEDED.match(n)
     ]
-    seeds = {"grid.seeds": grid.seeds} | {f"grid.runs.{n}.seeds": r.seeds for n, r in grid.runs.items() if r.seeds}
+    seeds = {"grid.seeds": grid.seeds} | {
+        f"grid.runs.{n}.seeds": r.seeds for n, r in grid.runs.items() if r.seeds
+    }
     found += [
         f"{key}: {values} must be different whole numbers, none below 0"
         for key, values in seeds.items()

@@ -1,14 +1,16 @@
 """The plan: params.yaml -> jobs with fingerprints. Snakefile and dvc.yaml follow it.
 
-A job's fingerprint is a hash of its stage, its slice of the parameters, the bytes of its code and its inputs' fingerprints.
-A stage writes the fingerprint into `manifest.json`, its last act, so a manifest that shows the plan's fingerprint is a
-finished, up-to-date job, and nothing else is. Imports no torch.
+A job's fingerprint is a hash of its stage, its slice of the parameters, the bytes of its code and
+its inputs' fingerprints. A stage writes the fingerprint into `manifest.json`, its last act, so a
+manifest that shows the plan's fingerprint is a finished, up-to-date job, and nothing else is.
+Imports no torch.
 
-    python -m workflow.plan                      check params.yaml, write workflow/runs.json (for dvc.yaml),
+    python -m workflow.plan                      check params.yaml, write workflow/runs.json (for
+    dvc.yaml),
                                                  list the jobs
-    python -m workflow.plan --explain JOB        why this job would run
-    python -m workflow.plan --cost               what the jobs will take here, from a few measured steps
-    python -m workflow.plan --prune              delete outputs of jobs that are no longer in the plan
+    python -m workflow.plan --explain JOB        why this job would run python -m workflow.plan
+    --cost               what the jobs will take here, from a few measured steps python -m
+    workflow.plan --prune              delete outputs of jobs that are no longer in the plan
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Plan:
     def job(self, id: str) -> Job:
         """The job called `id`; ParamsError with the nearest name if there is none."""
         if id not in self.jobs:
-            raise ParamsError(f"{self.params_file}: no job is called {id!r}{nearest(id, self.jobs)}")
+            raise ParamsError(
+                f"{self.params_file}: no job is called {id!r}{nearest(id, self.jobs)}"
+            )
         return self.jobs[id]
 
     def processes(self, id: str) -> int:
@@ -51,7 +55,9 @@ class Plan:
         return self.compute["processes"] if self.job(id).spreads else 1
 
     def manifest(self, id: str) -> dict | None:
-        """The manifest that lies in a job's output folder, None if there is none (or it is not one)."""
+        """The manifest that lies in a job's output folder, None if there is none (or it is not
+        one).
+        """
         return manifests.read(self.job(id).manifest)
 
     def missing(self, id: str) -> str | None:
@@ -67,6 +73,10 @@ class Plan:
         return made and not self.missing(id)
 
 
-def load(params_file: str | Path = "params.yaml", results: str | Path = "results", root: Path = ROOT) -> Plan:
-    """Read and check a params file and lay out its jobs. ParamsError lists everything that is wrong with it."""
+def load(
+    params_file: str | Path = "params.yaml", results: str | Path = "results", root: Path = ROOT
+) -> Plan:
+    """Read and check a params file and lay out its jobs. ParamsError lists everything that is wrong
+    with it.
+    """
     return Plan(Path(params_file), Path(results), Path(root), read(params_file, root))

@@ -17,9 +17,15 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m workflow.plan", description="The jobs of a params file and their state."
     )
-    parser.add_argument("--params", default="params.yaml", help="params file (default: params.yaml)")
-    parser.add_argument("--results", default="results", help="folder of the results (default: results)")
-    parser.add_argument("--explain", metavar="JOB", help="say why a job would run, e.g. pretrain/mae-s0")
+    parser.add_argument(
+        "--params", default="params.yaml", help="params file (default: params.yaml)"
+    )
+    parser.add_argument(
+        "--results", default="results", help="folder of the results (default: results)"
+    )
+    parser.add_argument(
+        "--explain", metavar="JOB", help="say why a job would run, e.g. pretrain/mae-s0"
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -29,14 +35,21 @@ def main(argv=None) -> int:
         "--prune", action="store_true", help="delete outputs of jobs that are no longer in the plan"
     )
     parser.add_argument(
-        "--cost", action="store_true", help="measure a few steps of each kind of job and tell what all will take"
+        "--cost",
+        action="store_true",
+        help="measure a few steps of each kind of job and tell what all will take",
     )
     args = parser.parse_args(argv)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         plan = load(args.params, args.results)
         if args.explain:
-            print(explain(plan, args.explain.removeprefix(f"{args.results}/").removesuffix("/manifest.json")))
+            print(
+                explain(
+                    plan,
+                    args.explain.removeprefix(f"{args.results}/").removesuffix("/manifest.json"),
+                )
+            )
             return 0
     except ParamsError as error:
         print(error, file=sys.stderr)

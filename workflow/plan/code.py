@@ -7,7 +7,10 @@ from pathlib import Path
 from workflow.plan import digest
 from workflow.plugins import ROOT, ParamsError
 
-UNTRACKED = ("stages/kit/track.py", "stages/kit/courier.py")  # they only watch what runs (also in .dvcignore)
+UNTRACKED = (
+    "stages/kit/job/track.py",
+    "stages/kit/job/courier.py",
+)  # they only watch what runs (also in .dvcignore)
 
 
 class Code:
@@ -18,20 +21,28 @@ class Code:
         self._known: dict[str, str] = {}
 
     def hashes(self, entries: tuple[str, ...]) -> dict[str, str]:
-        """{path: hash} of all files behind some entries of Job.code; ParamsError if one cannot be read."""
-        return {path: self._hash(path) for entry in entries for path in code_files(entry, self.root)}
+        """{path: hash} of all files behind some entries of Job.code; ParamsError if one cannot be
+        read.
+        """
+        return {
+            path: self._hash(path) for entry in entries for path in code_files(entry, self.root)
+        }
 
     def _hash(self, path: str) -> str:
         if path not in self._known:
             try:
                 self._known[path] = digest.of_file(self.root / path)
             except OSError as error:
-                raise ParamsError(f"{path}: part of the code is missing or unreadable: {error.strerror}") from None
+                raise ParamsError(
+                    f"{path}: part of the code is missing or unreadable: {error.strerror}"
+                ) from None
         return self._known[path]
 
 
 def code_files(entry: str, root: Path = ROOT) -> list[str]:
-    """The files behind an entry of Job.code: itself, or every file (of stages/kit: every module) of a folder."""
+    """The files behind an entry of Job.code: itself, or every file (of stages/kit: every module) of
+    a folder.
+    """
     folder = root / entry
     if not folder.is_dir():
         return [entry] if folder.exists() or not entry.endswith("__init__.py") else []

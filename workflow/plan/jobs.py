@@ -1,4 +1,6 @@
-"""Every job that params.yaml asks for: its parameters, its inputs, its code. The only declaration of the DAG."""
+"""Every job that params.yaml asks for: its parameters, its inputs, its code. The only declaration
+of the DAG.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,27 @@ from pathlib import Path
 from workflow.params import Experiment, Settings
 from workflow.plan.user_files import source_state, weights_state
 
-# What the data stage imports of the kit: editing anything else in it does not decode the images again.
-DATA_KIT = ("job", "files", "device", "provenance", "store", "decode", "keyed", "dist")
+# What the data stage imports of the kit: editing anything else in it does not decode the images
+# again.
+DATA_KIT = (
+    "job/job",
+    "job/files",
+    "job/device",
+    "job/provenance",
+    "data/store",
+    "data/decode",
+    "keyed",
+    "dist",
+)
 REPORT_CODE = ("stages/report.py", "stages/reporting")
 REPORT_FILES = ("index.html", "summary.md", "summary.csv")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one stage. `keys`: the params.yaml keys behind `params`; `code`: files, and folders that end in /."""
+    """One run of one stage. `keys`: the params.yaml keys behind `params`; `code`: files, and
+    folders that end in /.
+    """
 
     stage: str
     name: str
@@ -30,7 +44,9 @@ class Job:
     spreads: bool = False  # trains, so that several processes can share its work
     fingerprint: str = ""
     hashes: dict = field(default_factory=dict)  # path of each code file -> sha256
-    origins: dict = field(default_factory=dict)  # dotted key of `params` -> dotted key of params.yaml
+    origins: dict = field(
+        default_factory=dict
+    )  # dotted key of `params` -> dotted key of params.yaml
 
     @property
     def manifest(self) -> Path:
@@ -54,7 +70,12 @@ def jobs(experiment: Experiment, results: Path, params_file: Path) -> Iterator[J
         return Job(stage, name or stage, id, results / id, **rest)
 
     def code(stage: str, folder: str, name: str, *more: str) -> tuple[str, ...]:
-        return (f"stages/{stage}.py", f"stages/{folder}/__init__.py", f"stages/{folder}/{name}.py", *more)
+        return (
+            f"stages/{stage}.py",
+            f"stages/{folder}/__init__.py",
+            f"stages/{folder}/{name}.py",
+            *more,
+        )
 
     name, argument, settings = experiment.source
     source = {"name": name, "argument": argument, "config": settings.config}
@@ -91,16 +112,31 @@ def jobs(experiment: Experiment, results: Path, params_file: Path) -> Iterator[J
         )
     pairs = [(run, seed) for run in experiment.runs.values() for seed in run.seeds]
     for run, seed in pairs:
-        key, literals, settings = f"methods.{run.method}", run.settings.plugin.literals, run.settings
+        key, literals, settings = (
+            f"methods.{run.method}",
+            run.settings.plugin.literals,
+            run.settings,
+        )
         about = {"name": run.method, "config": settings.config}
         about |= {"labels": literals["LABELS"], "trains": literals["TRAINS"]}
         taught = {"stage": run.stage} if run.teacher else {}
-        above = f"pretrain/{run.teacher}-s{seed}" if run.teacher else run.target and f"target/{run.target}"
+        above = (
+            f"pretrain/{run.teacher}-s{seed}"
+            if run.teacher
+            else run.target and f"target/{run.target}"
+        )
         yield job(
             "pretrain",
             f"{run.name}-s{seed}",
             inputs=("data", above) if above else ("data",),
-            params={**base, "train": settings.train, "method": about, "seed": seed, "run": run.name, **taught},
+            params={
+                **base,
+                "train": settings.train,
+                "method": about,
+                "seed": seed,
+                "run": run.name,
+                **taught,
+            },
             keys=(*shared, key, run.key),
             spreads=literals["TRAINS"],
             code=code("pretrain", "methods", run.method, "stages/kit/"),
@@ -133,7 +169,11 @@ def jobs(experiment: Experiment, results: Path, params_file: Path) -> Iterator[J
         }
         for run, seed in pairs
     }
-    everything = ["data", *(f"target/{t}" for t in _needed(experiment)), *(f"pretrain/{r}" for r in table)]
+    everything = [
+        "data",
+        *(f"target/{t}" for t in _needed(experiment)),
+        *(f"pretrain/{r}" for r in table),
+    ]
     everything += [f"transfer/{r}/{t}" for r in table for t in p.tasks]
     yield job(
         "report",
@@ -142,7 +182,9 @@ def jobs(experiment: Experiment, results: Path, params_file: Path) -> Iterator[J
             "experiment": p.experiment,
             "runs": table,
             "tasks": list(p.tasks),
-            "contrasts": {name: contrast.sides(experiment.runs) for name, contrast in p.grid.contrasts.items()},
+            "contrasts": {
+                name: contrast.sides(experiment.runs) for name, contrast in p.grid.contrasts.items()
+            },
         },
         keys=("experiment", "grid", "tasks"),
         code=REPORT_CODE,
@@ -165,7 +207,9 @@ def _needed(experiment: Experiment) -> list[str]:
 
 
 def _labels(experiment: Experiment, name: str) -> dict:
-    """Where labels had a part in a run: in its own training, or in that of a run or target above it."""
+    """Where labels had a part in a run: in its own training, or in that of a run or target above
+    it.
+    """
     run = experiment.runs[name]
     own, found = run.settings.plugin.literals, []
     while run.teacher is not None:
@@ -180,7 +224,9 @@ def _labels(experiment: Experiment, name: str) -> dict:
 
 
 def _origins(settings: Settings, part: str, key: str) -> dict[str, str]:
-    """Where in params.yaml a stage's parameters come from; what is not listed keeps its own dotted key."""
+    """Where in params.yaml a stage's parameters come from; what is not listed keeps its own dotted
+    key.
+    """
     own = {f"{part}.config": key, "image_size": "data.image_size"}
     for name, where in settings.origin.items():
         own[f"{part}.config.{name}" if name in settings.plugin.fields else f"train.{name}"] = where

@@ -21,7 +21,9 @@ def read(path: Path) -> dict | None:
 
 
 def seconds(manifest: dict) -> float:
-    """What a job took: the wall time of its last start, or its whole training's if it was killed on the way."""
+    """What a job took: the wall time of its last start, or its whole training's if it was killed on
+    the way.
+    """
     return max(manifest["wall_s"], manifest["summary"].get("train_s") or 0)
 
 
@@ -29,7 +31,9 @@ def leftovers(plan: Plan) -> list[Path]:
     """Output folders with a manifest that belong to no job of the plan."""
     known = {job.output for job in plan.jobs.values()}
     places = ("target/*", "pretrain/*", "transfer/*/*")
-    found = [path.parent for place in places for path in plan.results.glob(f"{place}/manifest.json")]
+    found = [
+        path.parent for place in places for path in plan.results.glob(f"{place}/manifest.json")
+    ]
     return sorted(folder for folder in found if folder not in known)
 
 

@@ -20,11 +20,15 @@ def loops(plan: Plan) -> dict:
         if job.stage == "target":
             about, upstream = job.params["target"], p.targets[job.name].get("upstream")
             item = {"kind": about["kind"], "files": about.get("files")}
-            (above if upstream else alone)[job.name] = item | ({"upstream": upstream} if upstream else {})
+            (above if upstream else alone)[job.name] = item | (
+                {"upstream": upstream} if upstream else {}
+            )
             watch |= {f"target-{job.name}": {"path": job.name}} if item["files"] else {}
         elif job.stage == "pretrain":
             item = {"run": job.params["run"], "method": job.params["method"]["name"]}
-            (using if job.inputs[1:] else without)[job.name] = item | dict(zip(["teacher"], job.inputs[1:]))
+            (using if job.inputs[1:] else without)[job.name] = item | dict(
+                zip(["teacher"], job.inputs[1:])
+            )
     content = {
         "data": {"data": {"source": data["source"]["name"]}},
         "source_state": data["source_state"],
@@ -44,7 +48,9 @@ def loops(plan: Plan) -> dict:
 
 
 def runs_text(plan: Plan) -> str:
-    """JSON, as DVC reads it hundreds of times in a `dvc status`, with a reader for YAML that is slow."""
+    """JSON, as DVC reads it hundreds of times in a `dvc status`, with a reader for YAML that is
+    slow.
+    """
     return json.dumps(loops(plan), indent=1) + "\n"
 
 

@@ -13,8 +13,10 @@ STALE = 315_619_200 * 10**9
 
 
 def reconcile(plan: Plan) -> None:
-    """Give manifests times by which Snakemake decides rightly: a fresh one is not older than its inputs, a stale one lies
-    in 1980. Contents stay as they are. Doing it twice, or while jobs run, changes nothing more."""
+    """Give manifests times by which Snakemake decides rightly: a fresh one is not older than its
+    inputs, a stale one lies in 1980. Contents stay as they are. Doing it twice, or while jobs run,
+    changes nothing more.
+    """
     times: dict[str, int] = {}
     for job in plan.jobs.values():
         found = {f: t for f in (*job.files, _benchmark(job, plan)) if (t := _mtime(f)) is not None}
@@ -36,12 +38,16 @@ def reconcile(plan: Plan) -> None:
 
 
 def _benchmark(job: Job, plan: Plan) -> Path:
-    """Where Snakemake notes time and memory of a job; it counts that file's time among the outputs'."""
+    """Where Snakemake notes time and memory of a job; it counts that file's time among the
+    outputs'.
+    """
     return plan.results.parent / "logs" / "benchmarks" / f"{job.id}.tsv"
 
 
 def _oldest(job: Job, plan: Plan) -> int:
-    """The time of stages/data.py, which the rule of the data stage has as its input so that 1980 counts as older."""
+    """The time of stages/data.py, which the rule of the data stage has as its input so that 1980
+    counts as older.
+    """
     return 0 if job.inputs else _mtime(plan.root / f"stages/{job.stage}.py") or 0
 
 

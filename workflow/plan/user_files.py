@@ -1,4 +1,6 @@
-"""Files of the user's own that params.yaml names: what they hold is part of the parameters of the jobs that read them."""
+"""Files of the user's own that params.yaml names: what they hold is part of the parameters of the
+jobs that read them.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,12 @@ from workflow.plugins import ParamsError, did_you_mean
 
 
 def source_state(experiment: Experiment, results: Path, params_file: Path) -> str | None:
-    """Digest of the names and sizes of the files that a folder: or parquet: source reads; None for other sources.
+    """Digest of the names and sizes of the files that a folder: or parquet: source reads; None for
+    other sources.
 
-    When the files are gone but results/data was made from them (a clone with pulled results), the recorded digest."""
+    When the files are gone but results/data was made from them (a clone with pulled results), the
+    recorded digest.
+    """
     name, argument, _ = experiment.source
     if name not in ("folder", "parquet"):
         return None
@@ -23,7 +28,9 @@ def source_state(experiment: Experiment, results: Path, params_file: Path) -> st
     if path.is_file():
         return digest.of_bytes(f"{path.name} {path.stat().st_size}".encode())
     if path.is_dir():
-        return digest.of_bytes("\n".join(sorted(f"{p} {s}" for p, s in _walk(str(path), ""))).encode())
+        return digest.of_bytes(
+            "\n".join(sorted(f"{p} {s}" for p, s in _walk(str(path), ""))).encode()
+        )
     recorded = manifests.read(results / "data" / "manifest.json") or {}
     if recorded.get("params", {}).get("data", {}).get("source") == experiment.params.data.source:
         warnings.warn(
@@ -39,27 +46,43 @@ def weights_state(target: Target, results: Path, params_file: Path) -> str | Non
 
     When they are gone but the target was made from them, the recorded digest, as for a source."""
     key, path = next(
-        ((k, v[6:]) for k, v in target.settings.config.items() if isinstance(v, str) and v.startswith("local:")),
+        (
+            (k, v[6:])
+            for k, v in target.settings.config.items()
+            if isinstance(v, str) and v.startswith("local:")
+        ),
         (None, None),
     )
     if key is None:
         return None
     path = Path(path).expanduser()
     if path.exists():
-        files = [(path.name, path)] if path.is_file() else [(n, path / n) for n, _ in sorted(_walk(str(path), ""))]
+        files = (
+            [(path.name, path)]
+            if path.is_file()
+            else [(n, path / n) for n, _ in sorted(_walk(str(path), ""))]
+        )
         return digest.of_value([[name, digest.of_file(file)] for name, file in files])
-    made = (manifests.read(results / "target" / target.name / "manifest.json") or {}).get("params", {}).get("target", {})
+    made = (
+        (manifests.read(results / "target" / target.name / "manifest.json") or {})
+        .get("params", {})
+        .get("target", {})
+    )
     if made.get("config", {}).get(key) == target.settings.config[key] and made.get("files"):
         warnings.warn(
             f"targets.{target.name}.{key}: {path} is not there; the target made from it before stays in use",
             stacklevel=2,
         )
         return made["files"]
-    raise ParamsError(f"{params_file}:\n  targets.{target.name}.{key}: {path} does not exist{_near(path)}")
+    raise ParamsError(
+        f"{params_file}:\n  targets.{target.name}.{key}: {path} does not exist{_near(path)}"
+    )
 
 
 def _near(path: Path) -> str:
-    """For the end of a message: what lies there with nearly the name of `path`; else where the way to it ends."""
+    """For the end of a message: what lies there with nearly the name of `path`; else where the way
+    to it ends.
+    """
     if path.parent.is_dir():
         return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()))
     missing = next(folder for folder in reversed(path.parents) if not folder.is_dir())

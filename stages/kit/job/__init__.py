@@ -1,0 +1,1 @@
+"""One job from its first to its last act: files, devices, processes, tracking."""

@@ -1,0 +1,1 @@
+"""Encoders' parts: patches, positions, masks, decoders, averages of weights."""

@@ -1,0 +1,145 @@
+"""Numbers that tell a live tokenizer or teacher from a collapsed one, and the check of what they
+are fed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 8192  # feature vectors that are examined at most
+
+
+def usage(counts: Tensor) -> float:
+    """Share of the codes that were hit at least once, of those that could have been: min(codes,
+    hits). counts (K,).
+    """
+    possible = min(len(counts), int(counts.sum()))
+    return int((counts > 0).sum()) / possible if possible else 0.0
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of frequencies or counts (..., K) -> (...): K if all are equal, 1 if one
+    has everything.
+
+    Nothing counted at all gives 1.
+    """
+    counts = counts.double()
+    share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.special.entr(share).sum(dim=-1).exp()
+
+
+def effective_rank(features: Tensor, centre: bool = True) -> float:
+    """exp of the entropy of the singular values of (n,D), normalised to sum 1: from 1 to min(n,D).
+
+    RankMe (arXiv 2210.02885, equation 1; after Roy and Vetterli 2007). centre (ours): first
+    subtract the mean, whose direction would otherwise outweigh all others in the features of a
+    transformer.
+    """
+    features = features.double()
+    if centre:
+        features = features - features.mean(dim=0)
+    values = torch.linalg.svdvals(features)
+    return float(perplexity(values)) if float(values.max()) > 1e-9 else 1.0
+
+
+def spread(features: Tensor) -> float:
+    """How far the directions of (n,D) are from being one: 1 when their mean is zero, 0 when all are
+    the same.
+
+    Root of the total variance of the normalised vectors, as SimSiam watches for collapse (arXiv
+    2011.10566, section 4.1).
+    """
+    return float(
+        F.normalize(features.double(), dim=-1).var(dim=0, correction=0).sum().clamp(min=0).sqrt()
+    )
+
+
+def information(probabilities: Tensor) -> tuple[float, float]:
+    """Distributions (n,K) -> (mean entropy, what they tell about the sample), both in nats.
+
+    The second is the entropy of the mean distribution minus the mean of the entropies: 0 when all
+    samples have the same distribution, be it uniform or one class; at most ln K.
+    """
+    probabilities = probabilities.double()
+    own = float(torch.special.entr(probabilities).sum(dim=-1).mean())
+    return own, max(0.0, float(torch.special.entr(probabilities.mean(dim=0)).sum()) - own)
+
+
+def sample_rows(batches: Iterable[Tensor], per_image: int = 8, rows: int = ROWS) -> Tensor:
+    """From features (B,N,D) of batch after batch: evenly spread patches, (n,D) float32 on the CPU,
+    n at most `rows`.
+    """
+    found, count = [], 0
+    for features in batches:
+        patches = features.shape[1]
+        which = (
+            torch.linspace(0, patches - 1, min(per_image, patches), device=features.device)
+            .round()
+            .long()
+        )
+        found.append(features[:, which].flatten(0, 1).float().cpu())
+        count += len(found[-1])
+        if count >= rows:
+            break
+    if not found:
+        raise ValueError("health: there are no images to examine")
+    return torch.cat(found)[:rows]
+
+
+def feature_problems(rank: float, spread: float, min_rank: float, advice: str) -> list[str]:
+    """What is wrong with features of this effective rank and spread; empty if nothing is."""
+    if not (math.isfinite(rank) and math.isfinite(spread)):
+        return [f"features are not finite (effective rank {rank}, spread {spread}). {advice}"]
+    if rank < min_rank:
+        return [
+            f"features have collapsed: effective rank {rank:.2f}, expected at least {min_rank:g} "
+            f"(spread of their directions {spread:.3f}, 0 is none). {advice}"
+        ]
+    return []
+
+
+def check_unit_range(images: Tensor, who: str) -> None:
+    """ValueError unless all pixels lie in [0,1], as those of normalised images do not. Waits for a
+    GPU.
+    """
+    low, high = (float(x) for x in torch.aminmax(images.detach()))
+    if not (low >= -1e-4 and high <= 1 + 1e-4):
+        raise ValueError(
+            f"{who}: expected images with pixels in [0, 1], found {low:.3g} to {high:.3g}; it normalises them "
+            "itself, so give it images from before any mean and std were applied"
+        )
+
+
+class UnitRange:
+    """`check_unit_range` for every batch on a CPU; on a GPU, where it would wait, for the first and
+    every 256th.
+    """
+
+    def __init__(self, who: str):
+        self.who, self.calls = who, 0
+
+    @torch.compiler.disable  # it counts, and looks at values
+    def __call__(self, images: Tensor) -> None:
+        if images.device.type == "cpu" or self.calls % 256 == 0:
+            check_unit_range(images, self.who)
+        self.calls += 1
+
+
+def principal_colours(features: Tensor) -> Tensor:
+    """Features (B,N,D) of square grids -> pictures (B,3,G,G) in [0,1]: the first three principal
+    components as RGB.
+    """
+    flat = features.float().flatten(0, 1)
+    flat = flat - flat.mean(dim=0)
+    axes = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
+    axes = axes * axes.sum(dim=1, keepdim=True).sign()  # an SVD's signs are arbitrary
+    parts = F.pad(flat @ axes.T, (0, 3 - len(axes)))
+    low, high = (parts.quantile(q, dim=0) for q in (0.02, 0.98))
+    parts = ((parts - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    side = round(features.shape[1] ** 0.5)
+    return parts.view(len(features), side, side, 3).permute(0, 3, 1, 2)

@@ -1,0 +1,153 @@
+"""Optimisers, their parameter groups, and gradient clipping."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+
+def groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """One group with weight decay, one without (biases, norms, other 1-d tensors, names in
+    `module.no_weight_decay()`).
+
+    Frozen parameters are left out and a parameter that is reachable by two names is taken once
+    (under its first name). -> [{"params", "weight_decay", "lr_scale": 1.0}, ...], empty groups
+    dropped.
+    """
+    exempt = _exempt(module)
+    decayed, plain = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
+    found = [
+        {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+    return [group for group in found if group["params"]]
+
+
+def layer_decay_groups(
+    module: nn.Module,
+    depths: int | tuple[int, ...],
+    decay: float,
+    weight_decay: float,
+    no_decay: set[str] | None = None,
+) -> list[dict]:
+    """Groups for fine-tuning with layer-wise learning-rate decay (BEiT arXiv:2106.08254; MAE's
+    official util/lr_decay.py).
+
+    `module` is a ViT or a Swin, or holds one anywhere; `depths` are the blocks of its stages, one
+    number for a ViT. With n blocks in all, a parameter's rate is multiplied by decay ** (n + 1 -
+    id): id 0 for patch embedding, class token, position embedding, mask token; i + 1 for block i,
+    counted over all stages; a Swin's patch merging belongs to the last block before it
+    (microsoft/SimMIM); n + 1 (scale 1) for everything else: final norms, head, shared relative
+    positions. No weight decay on 1-d tensors, class token, position embedding, and names in
+    `no_decay` (default: `module.no_weight_decay()`). ValueError when a block's number exceeds its
+    stage's depth.
+    """
+    exempt = _exempt(module) if no_decay is None else set(no_decay)
+    found: dict[tuple[int, bool], dict] = {}
+    last = (depths if isinstance(depths, int) else sum(depths)) + 1
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layer_id(name, depths)
+        plain = (
+            parameter.ndim <= 1
+            or name in exempt
+            or name.split(".")[-1] in ("cls_token", "pos_embed")
+        )
+        group = found.setdefault(
+            (layer, plain),
+            {
+                "params": [],
+                "weight_decay": 0.0 if plain else weight_decay,
+                "lr_scale": decay ** (last - layer),
+            },
+        )
+        group["params"].append(parameter)
+    return list(found.values())
+
+
+def layer_id(name: str, depths: int | tuple[int, ...]) -> int:
+    """Layer of a parameter by its name in timm, see `layer_decay_groups`: 0 = embedding, i + 1 =
+    block i, last = everything else.
+    """
+    depths = (depths,) if isinstance(depths, int) else depths
+    block = re.search(r"(?:^|\.)(?:layers\.(\d+)\.)?blocks\.(\d+)\.", name)
+    if block:
+        stage, number = int(block[1] or 0), int(block[2])
+        if stage >= len(depths) or number >= depths[stage]:
+            given = ", ".join(map(str, depths))
+            raise ValueError(
+                f"layer decay: {name} belongs to block {number}, but the depth given is {given}"
+            )
+        return sum(depths[:stage]) + number + 1
+    merging = re.search(
+        r"(?:^|\.)layers\.(\d+)\.downsample\.", name
+    )  # in timm, of the stage that follows it
+    if merging:
+        return sum(depths[: int(merging[1])])
+    parts = name.split(".")
+    embedding = "patch_embed" in parts or parts[-1] in (
+        "cls_token",
+        "pos_embed",
+        "mask_token",
+        "reg_token",
+    )
+    return 0 if embedding else sum(depths) + 1
+
+
+def build(recipe, param_groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser of a recipe over groups {"params", "weight_decay", "lr_scale"}; fused kernels
+    where the device has them.
+
+    ValueError for groups without parameters, a parameter in two groups, or an unknown name.
+    """
+    param_groups = [
+        {"lr_scale": 1.0, **group, "params": list(group["params"])} for group in param_groups
+    ]
+    every = [parameter for group in param_groups for parameter in group["params"]]
+    if not every:
+        raise ValueError("there is nothing to train: no parameter requires a gradient")
+    if len({id(parameter) for parameter in every}) != len(every):
+        raise ValueError("a parameter is in two parameter groups")
+    fast = {"fused": True} if device.type in ("cpu", "cuda") else {"foreach": True}
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(
+            param_groups, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps, **fast
+        )
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(param_groups, lr=recipe.lr, momentum=recipe.momentum, **fast)
+    if recipe.optimizer == "lars":
+        from stages.kit.train.lars import LARS
+
+        return LARS(param_groups, lr=recipe.lr, momentum=recipe.momentum)
+    raise ValueError(f"optimizer: {recipe.optimizer!r} is not one of adamw, sgd, lars")
+
+
+@torch.no_grad()
+def clip(parameters: list[nn.Parameter], limit: float | None, mode: str = "global") -> torch.Tensor:
+    """Scales the gradients down to `limit` in place and returns the total L2 norm that they had
+    (0-d tensor, no sync).
+
+    mode "global": one factor for all, limit / (norm + 1e-6) where that is below 1 (torch's
+    clip_grad_norm_); "tensor": each parameter's own gradient is clipped (DINO arXiv:2104.14294,
+    official code). limit None or 0: nothing is scaled.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device)
+    norms = torch.stack(torch._foreach_norm(gradients))
+    total = torch.linalg.vector_norm(norms)
+    if limit:
+        basis = norms if mode == "tensor" else total.expand_as(norms)
+        factors = (limit / (basis + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
+    return total
+
+
+def _exempt(module: nn.Module) -> set[str]:
+    return set(module.no_weight_decay()) if hasattr(module, "no_weight_decay") else set()

@@ -1,0 +1,164 @@
+"""What a training is told: how to optimise (Recipe) and where it is (Progress)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from stages.kit import keyed
+from stages.kit.train import schedule
+
+_BY_NAME = (
+    "min_lr",
+    "lr_drops",
+    "weight_decay",
+    "weight_decay_end",
+    "betas",
+    "eps",
+    "momentum",
+    "optimizer",
+    "clip",
+    "clip_mode",
+    "views",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is. `rows` (b,) are the rows of this micro batch in the global batch, on
+    `device`.
+
+    A compiled forward (kit/train/compiled.py) is compiled again whenever a number that it read is
+    another. In a forward `step`, `epoch` and `fraction` are therefore read under
+    torch.compiler.disable, as `scheduled` does; what is drawn takes the step from `clock`, a
+    tensor.
+    """
+
+    step: int
+    steps: int
+    epoch: float
+    seed: int
+    rows: torch.Tensor
+    device: torch.device
+    clock: torch.Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "clock", torch.tensor(self.step, device="cpu"))
+
+    @property
+    def fraction(self) -> float:
+        """Of the training that is done, in [0, 1)."""
+        return self.step / self.steps
+
+    @torch.compiler.disable
+    def scheduled(self, schedule: Callable[[float], float]) -> torch.Tensor:
+        """schedule(fraction), a float64 scalar on the CPU, which works in arithmetic as the number
+        does.
+        """
+        return torch.tensor(schedule(self.fraction), dtype=torch.float64, device="cpu")
+
+    def uniform(self, name: str, *shape: int) -> torch.Tensor:
+        """(b, *shape) in [0, 1) on the device; row i depends on (seed, step, name, rows[i]) only."""
+        return _drawn("uniform", self.seed, self.clock, name, self.rows, shape, self.device)
+
+    def normal(self, name: str, *shape: int) -> torch.Tensor:
+        """(b, *shape) standard normal, keyed as `uniform`."""
+        return _drawn("normal", self.seed, self.clock, name, self.rows, shape, self.device)
+
+    @torch.compiler.disable
+    def generator(self, name: str) -> torch.Generator:
+        """A CPU generator for (seed, step, name): the same on every rank and in every micro batch
+        of the step.
+        """
+        return keyed.generator(self.seed, self.step, name)
+
+
+@torch.library.custom_op("mimlab::drawn", mutates_args=())
+def _drawn(
+    kind: str,
+    seed: int,
+    clock: torch.Tensor,
+    name: str,
+    rows: torch.Tensor,
+    shape: Sequence[int],
+    device: torch.device,
+) -> torch.Tensor:
+    """keyed.uniform or keyed.normal; to a compiler one operation, since it cannot follow the hash
+    of a key.
+    """
+    return getattr(keyed, kind)(keyed.key(seed, int(clock), name), rows, *shape, device=device)
+
+
+@_drawn.register_fake
+def _(kind, seed, clock, name, rows, shape, device):
+    return rows.new_empty((len(rows), *shape), dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to optimise. `lr` is the peak rate after scaling; `warmup` and `steps` are optimiser
+    steps; `clip` None is off; `views` is how many views of an image a step learns from, which
+    effective epochs count.
+    """
+
+    epochs: int
+    batch_size: int
+    steps_per_epoch: int
+    lr: float
+    min_lr: float = 0.0
+    lr_drops: tuple[
+        float, ...
+    ] = ()  # constant but for these, see schedule.warmup_drops, instead of a cosine
+    warmup: int = 0
+    weight_decay: float = 0.0
+    weight_decay_end: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    optimizer: str = "adamw"
+    clip: float | None = None
+    clip_mode: str = "global"
+    precision: str = "auto"
+    save_minutes: float = 5.0
+    views: float = 1
+    nan_skips: int = 0  # batches that may be left out because they give NaN or infinity
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @classmethod
+    def of(cls, config, train: dict, steps_per_epoch: int) -> Recipe:
+        """From a plug-in's Config (its fields by name; `lr_per`: lr is per so many images, None:
+        absolute; `lr_factor`: times this; `warmup`: fraction of the steps) and the train section
+        {epochs, batch_size, precision, save_minutes, nan_skips}.
+        """
+        given = {name: getattr(config, name) for name in _BY_NAME if hasattr(config, name)}
+        per = getattr(config, "lr_per", None)
+        lr = config.lr * train["batch_size"] / per if per else config.lr
+        lr *= getattr(config, "lr_factor", 1.0)
+        warmup = round(getattr(config, "warmup", 0.0) * train["epochs"] * steps_per_epoch)
+        return cls(
+            epochs=train["epochs"],
+            batch_size=train["batch_size"],
+            steps_per_epoch=steps_per_epoch,
+            lr=lr,
+            warmup=warmup,
+            precision=train.get("precision", "auto"),
+            save_minutes=train.get("save_minutes", 5.0),
+            nan_skips=train.get("nan_skips", 0),
+            **given,
+        )
+
+    def lr_at(self, step: int) -> float:
+        if self.lr_drops:
+            return schedule.warmup_drops(step, self.steps, self.warmup, self.lr, self.lr_drops)
+        return schedule.warmup_cosine(step, self.steps, self.warmup, self.lr, self.min_lr)
+
+    def weight_decay_at(self, step: int, start: float) -> float:
+        """A group's weight decay, `start` at step 0; groups without any keep it at 0."""
+        if self.weight_decay_end is None or start == 0:
+            return start
+        return schedule.cosine(step / self.steps, start, self.weight_decay_end)
