@@ -8,9 +8,11 @@ import ast
 import dataclasses
 import difflib
 import functools
+import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -19,7 +21,13 @@ from workflow import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
-FOLDERS = {"method": "methods", "target": "targets", "task": "tasks", "source": "sources"}
+FOLDERS = {
+    "source": "sources",
+    "encoder": "encoders",
+    "target": "targets",
+    "method": "methods",
+    "task": "tasks",
+}
 
 
 class ParamsError(ValueError):
@@ -126,6 +134,16 @@ def _declared(path: str, text: str) -> Plugin:
         extra="forbid", strict=True, allow_inf_nan=False
     )
     return Plugin(path, space["Config"], literals)
+
+
+def module(kind: str, name: str) -> ModuleType:
+    """Imports stages/<folder>/<name>.py. ParamsError with the nearest name if there is no such file;
+    an import error inside the file passes on as it is.
+    """
+    known = plugin_names(kind)
+    if name not in known:
+        raise ParamsError(f"there is no {kind} {name!r}{nearest(name, known)}")
+    return importlib.import_module(f"stages.{FOLDERS[kind]}.{name}")
 
 
 def did_you_mean(word, words) -> str:
