@@ -26,29 +26,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 89_478_485  # Pillow's default limit: 256 MiB as RGB
 # Aspect ratio beyond which the far ends, which never reach the centre square, are cut off early.
 LONGEST = 16
-EXTENSIONS = set(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".gif",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".jp2",
-        ".j2k",
-        ".avif",
-        ".mpo",
-    ]
-)
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
+EXTENSIONS |= {".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".mpo"}
 
 Image.init()
 FORMATS = tuple(
@@ -141,8 +120,8 @@ def _upright(image: Image.Image) -> Image.Image | None:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """(H, W) integers in 0..65535, or floats in 0..1, -> uint8. Raises `Broken` for other values, as
-    their scale is not known.
+    """(H, W) integers in 0..65535, or floats in 0..1, -> uint8. Raises `Broken` for other values,
+    whose scale is not known.
     """
     low, high = values.min(), values.max()
     top = 1 if values.dtype.kind == "f" else 65535
