@@ -185,7 +185,7 @@ def load(folder: str | Path, **kw) -> nn.Module:
 def _kind(folder: str | Path) -> str:
     """The family of an exported encoder; importing it tells timm about models of ours."""
     architecture = json.loads((_checked(folder) / "config.json").read_text())["architecture"]
-    for kind in plugins.plugin_names("encoder"):
+    for kind in plugins.names("encoder"):
         if re.match(plugins.module("encoder", kind).NAMES, architecture):
             return kind
     raise ValueError(f"{folder}: {architecture!r} is of no family in stages/encoders")
