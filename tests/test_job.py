@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_content, write_params
 
+from stages.kit.job import job as jobs
 from stages.kit.job.job import JobError, running, write_atomic, write_json
-from stages.kit.job.job import job as jobs
 from workflow.plan import load
 from workflow.plugins import ROOT
 
@@ -289,7 +289,7 @@ def test_files_get_the_permissions_of_ordinary_ones(tmp_path):
 
 def test_tracking_never_stops_a_job(tmp_path, monkeypatch, capsys):
     plan = load(write_params(tmp_path, tiny_content(compute__tracking=True)), tmp_path / "results")
-    from stages.kit.job.job import track
+    from stages.kit.job import track
 
     monkeypatch.setattr(track, "start", lambda run: 1 / 0)
     finish(plan, "data")
@@ -319,11 +319,11 @@ def test_no_library_reports_home():
 
 def test_errors_for_the_user_have_no_traceback(tmp_path):
     path = write_params(tmp_path, tiny_content(methods__mae__mask_ratoi=1))
-    code = f"from stages.kit import job; from workflow.plan import load; load({str(path)!r})"
+    code = f"from stages.kit.job import job; from workflow.plan import load; load({str(path)!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "mask_ratoi" in done.stderr and "Traceback" not in done.stderr
     done = subprocess.run(
-        [sys.executable, "-c", "from stages.kit import job; 1 / 0"],
+        [sys.executable, "-c", "from stages.kit.job import job; 1 / 0"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_content, write_params
 
+from stages.kit.job import device, launch
 from stages.kit.job.files import JobError
-from stages.kit.job.job import device, launch
 from stages.kit.train import loop
 from workflow import ledger
 from workflow.plan import load
@@ -36,7 +36,7 @@ def bare(monkeypatch, tmp_path):
 
 def start(folder: Path, code: str, **environment) -> subprocess.Popen:
     """A process with the locks of this test."""
-    head = f"import sys, time, contextlib; sys.path.insert(0, {str(ROOT)!r})\nfrom stages.kit import device\n"
+    head = f"import sys, time, contextlib; sys.path.insert(0, {str(ROOT)!r})\nfrom stages.kit.job import device\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + code],
         stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.kit.job.job import courier, track
+from stages.kit.job import courier, track
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = "http://127.0.0.1:9"  # nothing listens on the discard port
@@ -273,7 +273,7 @@ import sys, signal
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_track
 from pathlib import Path
-from stages.kit import track
+from stages.kit.job import track
 track.IDLE, track.WAIT = 1.0, {wait}
 run = test_track.make_run(Path({folder!r}), f"mae-s{{sys.argv[1]}}", sys.argv[1] * 64)
 tracker = track.start(run)

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from test_track import make_run, write_history
 
-from stages.kit.job.job import track
+from stages.kit.job import track
 
 BIN = next(
     (p.parent for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)), None

@@ -1,19 +1,203 @@
-"""What a Config checks of its settings: numbers in their range, counts of patches that can be.
+"""What a Config may use: checks of its settings, and the settings that many plug-ins share.
 
-Needs nothing but Python, as the plan reads every Config without torch; these functions are what it
-may use. Each raises ValueError as "key: found ..., expected ...".
+The plan reads every Config without torch, so this file needs nothing but Python. A check raises
+ValueError as "key: found ..., expected ...". A Config inherits what it shares with others:
+
+    @dataclass(frozen=True)
+    class Config(checks.Optimiser, checks.Crop, checks.Decoder):
+        mask_ratio: float = 0.75
+        lr: float = 1.5e-3  # another default than the mixin's
+
+        def __post_init__(self):
+            super().__post_init__()  # the mixins check their own settings
+            checks.within(self, "(0, 1)", "mask_ratio")
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, inf
+from typing import Any, Literal
+
+# --- settings that are shared -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The base of the mixins: each checks its own settings, then those of the next."""
+
+    def __post_init__(self):
+        pass
+
+
+@dataclass(frozen=True)
+class Optimiser(Settings):
+    """How a training optimises; kit/train/recipe.py reads every one of these."""
+
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    lr: float = 1e-3  # peak, for batches of lr_per images
+    lr_per: int | None = None  # images; None: lr is not scaled by the batch
+    min_lr: float = 0.0  # at the end of the cosine
+    lr_drops: tuple[
+        float, ...
+    ] = ()  # shares of the steps at which a constant rate falls to a tenth
+    warmup: float = 0.05  # share of the steps
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None  # reached as a cosine; None: constant
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    sgd_momentum: float = 0.9  # of SGD and LARS
+    clip: float | None = None  # largest norm of the gradient
+    clip_mode: Literal["global", "tensor"] = "global"  # one norm of all, or each tensor's own
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "(0, inf)", "lr", "eps")
+        within(self, "[1, inf)", "lr_per")
+        within(self, "[0, inf)", "min_lr", "weight_decay", "weight_decay_end", "clip")
+        within(self, "[0, 1)", "warmup", "betas", "sgd_momentum")
+        within(self, "(0, 1)", "lr_drops")
+
+
+@dataclass(frozen=True)
+class Crop(Settings):
+    """One random resized crop of an image, perhaps mirrored."""
+
+    crop_min: float = 0.2  # smallest share of the image's area in a crop
+    flip: float = 0.5  # probability
+    input_size: int | None = None  # side of the crop in pixels; None: image_size of the data
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "(0, 1]", "crop_min")
+        within(self, "[0, 1]", "flip")
+        within(self, "[4, inf)", "input_size")
+
+
+@dataclass(frozen=True)
+class Decoder(Settings):
+    """The transformer decoder of masked autoencoders (kit/nets/decoder.py)."""
+
+    decoder_dim: int = 128
+    decoder_depth: int = 2
+    decoder_heads: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[1, inf)", "decoder_dim", "decoder_depth", "decoder_heads")
+        if self.decoder_dim % 4:
+            raise ValueError(
+                f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 (for sin-cos "
+                "positions)"
+            )
+        if self.decoder_dim % self.decoder_heads:
+            raise ValueError(
+                f"decoder_heads: found {self.decoder_heads}, which does not divide decoder_dim "
+                f"{self.decoder_dim}"
+            )
+
+
+@dataclass(frozen=True)
+class SelfDistillation(Settings):
+    """DINO's student, teacher, head and crops (kit/parts/selfdistil.py)."""
+
+    prototypes: int = 2048
+    hidden: int = 512  # width of the head
+    bottleneck: int = 128  # width before the prototypes
+    norm_last: bool = True  # the last layer's gains stay at 1
+    freeze_last_layer: float = 1.0  # epochs in which the last layer rests
+    student_temp: float = 0.1
+    teacher_temp: float = 0.04
+    teacher_temp_end: float | None = None  # reached linearly; None: constant
+    teacher_temp_warmup: float = 0.1  # share of the training until teacher_temp_end
+    centre_momentum: float = 0.9
+    momentum: float = (
+        0.99  # of the teacher; rises to 1 as a cosine. Fewer steps per epoch want less
+    )
+    drop_path: float = 0.1  # of the student
+    n_local: int = 4  # local crops
+    local_size: float = 0.5  # side of a local crop, share of the image's, rounded to whole patches
+    global_scale: tuple[float, float] = (0.4, 1.0)  # share of the area
+    local_scale: tuple[float, float] = (0.1, 0.4)
+    flip: float = 0.5
+    # of brightness, contrast, saturation, hue
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_p: float = 0.8
+    grey: float = 0.2
+    solarise: float = 0.2  # of the second global view
+    # in the first global view always, in a tenth of the second ones, in half of the local ones;
+    # never below 64 pixels
+    blur: bool = True
+    # least mutual information of prototypes and images, as a share of ln(prototypes); a training
+    # that stays below it for long is stopped
+    min_information: float = 0.01
+
+    @property
+    def views_per_image(self) -> float:
+        """Crops that a step learns from, in areas of a large one; effective epochs count them."""
+        return 2 + self.n_local * self.local_size**2
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[2, inf)", "prototypes")
+        within(self, "[1, inf)", "hidden", "bottleneck")
+        within(self, "[0, inf)", "n_local", "freeze_last_layer")
+        within(self, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end")
+        within(self, "[0, 1]", "centre_momentum", "momentum", "min_information", "drop_path")
+        within(self, "[0, 1]", "teacher_temp_warmup", "flip", "jitter_p", "grey", "solarise")
+        within(self, "(0, 1]", "local_size")
+        spans(self, "global_scale", "local_scale")
+
+
+@dataclass(frozen=True)
+class Encoder(Settings):
+    """Sizes of an encoder of square images, as the files of stages/encoders extend them.
+
+    A family adds `depth` and `num_heads`, whose form is its own.
+    """
+
+    name: str = "vit_tiny_patch16_224"  # a timm model; the other settings set its sizes
+    patch_size: int = 16  # side in pixels
+    embed_dim: int = 192  # width
+    mlp_ratio: float = 4.0
+    args: dict[str, Any] = field(default_factory=dict)  # more arguments for timm.create_model
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[1, inf)", "patch_size", "embed_dim")
+        within(self, "(0, inf)", "mlp_ratio")
+
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """What `encoders.create` may be asked for."""
+        return ("timm", "sincos", "beit")
+
+    @property
+    def stride(self) -> int:
+        """Side in pixels of a token that the encoder gives."""
+        return self.patch_size
+
+    def grid(self, image_size: int) -> int:
+        """Tokens along a side that the encoder gives for images of `image_size` pixels."""
+        return image_size // self.stride
+
+    def check(self, image_size: int) -> None:
+        """ValueError unless there can be such an encoder for images of `image_size` pixels."""
+        if image_size % self.stride:
+            raise ValueError(
+                f"patch_size: found {self.patch_size}, which makes tokens of {self.stride} pixels, "
+                f"expected a divisor of image_size {image_size}"
+            )
+
+
+# --- checks of single settings ------------------------------------------------------------------
 
 
 def within(config, interval: str, *keys: str) -> None:
     """Each of the settings `keys` is a number in `interval`, such as "(0, 1]" or "[1, inf)".
 
-    Of a list every entry counts, None is left alone.
+    Every entry of a list counts. None is always allowed.
     """
     low, high = (float(end) for end in interval[1:-1].split(","))
     for key in keys:
@@ -41,47 +225,12 @@ def spans(config, *keys: str) -> None:
             raise ValueError(f"{key}: found {low}, {high}, expected 0 < low <= high <= 1")
 
 
-def decoder(config) -> None:
-    """decoder_dim, decoder_depth and decoder_heads can make a decoder (kit/nets/decoder.py)."""
-    within(config, "[1, inf)", "decoder_dim", "decoder_depth", "decoder_heads")
-    if config.decoder_dim % 4:
+def sincos(model: Encoder) -> None:
+    """An encoder of this model can have sin-cos positions."""
+    if model.embed_dim % 4:
         raise ValueError(
-            f"decoder_dim: found {config.decoder_dim}, expected a multiple of 4 (sin-cos positions)"
-        )
-    if config.decoder_dim % config.decoder_heads:
-        raise ValueError(
-            f"decoder_heads: found {config.decoder_heads}, which does not divide decoder_dim "
-            f"{config.decoder_dim}"
-        )
-
-
-def self_distillation(config) -> None:
-    """Head, temperatures, momenta and crops of DINO and what follows it (kit/parts/selfdistil.py)."""
-    within(config, "[2, inf)", "prototypes")
-    within(config, "[1, inf)", "hidden", "bottleneck")
-    within(config, "[0, inf)", "n_local")
-    within(config, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end")
-    within(
-        config,
-        "[0, 1]",
-        "centre_momentum",
-        "momentum",
-        "min_information",
-        "teacher_temp_warmup",
-        "flip",
-        "jitter_p",
-        "grey",
-        "solarise",
-    )
-    within(config, "(0, 1]", "local_size")
-    spans(config, "global_scale", "local_scale")
-
-
-def sincos(model: dict) -> None:
-    """An encoder of `model` can have sin-cos positions."""
-    if model["embed_dim"] % 4:
-        raise ValueError(
-            f"model.embed_dim: found {model['embed_dim']}, expected a multiple of 4 (sin-cos positions)"
+            f"model.embed_dim: found {model.embed_dim}, expected a multiple of 4 (for sin-cos "
+            "positions)"
         )
 
 
@@ -90,7 +239,7 @@ def keep_count(patches: int, ratio: float, what: str = "patches") -> int:
     `ratio`.
 
     In floats 10 * (1 - 0.9) is 0.9999..., which would keep nothing. At least one patch must stay
-    visible and one be hidden; `what` is said of them if not.
+    visible and one be hidden; `what` names them in the message.
     """
     keep = int(patches * (1 - Fraction(str(ratio))))
     _both(patches, ratio, patches - keep, what)
@@ -107,7 +256,7 @@ def unit_count(units: int, ratio: float) -> int:
 
 
 def hidden_count(patches: int, ratio: float) -> int:
-    """Patches to hide: patches * ratio rounded to the nearest; at least one of them, and not all."""
+    """Patches to hide: patches * ratio rounded to the nearest; at least one, and not all."""
     count = round(patches * ratio)
     _both(patches, ratio, count)
     return count
@@ -116,6 +265,6 @@ def hidden_count(patches: int, ratio: float) -> int:
 def _both(patches: int, ratio: float, hidden: int, what: str = "patches") -> None:
     if not (0 < ratio < 1 and 0 < hidden < patches):
         raise ValueError(
-            f"mask_ratio: {ratio} of {patches} {what} hides {hidden}, expected at least one hidden and one "
-            "visible"
+            f"mask_ratio: {ratio} of {patches} {what} hides {hidden}, expected at least one hidden "
+            "and one visible"
         )

@@ -291,7 +291,7 @@ def _start_tracking(run: Run):
     if not run.compute["tracking"]:
         return None
     try:
-        from stages.kit.job.job import track
+        from stages.kit.job import track
 
         return track.start(run)
     except Exception as error:

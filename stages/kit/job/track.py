@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         "--work", type=Path, default=Path("work"), help="work folder that holds the outbox"
     )
     given = parser.parse_args(argv)
-    from stages.kit.job.job import courier
+    from stages.kit.job import courier
 
     if given.init:
         uri = store_uri(Path.cwd(), given.uri)
