@@ -9,6 +9,8 @@ from functools import lru_cache
 
 import torch
 
+from stages.kit.eager import constant
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -79,7 +81,7 @@ class Spec:
         return images / inverse + mean
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _constants(mean: tuple, std: tuple, device: torch.device, dtype: torch.dtype):
     return _copied(mean, std, device, dtype)
 

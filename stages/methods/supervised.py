@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.kit.data.views import View
+from stages.kit.eager import eager
 from stages.kit.nets import encoders
 from workflow import checks
 
@@ -115,7 +116,7 @@ class Method(nn.Module):
         loss = -(soft * logits.log_softmax(dim=1)).sum() / weight
         return {"loss": loss, "accuracy": (right * known).sum() / weight}
 
-    @torch.compiler.disable  # numbers of numpy decide about shapes
+    @eager  # numbers of numpy decide about shapes
     def mix(self, images: torch.Tensor, soft: torch.Tensor, generator: torch.Generator):
         """Mixup (arXiv 1710.09412) or CutMix (1905.04899) of samples 2j and 2j + 1 with each other.
 
