@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
 from stages.kit.job.job import write_atomic, write_json
+from stages.kit.nets import attention
 from stages.kit.plugin import load as plugin
 from stages.kit.spec import Spec, configure
 
@@ -51,12 +52,8 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> torch.nn.Modul
         raise ValueError(
             f"{path / WEIGHTS}: does not fit the target described beside it: {error}"
         ) from error
-    if (
-        torch.device(device).type == "cpu"
-    ):  # torch's fused kernel is slow there in bf16, see kit/nets/attention.py
-        for layer in target.modules():
-            if hasattr(layer, "fused_attn"):
-                layer.fused_attn = False
+    if torch.device(device).type == "cpu":
+        attention.multiply_out(target)
     return pin(target.to(device))
 
 

@@ -99,6 +99,8 @@ def frozen(
 def _extract(encoder_dir: Path, images, folder: Path, device: torch.device, precision: str) -> None:
     """Writes cls.npy and patch.npy; `images` as `_images` gives them."""
     encoder = encoders.load(encoder_dir).to(device).eval()
+    if device.type == "cpu" and precision == "bf16":
+        attention.multiply_out(encoder)
     mean = torch.tensor(encoder.pretrained_cfg["mean"], device=device).view(3, 1, 1)
     std = torch.tensor(encoder.pretrained_cfg["std"], device=device).view(3, 1, 1)
     shape, batches = images
@@ -106,7 +108,7 @@ def _extract(encoder_dir: Path, images, folder: Path, device: torch.device, prec
     for place, batch in batches:
         batch = (batch.to(device, non_blocking=True) - mean) / std
         low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        with attention.multiplied_out(device), low:
+        with low:
             tokens = encoders.features(encoder, batch)
         for name, values in (
             ("cls", tokens["cls"].float()),

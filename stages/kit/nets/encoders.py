@@ -40,7 +40,7 @@ from torch import nn
 
 from stages.kit.nets import hybrid
 from stages.kit.nets.masks import take
-from stages.kit.nets.patches import PatchConv, patchify, project
+from stages.kit.nets.patches import patchify, project
 from stages.kit.nets.positions import sincos_2d
 
 BEIT = "beitv2_base_patch16_224"
@@ -102,8 +102,6 @@ def create(spec, family: str = "vit", **kw) -> nn.Module:
             f"model.name: {name!r} is a {type(encoder).__name__}, expected {expected} (the other "
             "keys of model set its sizes)"
         )
-    if not isinstance(encoder, hybrid.ConvViT):
-        PatchConv.of(encoder.patch_embed.proj)
     return encoder
 
 

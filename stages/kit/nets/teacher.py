@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit.nets import encoders
+from stages.kit.nets import attention, encoders
 from stages.kit.parts.health import UnitRange
 
 
@@ -36,12 +36,8 @@ class Teacher(nn.Module):
         none.
         """
         teacher = cls(encoders.load(folder), spec)
-        if (
-            torch.device(device).type == "cpu"
-        ):  # torch's fused kernel is slow there in bf16, see kit/nets/attention.py
-            for layer in teacher.modules():
-                if hasattr(layer, "fused_attn"):
-                    layer.fused_attn = False
+        if torch.device(device).type == "cpu":
+            attention.multiply_out(teacher)
         return teacher.to(device)
 
     def train(self, mode: bool = True) -> Teacher:
