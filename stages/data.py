@@ -29,7 +29,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +42,7 @@ from stages.kit.data.writer import SplitWriter
 from stages.kit.job.job import running, write_atomic, write_json
 from stages.sources import SPLITS, Found, Listing, Sample, SourceError
 from stages.sources._splits import assign
+from workflow import plugins
 from workflow.plan import load
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -139,7 +139,7 @@ def build(data: dict, source: dict, out: Path, work: Path, threads: int | None =
 
 def find(data: dict, source: dict) -> Found:
     """Ask the source what it holds. SourceError when a size or a column makes no sense for it."""
-    module = import_module(f"stages.sources.{source['name']}")
+    module = plugins.module("source", source["name"])
     if data["store_size"] and data["store_size"] < data["image_size"]:
         raise SourceError(
             f"data.store_size: {data['store_size']} is smaller than data.image_size "
