@@ -117,6 +117,8 @@ def patch_tokens(encoder: nn.Module, images: torch.Tensor, mask=None, token=None
     added to it as to any other.
     """
     tokens = encoder.patch_embed(images)
+    if tokens.ndim == 4:  # a grid, from an encoder that takes images of several sizes
+        tokens = tokens.flatten(1, 2)
     if mask is not None:
         tokens = torch.where(mask[..., None], token, tokens)
     if encoder.pos_embed is not None:
