@@ -104,7 +104,7 @@ class Method(nn.Module):
         self.decoder = Decoder.of(config, width, out, spec.grid, prefix=prefix, **how)
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "cosine"}, over class token and dropped patches."""
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "cosine"} of class token and hidden patches."""
         images = batch["view"]
         target = self.target(images)  # (B,C+N,dim), C = 1 with a class token
         noise = progress.uniform("mask", self.patches)
@@ -137,8 +137,10 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
-        """Of at most 8 images: original | what the encoder sees | the teacher's features | predicted
-        ones, where hidden. Colours are three principal components, the same for both columns.
+        """Of at most 8 images: original | what is seen | the teacher's features | predicted ones.
+
+        Predictions are shown where patches are hidden. Colours are three principal components, the
+        same for both columns.
         """
         images = batch["view"][:8]
         noise = torch.rand(len(images), self.patches, generator=torch.Generator().manual_seed(0))

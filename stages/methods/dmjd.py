@@ -146,7 +146,7 @@ class Method(nn.Module):
             xavier_init(self.predictor)
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "hidden_loss", "visible_loss" (of its branch)}."""
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "hidden_loss", and perhaps "visible_loss"}."""
         images = batch["view"]
         truth = self.truth(images)
         ids_keep, ids_hide = self.masks(progress.uniform("mask", self.config.n_masks, self.cells))
@@ -169,7 +169,7 @@ class Method(nn.Module):
         return F.layer_norm(truth, truth.shape[-1:], eps=1e-6) if self.norm_target else truth
 
     def masks(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise (B,V,cells) -> visible and hidden patches (V*B,n), row v*B + b mask v of image b."""
+        """Noise (B,V,cells) -> visible, hidden patches (V*B,n); row v*B + b: mask v of image b."""
         predict = self.config.predict_ratio if self.config.disjoint else None
         config = self.config
         ids_keep, ids_hide = disjoint_masking(noise, config.mask_ratio, predict, config.cell)
