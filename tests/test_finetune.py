@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import tiny
 from test_tasks import digests, result, run_of, trial, world
 from timm.data.mixup import mixup_target
 
@@ -19,6 +18,7 @@ from stages.kit.nets import encoders
 from stages.kit.train import loop, mixing, optim
 from stages.tasks import finetune
 from stages.tasks.finetune import Classifier, Config, Subset, kept, micro_batch, softened
+from tests import tiny
 
 
 @pytest.fixture(scope="module")

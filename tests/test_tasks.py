@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests import tiny
 import torch
 
 from stages import tasks, transfer
@@ -22,6 +21,7 @@ from stages.kit.job.job import JobError
 from stages.kit.nets import attention, encoders
 from stages.kit.spec import Spec
 from stages.tasks import _features
+from tests import tiny
 from workflow import plugins
 
 TASKS = plugins.names("task")
@@ -271,7 +271,8 @@ def test_a_class_that_training_lacks_is_reported(tmp_path, task):
 def test_data_without_labels_is_an_error_that_helps(tmp_path):
     info = store.info(dataset(tmp_path / "none", unlabelled=100))
     with pytest.raises(
-        JobError, match=r"tasks.knn needs labels; data set 'main' \(source 'made'\) has none: remove"
+        JobError,
+        match=r"tasks.knn needs labels; data set 'main' \(source 'made'\) has none: remove",
     ):
         tasks.require("knn", {"labels"}, "main", info)
     info = store.info(dataset(tmp_path / "noval", {"train": 6, "val": 0, "test": 6}))

@@ -100,7 +100,9 @@ def frozen(
             try:
                 workers = run.compute.get("workers", 1)
                 images = _images(trial.open(split), size, batch_size, augment, workers)
-                encoder = _loaded(trial.encoder, size).to(run.device)
+                encoder = encoders.load(trial.encoder, img_size=size).to(run.device).eval()
+                if (run.device.type, precision) == ("cpu", "bf16"):
+                    attention.multiply_out(encoder)
                 _extract(encoder, images, part, run.device, precision, **asked)
                 (part / "what.json").write_text(json.dumps(what, indent=1))
                 os.rename(part, entry)
@@ -115,11 +117,6 @@ def frozen(
         }
 
 
-def _loaded(folder: Path, size: int) -> torch.nn.Module:
-    """The encoder in eval mode, for images of `size` pixels."""
-    return encoders.load(folder, img_size=size).eval()
-
-
 @torch.inference_mode()
 def _extract(
     encoder, images, folder: Path, device: torch.device, precision: str, tokens, taps, norm
@@ -131,8 +128,7 @@ def _extract(
     files: dict[str, np.ndarray] = {}
     for place, batch in batches:
         batch = (batch.to(device, non_blocking=True) - mean) / std
-        low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        with low:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             states = _states(encoder, batch, taps, norm)
         for end, state in states.items():
             dense = state["patch"].float()
