@@ -99,8 +99,8 @@ def frozen(
 def _extract(encoder_dir: Path, images, folder: Path, device: torch.device, precision: str) -> None:
     """Writes cls.npy and patch.npy; `images` as `_images` gives them."""
     encoder = encoders.load(encoder_dir).to(device).eval()
-    if device.type == "cpu" and precision == "bf16":
-        attention.multiply_out(encoder)
+    if precision == "bf16":
+        attention.unfused(encoder, device)
     mean = torch.tensor(encoder.pretrained_cfg["mean"], device=device).view(3, 1, 1)
     std = torch.tensor(encoder.pretrained_cfg["std"], device=device).view(3, 1, 1)
     shape, batches = images

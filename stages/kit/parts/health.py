@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.kit.eager import eager
-
 ROWS = 8192  # feature vectors that are examined at most
 
 
@@ -103,45 +101,3 @@ def feature_problems(rank: float, spread: float, min_rank: float, advice: str) -
             f"(spread of their directions {spread:.3f}, 0 is none). {advice}"
         ]
     return []
-
-
-def check_unit_range(images: Tensor, who: str) -> None:
-    """ValueError unless all pixels lie in [0,1], as those of normalised images do not. Waits for a
-    GPU.
-    """
-    low, high = (float(x) for x in torch.aminmax(images.detach()))
-    if not (low >= -1e-4 and high <= 1 + 1e-4):
-        raise ValueError(
-            f"{who}: expected images with pixels in [0, 1], found {low:.3g} to {high:.3g}; it normalises them "
-            "itself, so give it images from before any mean and std were applied"
-        )
-
-
-class UnitRange:
-    """`check_unit_range` for every batch on a CPU; on a GPU, where it would wait, for the first and
-    every 256th.
-    """
-
-    def __init__(self, who: str):
-        self.who, self.calls = who, 0
-
-    @eager  # it counts, and looks at values
-    def __call__(self, images: Tensor) -> None:
-        if images.device.type == "cpu" or self.calls % 256 == 0:
-            check_unit_range(images, self.who)
-        self.calls += 1
-
-
-def principal_colours(features: Tensor) -> Tensor:
-    """Features (B,N,D) of square grids -> pictures (B,3,G,G) in [0,1]: the first three principal
-    components as RGB.
-    """
-    flat = features.float().flatten(0, 1)
-    flat = flat - flat.mean(dim=0)
-    axes = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
-    axes = axes * axes.sum(dim=1, keepdim=True).sign()  # an SVD's signs are arbitrary
-    parts = F.pad(flat @ axes.T, (0, 3 - len(axes)))
-    low, high = (parts.quantile(q, dim=0) for q in (0.02, 0.98))
-    parts = ((parts - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    side = round(features.shape[1] ** 0.5)
-    return parts.view(len(features), side, side, 3).permute(0, 3, 1, 2)
