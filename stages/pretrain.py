@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from stages import methods, targets
+from stages import targets
 from stages.kit import dist, keyed
 from stages.kit.data import store
 from stages.kit.data.loader import Batches
 from stages.kit.job.job import running
 from stages.kit.job.launch import spread
-from stages.kit.nets import encoders as encoder
-from stages.kit.nets.teacher import Teacher
+from stages.kit.nets import encoders
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe, fit
+from workflow import plugins
 from workflow.plan import load
 
 SHOWN = 8  # validation images in the pictures
@@ -53,14 +53,13 @@ def main(argv: list[str] | None = None) -> int:
 def pretrain(run) -> None:
     """The work of the stage, for a job.Run."""
     params, seed = run.job.params, run.job.params["seed"]
-    module = methods.find(params["method"]["name"])
+    module = plugins.module("method", params["method"]["kind"])
     config = configure(module.Config, params["method"]["config"])
     data = run.input("data")
     spec = Spec.of(store.info(data), params["image_size"], params["model"])
-    target = teaching(run, spec)
-    if (
-        stage := params.get("stage", 1)
-    ) > 1:  # of a chain: other weights, masks and order of images
+    spec = spec.at(getattr(config, "input_size", None))
+    target = targets.given(run, "target", spec)
+    if (stage := params.get("stage", 1)) > 1:  # other weights, masks and order of images
         seed = keyed.key(seed, "stage", stage)
     torch.manual_seed(keyed.key(seed, "init"))
     method = module.Method(config, spec, target).to(run.device)
@@ -70,23 +69,10 @@ def pretrain(run) -> None:
     run.summary["parameters"] = sum(p.numel() for p in method.encoder.parameters())
     if dist.is_main():
         method.eval()
-        encoder.save(method.encoder, run.out / "encoder", spec)
+        encoders.save(method.encoder, run.out / "encoder", spec)
         if hasattr(method, "pictures"):
-            write_pictures(
-                run.out / "pictures", method.pictures(shown_batch(data, spec, run.device))
-            )
-
-
-def teaching(run, spec: Spec) -> torch.nn.Module | None:
-    """What a run learns from, frozen: a finished target, or the encoder of another run; None for
-    neither.
-    """
-    for id in run.job.inputs:
-        if id.startswith("target/"):
-            return targets.load(run.input(id), run.device)
-        if id.startswith("pretrain/"):
-            return Teacher.load(run.input(id) / "encoder", spec, run.device)
-    return None
+            shown = shown_batch(data, spec, run.device)
+            write_pictures(run.out / "pictures", method.pictures(shown))
 
 
 def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> Batches:

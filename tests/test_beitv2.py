@@ -14,7 +14,7 @@ from torch import nn
 
 from stages.kit import keyed
 from stages.kit.nets.masks import exact_block_masks, hidden_ids
-from stages.kit.nets.patches import paint
+from stages.kit.nets.pictures import paint
 from stages.kit.spec import Spec
 from stages.methods.beitv2 import Config, Method, views
 

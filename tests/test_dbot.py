@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from stages.kit.nets.teacher import Teacher
 from torch import nn
 
 from stages import data as data_stage
@@ -25,7 +26,6 @@ from stages import pretrain
 from stages.kit import keyed
 from stages.kit.nets import encoders
 from stages.kit.nets.masks import random_masking
-from stages.kit.nets.teacher import Teacher
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe
 from stages.methods import random as untrained

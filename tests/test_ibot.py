@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from stages.kit import keyed
 from stages.kit.nets import encoders
 from stages.kit.nets.masks import random_masks
-from stages.kit.nets.patches import colour_codes, windows
+from stages.kit.nets.pictures import colour_codes, windows
 from stages.kit.parts.prototypes import cross_entropy
 from stages.kit.spec import Spec, configure
 from stages.kit.train import optim

@@ -7,87 +7,38 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
-import importlib
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from stages.kit.nets import encoders
-from stages.kit.spec import Spec
 from stages.kit.train.loop import Progress
-from workflow import checks
+from tests import tiny
+from workflow import checks, plugins
 
 FOLDER = Path(__file__).parent.parent / "stages" / "methods"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
-MODULES = {name: importlib.import_module(f"stages.methods.{name}") for name in NAMES}
+MODULES = {name: tiny.module(name) for name in NAMES}
 TRAINED = [name for name in NAMES if MODULES[name].TRAINS]
-MODEL = {
-    "name": "vit_tiny_patch16_224",
-    "patch_size": 4,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "mlp_ratio": 2.0,
-    "args": {},
-}
-SPEC = Spec(
-    image_size=16, model=MODEL, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=4, images=64
-)
-ROWS = torch.arange(8)
+SPEC = tiny.spec()
+progress = tiny.progress
 
 
-class Target(nn.Module):
-    """A stand-in for a frozen target on the student's grid: ids or features that depend on the
-    colour.
-    """
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind, self.codes, self.dim = kind, 8, 6
-        self.weight = nn.Parameter(torch.linspace(-1, 1, 18).view(6, 3))
-
-    def forward(self, images):
-        assert images.min() >= 0, "a target takes images in [0, 1], not normalised ones"
-        assert images.max() <= 1, "a target takes images in [0, 1], not normalised ones"
-        colours = F.adaptive_avg_pool2d(images, SPEC.grid).flatten(2).transpose(1, 2)
-        return (
-            (colours.sum(-1) * 20).long() % self.codes
-            if self.kind == "ids"
-            else colours @ self.weight.T
-        )
-
-
-def progress(rows=ROWS, step=3):
-    return Progress(step=step, steps=10, epoch=0.5, seed=0, rows=rows, device=rows.device)
-
-
-def build(name, seed=0):
+def build(name, seed=0, spec=SPEC):
+    """The method, and its target as a module whose parameters could learn."""
     module = MODULES[name]
-    torch.manual_seed(seed)
-    target = Target(module.TARGET).requires_grad_(True) if module.TARGET else None
-    return module.Method(module.Config(), SPEC, target), target
+    target = tiny.target(spec, *sorted(module.TARGET)) if module.TARGET else None
+    if target:
+        target.open.requires_grad_(True)
+    return tiny.method(name, spec, target, seed), target and target.open
 
 
-def batch(name, rows=8):
-    """Smooth pictures, the same for every view of a size; labels only for methods that declare
-    them.
-    """
-    module, generator = MODULES[name], torch.Generator().manual_seed(5)
-    coarse = torch.rand(rows, 3, 4, 4, generator=generator)
-    out = {
-        view: F.interpolate(coarse, size=recipe.size, mode="bilinear").clamp(0, 1)
-        for view, recipe in module.views(module.Config(), SPEC).items()
-    }
-    out |= {"index": torch.arange(rows), "row": torch.arange(rows)}
-    if module.LABELS:
-        out["label"] = torch.arange(rows) % SPEC.num_classes
-    return out
+def batch(name, rows=8, spec=SPEC):
+    return tiny.batch(MODULES[name], spec, rows=rows)
 
 
 def rows(batch, chosen):
@@ -121,50 +72,33 @@ def test_the_folder_is_found():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_declarations(name):
-    """What the plan reads without importing: literals, and a Config that stands alone."""
-    module = MODULES[name]
-    assert module.TARGET in (None, "ids", "features")
-    assert isinstance(module.LABELS, bool)
-    assert isinstance(module.TRAINS, bool)
+    """What the plan reads without importing is what the module has; its Config stands alone."""
+    module, declared = MODULES[name], plugins.declared("method", name)
+    for literal in ("TARGET", "NEEDS", "LABELS", "TRAINS", "PUBLISHED"):
+        assert declared.literals[literal] == getattr(module, literal, declared.literals[literal])
     assert "arXiv" in module.__doc__
-    tree = ast.parse((FOLDER / f"{name}.py").read_text())
-    literals = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id in ("TARGET", "LABELS", "TRAINS")
-    }
-    assert literals == {"TARGET": module.TARGET, "LABELS": module.LABELS, "TRAINS": module.TRAINS}
-    config = next(
-        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"
-    )
-    space = {
-        "dataclass": dataclasses.dataclass,
-        "field": dataclasses.field,
-        "Literal": Literal,
-        "checks": checks,
-        "__name__": "alone",
-    }
-    exec(compile(ast.Module([config], []), name, "exec", dont_inherit=True), space)
-    alone = space["Config"]()
+    alone = declared.config()
     assert dataclasses.asdict(alone) == dataclasses.asdict(module.Config())
     with pytest.raises(dataclasses.FrozenInstanceError):
-        alone.lr = 1.0
+        alone.nothing = 1.0
     if hasattr(alone, "check"):
-        alone.check(SPEC.image_size, MODEL)
+        alone.check(SPEC.image_size, SPEC.model)
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 300
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_recipe_fields(name):
-    """What the training loop reads by name is there and makes sense."""
-    config = MODULES[name].Config()
-    assert config.lr > 0
-    assert config.lr_per is None or config.lr_per > 0
-    assert 0 <= config.min_lr < config.lr
-    assert 0 <= config.warmup < 1
-    assert config.weight_decay >= 0
-    assert all(0 < beta < 1 for beta in config.betas)
-    assert config.clip is None or config.clip > 0
+def test_the_published_recipe_is_one(name):
+    """Its keys are settings of the method or of train, its values pass the Config's own checks, and
+    none only repeats the default.
+    """
+    module, published = MODULES[name], dict(MODULES[name].PUBLISHED)
+    assert published.pop("epochs") > 0
+    assert published.pop("batch_size") > 0
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in published.items()}
+    config, default = module.Config(**given), module.Config()
+    assert isinstance(config, checks.Optimiser)
+    same = [key for key in given if getattr(config, key) == getattr(default, key)]
+    assert not same, f"{same} are the defaults already"
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -208,6 +142,7 @@ def test_gradients_reach_what_should_learn_and_nothing_else(name):
         else:
             assert parameter.grad is None, key
     if target:
+        assert target.seen, "the target was asked"
         assert all(parameter.grad is None for parameter in target.parameters())
         assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
         ours = {id(tensor) for tensor in [*method.parameters(), *method.buffers()]}
@@ -323,42 +258,25 @@ def test_names_without_weight_decay_exist(name):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("vit", "mae"), ("beit", "beitv2"), ("beit", "simmim")]
+    ("style", "name"), [("sincos", "mae"), ("beit", "beitv2"), ("beit", "simmim")]
 )
-def test_the_untrained_encoder_is_that_of_the_methods(family, name):
-    torch.manual_seed(4)
-    untrained = MODULES["random"].Method(MODULES["random"].Config(family=family), SPEC).encoder
-    module = MODULES[name]
-    target = Target(module.TARGET) if module.TARGET else None
-    torch.manual_seed(4)
-    method = module.Method(module.Config(), SPEC, target)
-    untrained, trained = untrained.state_dict(), method.encoder.state_dict()
+def test_the_untrained_encoder_is_that_of_the_methods(style, name):
+    untrained = tiny.method("random", SPEC, seed=4, style=style).encoder.state_dict()
+    trained = tiny.method(name, SPEC, seed=4).encoder.state_dict()
     assert all(torch.equal(untrained[key], trained[key]) for key in untrained | trained)
 
 
 @pytest.mark.parametrize(
-    ("config", "model", "message"),
+    ("config", "kind", "message"),
     [
-        (
-            {"family": "beit"},
-            {"name": "swin_tiny_patch4_window7_224", "depth": [2, 2]},
-            "family: found 'beit', expected 'vit'",
-        ),
-        (
-            {"family": "beit"},
-            {"name": "convvit_tiny", "depth": 2},
-            "family: found 'beit', expected 'vit'",
-        ),
-        (
-            {"family": "beit", "depth": 1},
-            {"name": "vit_tiny_patch16_224", "depth": 2},
-            "depth: cuts an encoder of family vit",
-        ),
+        ({"style": "beit"}, "convvit", "style: found 'beit', expected timm or sincos"),
+        ({"depth": 1}, "swin", "depth: found 1, expected 0 to model.depth"),
+        ({"style": "beit", "depth": 1}, "vit", "depth: cuts an encoder of style sincos"),
     ],
 )
-def test_random_refuses_a_family_that_the_model_has_not(config, model, message):
+def test_random_refuses_what_the_model_has_not(config, kind, message):
     with pytest.raises(ValueError, match=message):
-        MODULES["random"].Config(**config).check(32, {"embed_dim": 16, **model})
+        MODULES["random"].Config(**config).check(32, tiny.model(kind))
 
 
 # --- supervised
@@ -366,9 +284,7 @@ def test_random_refuses_a_family_that_the_model_has_not(config, model, message):
 
 
 def supervised(**config):
-    torch.manual_seed(0)
-    module = MODULES["supervised"]
-    return module.Method(module.Config(**config), SPEC).eval()
+    return tiny.method("supervised", SPEC, **config).eval()
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])

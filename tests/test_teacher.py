@@ -9,10 +9,10 @@ import dataclasses
 import pytest
 import timm
 import torch
+from stages.kit.nets.teacher import Teacher
 from torch import nn
 
 from stages.kit.nets import encoders
-from stages.kit.nets.teacher import Teacher
 from stages.kit.spec import Spec
 
 MODEL = {

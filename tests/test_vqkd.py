@@ -495,7 +495,9 @@ def test_normalised_images_are_refused():
 def test_encoder_sees_minus_one_to_one(monkeypatch):
     target, seen = vqkd.Target(vqkd.Config(**SMALL), spec()), []
     monkeypatch.setattr(
-        vqkd.encoders, "features", lambda encoder, x: seen.append(x) or {"patch": torch.zeros(4, 16, 16)}
+        vqkd.encoders,
+        "features",
+        lambda encoder, x: seen.append(x) or {"patch": torch.zeros(4, 16, 16)},
     )
     x = images()
     target(x)

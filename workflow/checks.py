@@ -88,7 +88,8 @@ class Decoder(Settings):
         within(self, "[1, inf)", "decoder_dim", "decoder_depth", "decoder_heads")
         if self.decoder_dim % 4:
             raise ValueError(
-                f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 (sin-cos positions)"
+                f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 (for sin-cos "
+                "positions)"
             )
         if self.decoder_dim % self.decoder_heads:
             raise ValueError(
@@ -168,6 +169,11 @@ class Encoder(Settings):
         within(self, "(0, inf)", "mlp_ratio")
 
     @property
+    def styles(self) -> tuple[str, ...]:
+        """What `encoders.create` may be asked for."""
+        return ("timm", "sincos", "beit")
+
+    @property
     def stride(self) -> int:
         """Side in pixels of a token that the encoder gives."""
         return self.patch_size
@@ -180,8 +186,8 @@ class Encoder(Settings):
         """ValueError unless there can be such an encoder for images of `image_size` pixels."""
         if image_size % self.stride:
             raise ValueError(
-                f"patch_size: found {self.patch_size}, tokens of {self.stride} pixels do not divide "
-                f"image_size {image_size}"
+                f"patch_size: found {self.patch_size}, which makes tokens of {self.stride} pixels, "
+                f"expected a divisor of image_size {image_size}"
             )
 
 
@@ -223,7 +229,8 @@ def sincos(model: Encoder) -> None:
     """An encoder of this model can have sin-cos positions."""
     if model.embed_dim % 4:
         raise ValueError(
-            f"model.embed_dim: found {model.embed_dim}, expected a multiple of 4 (sin-cos positions)"
+            f"model.embed_dim: found {model.embed_dim}, expected a multiple of 4 (for sin-cos "
+            "positions)"
         )
 
 
@@ -249,7 +256,7 @@ def unit_count(units: int, ratio: float) -> int:
 
 
 def hidden_count(patches: int, ratio: float) -> int:
-    """Patches to hide: patches * ratio rounded to the nearest; at least one of them, and not all."""
+    """Patches to hide: patches * ratio rounded to the nearest; at least one, and not all."""
     count = round(patches * ratio)
     _both(patches, ratio, count)
     return count

@@ -15,9 +15,9 @@ departures:
   published recipe;
 - teacher and student start equal in all that they share, also where the last layers are two;
 - Swin is not supported.
-Defaults are for small images; presets/ibot.yaml has the published recipe for ImageNet and ViT-S/16.
-A step sees two large and n_local small crops of each image: compare it with single-view methods by
-the crops seen, or by cost.
+Defaults are for small images; PUBLISHED is the recipe for ImageNet and ViT-S/16. A step sees two
+large and n_local small crops of each image: compare it with single-view methods by the crops seen,
+or by cost.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import nn
 
 from stages.kit.nets import encoders
 from stages.kit.nets.masks import block_masks, hidden_ids, random_masks, take
-from stages.kit.nets.patches import colour_codes, contact_sheet, paint, windows
+from stages.kit.nets.pictures import colour_codes, contact_sheet, paint, windows
 from stages.kit.parts.collapse import Watch
 from stages.kit.parts.prototypes import Centre, cross_entropy
 from stages.kit.parts.selfdistil import SelfDistillation, feature_columns, global_views, views
@@ -42,77 +42,57 @@ from workflow import checks
 __all__ = ["Config", "Method", "views"]
 
 TARGET = None
+NEEDS = {"mask", "cls", "attention", "sizes"}
 LABELS = False
 TRAINS = True
+PUBLISHED = {
+    "epochs": 800,
+    "batch_size": 1024,
+    "prototypes": 8192,
+    "hidden": 2048,
+    "bottleneck": 256,
+    "norm_last": False,
+    "teacher_temp_end": 0.07,
+    "patch_temp_end": 0.07,
+    "teacher_temp_warmup": 0.0375,
+    "momentum": 0.996,
+    "n_local": 10,
+    "local_size": 0.43,
+    "global_scale": [0.25, 1.0],
+    "local_scale": [0.05, 0.25],
+    "warmup": 0.0125,
+}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Optimiser, checks.SelfDistillation):
     mask: Literal["block", "random"] = "block"
     mask_share: float = 0.5  # of the global views that are masked, on average
     mask_ratio: tuple[float, float] = (0.1, 0.5)  # of the patches of those views, drawn for each
     cls_weight: float = 1.0  # of the loss between class tokens, DINO's
     patch_weight: float = 1.0  # of the loss at hidden patches
-    # one last layer for class token and patches; False: patches have prototypes of their own
-    shared_head: bool = True
+    shared_head: bool = True  # False: patches have prototypes of their own
     prototypes: int = 1024
-    hidden: int = 512
-    bottleneck: int = 128
-    norm_last: bool = True  # the last layer's gains stay at 1
-    freeze_last_layer: float = 1.0  # epochs in which the last layer rests
-    student_temp: float = 0.1
-    teacher_temp: float = 0.04
-    teacher_temp_end: float | None = 0.06  # reached linearly; None: constant
-    patch_temp_end: float | None = 0.06  # the same for patches, which also start at teacher_temp
-    teacher_temp_warmup: float = 0.1  # share of the training until both are reached
-    centre_momentum: float = 0.9
-    momentum: float = (
-        0.99  # of the teacher; rises to 1 as a cosine. Fewer steps per epoch want less
-    )
-    drop_path: float = 0.1  # of the student
-    n_local: int = 4  # local crops
-    local_size: float = 0.5  # side of a local crop, share of the image's, rounded to whole patches
-    global_scale: tuple[float, float] = (0.4, 1.0)  # share of the area
-    local_scale: tuple[float, float] = (0.1, 0.4)
-    flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (
-        0.4,
-        0.4,
-        0.2,
-        0.1,
-    )  # brightness, contrast, saturation, hue
-    jitter_p: float = 0.8
-    grey: float = 0.2
-    solarise: float = 0.2  # of the second global view
-    # always in the first global view, 10 % of the second, half of the local ones; never below 64
-    # pixels
-    blur: bool = True
-    # that prototypes tell of an image, share of ln(prototypes); stays it below, the run stops
-    min_information: float = 0.01
-    lr: float = 5e-4  # at batch lr_per
+    teacher_temp_end: float | None = 0.06
+    patch_temp_end: float | None = 0.06  # for patches, which also start at teacher_temp
+    lr: float = 5e-4
     lr_per: int | None = 256
     min_lr: float = 1e-6
-    warmup: float = 0.1  # share of all steps
+    warmup: float = 0.1
     weight_decay: float = 0.04
     weight_decay_end: float | None = 0.4
-    betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = 3.0
     clip_mode: Literal["global", "tensor"] = "tensor"
 
-    @property
-    def views(self) -> float:
-        """Crops that a step learns from, in areas of a large one; effective epochs count them."""
-        return 2 + self.n_local * self.local_size**2
-
     def __post_init__(self):
-        checks.self_distillation(self)
+        super().__post_init__()
         checks.within(self, "[0, inf)", "cls_weight", "patch_weight")
         checks.within(self, "(0, inf)", "patch_temp_end")
-        checks.within(self, "[0, 1]", "mask_share", "drop_path")
+        checks.within(self, "[0, 1]", "mask_share")
         checks.spans(self, "mask_ratio")
 
-    def check(self, image_size: int, model: dict) -> None:
-        patches = (image_size // model["patch_size"]) ** 2
+    def check(self, image_size: int, model) -> None:
+        patches = model.grid(image_size) ** 2
         if int(patches * self.mask_ratio[1]) < 1:
             raise ValueError(
                 f"mask_ratio: {self.mask_ratio[1]} of {patches} patches never hides one"
@@ -196,10 +176,8 @@ class Method(SelfDistillation):
         """The student's {"cls": (B,D), "patch": (B,N,D)} for images of full size with patches
         hidden; positions are seen.
         """
-        encoder = self.student.encoder
-        x = encoders.patch_tokens(encoder, self.spec.normalise(images), mask, self.mask_token)
-        x, _ = encoders.run_blocks(encoder, encoders.with_prefix(encoder, x))
-        return encoders.split(encoder, encoder.norm(x))
+        images = self.spec.normalise(images)
+        return encoders.masked(self.student.encoder, images, mask, self.mask_token)
 
     def patch_loss(self, teacher: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, progress):
         """Teacher's raw logits (V,N,K), student's patch tokens (V,N,D), mask (V,N) of V views ->
@@ -266,7 +244,7 @@ class Method(SelfDistillation):
         that have the same one.
         """
         around = F.pad(
-            windows(images, self.spec.model["patch_size"]), (0,) * 6 + (0, 1), value=1.0
+            windows(images, self.spec.patch), (0,) * 6 + (0, 1), value=1.0
         )  # the last one is white
         rows = []
         for prototype in given.bincount().topk(min(side, int(given.max()) + 1)).indices:

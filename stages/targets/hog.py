@@ -14,16 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
-from stages.kit.nets.patches import contact_sheet
+from stages import targets
+from stages.kit.nets.pictures import contact_sheet
 from stages.kit.parts import health as measure
 from stages.kit.parts import hog
 from workflow import checks
 
 UPSTREAM = None
-PRODUCES = "features"
-ENCODERS = ("vit", "convvit", "swin")
+PRODUCES = {"patch"}
 LABELS = False
 
 
@@ -41,12 +40,10 @@ class Config:
         checks.within(self, "[1, inf)", "cell")
         checks.within(self, "[2, inf)", "bins")
 
-    def check(self, image_size: int, model: dict) -> None:
-        stages = len(model["depth"]) if isinstance(model["depth"], list | tuple) else 1
-        patch = model["patch_size"] * 2 ** (stages - 1)  # Spec.stride
-        if patch % self.pixels(patch):
+    def check(self, image_size: int, model) -> None:
+        if model.stride % self.pixels(model.stride):
             raise ValueError(
-                f"cell: {self.cell} pixels do not divide the student's patches of {patch}"
+                f"cell: {self.cell} pixels do not divide the student's patches of {model.stride}"
             )
 
     def pixels(self, patch: int) -> int:
@@ -56,30 +53,20 @@ class Config:
         return patch // 2 if patch % 2 == 0 and patch >= 8 else patch
 
 
-class Target(nn.Module):
-    """Images -> histograms of each patch as a vector of `dim` numbers: cell row, cell column, bin,
-    channel.
-    """
+class Target(targets.Target):
+    """Images -> histograms of each patch: cell row, cell column, bin, channel."""
 
     def __init__(self, config: Config, spec):
         super().__init__()
         self.config, self.spec = config, spec
         self.cell = config.pixels(spec.stride)
         self.cells = spec.stride // self.cell  # along a patch's side
-        self.dim = 3 * config.bins * self.cells**2
-        self._check = measure.UnitRange("hog")
-        self.eval()
+        self.sizes = {"patch": 3 * config.bins * self.cells**2}
 
-    def train(self, mode: bool = True) -> Target:
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> (B,N,dim), float32. ValueError for other pixels."""
-        self._check(images)
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         # of 0..255: on a scale of 1 the whitening's eps would damp weak gradients
         histograms = hog.hog(images.float() * 255, self.cell, self.config.bins)
-        return hog.to_tokens(hog.whiten(histograms), self.cells)
+        return {"patch": hog.to_tokens(hog.whiten(histograms), self.cells)}
 
     def render(self, features: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Targets or predictions (B,N,dim) -> pictures (B,3,H,W) in [0,1]: each cell's edges,
@@ -92,14 +79,14 @@ def health(target: Target, images, config: Config) -> dict:
     """Over the validation images: effective rank and spread of the targets, which tell blank
     images.
     """
-    rows = measure.sample_rows(target(batch) for batch in images)
+    rows = measure.sample_rows(target(batch, "patch")["patch"] for batch in images)
     rank, spread = measure.effective_rank(rows), measure.spread(rows)
     advice = "Check that the images are not blank or all alike."
     problems = measure.feature_problems(rank, spread, config.min_rank, advice)
     return {
         "rank": rank,
         "spread": spread,
-        "dim": target.dim,
+        "dim": target.sizes["patch"],
         "cell": target.cell,
         "problems": problems,
     }
@@ -108,4 +95,6 @@ def health(target: Target, images, config: Config) -> dict:
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
     """features: images | the edges that their histograms tell of."""
-    return {"features": contact_sheet([images, target.render(target(images), images)])}
+    return {
+        "features": contact_sheet([images, target.render(target(images, "patch")["patch"], images)])
+    }

@@ -11,20 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
-from stages.kit.nets.patches import (
-    contact_sheet,
-    normalise_patches,
-    patch_statistics,
-    patchify,
-    unpatchify,
-)
+from stages import targets
+from stages.kit.nets.patches import normalise_patches, patch_statistics, patchify, unpatchify
+from stages.kit.nets.pictures import contact_sheet
 from stages.kit.parts import health as measure
 
 UPSTREAM = None
-PRODUCES = "features"
-ENCODERS = ("vit", "convvit", "swin")
+PRODUCES = {"patch"}
 LABELS = False
 
 
@@ -36,26 +30,17 @@ class Config:
     )
 
 
-class Target(nn.Module):
+class Target(targets.Target):
     """Images -> patches as vectors of `dim` numbers: row, column, channel, the channel fastest."""
 
     def __init__(self, config: Config, spec):
         super().__init__()
-        self.config, self.spec = config, spec
-        self.patch = spec.stride
-        self.dim = 3 * self.patch**2
-        self._check = measure.UnitRange("pixels")
-        self.eval()
+        self.config, self.spec, self.patch = config, spec, spec.stride
+        self.sizes = {"patch": 3 * self.patch**2}
 
-    def train(self, mode: bool = True) -> Target:
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> (B,N,dim), float32. ValueError for other pixels."""
-        self._check(images)
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         patches = self._patches(images)
-        return normalise_patches(patches) if self.config.norm_pix else patches
+        return {"patch": normalise_patches(patches) if self.config.norm_pix else patches}
 
     def render(self, features: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Targets or predictions (B,N,dim) -> pictures (B,3,H,W) in [0,1].
@@ -77,11 +62,11 @@ def health(target: Target, images, config: Config) -> dict:
     """Over the validation images: effective rank and spread of the patches, which tell blank
     images.
     """
-    rows = measure.sample_rows(target(batch) for batch in images)
+    rows = measure.sample_rows(target(batch, "patch")["patch"] for batch in images)
     rank, spread = measure.effective_rank(rows), measure.spread(rows)
     advice = "Check that the images are not blank or all alike."
     problems = measure.feature_problems(rank, spread, config.min_rank, advice)
-    return {"rank": rank, "spread": spread, "dim": target.dim, "problems": problems}
+    return {"rank": rank, "spread": spread, "dim": target.sizes["patch"], "problems": problems}
 
 
 @torch.no_grad()
@@ -89,5 +74,5 @@ def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
     """features: images | their normalised patches, mid-grey at the mean, black and white two
     deviations from it.
     """
-    shown = unpatchify(target(images) / 4 + 0.5, target.patch)
+    shown = unpatchify(target(images, "patch")["patch"] / 4 + 0.5, target.patch)
     return {"features": contact_sheet([images, shown])}

@@ -41,12 +41,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from stages.kit.nets.patches import contact_sheet
+from stages import targets
+from stages.kit.nets.pictures import contact_sheet, principal_colours
 from stages.kit.parts import health as measure
 from workflow import checks
 
+PRODUCES = {"patch"}
 UPSTREAM = None
-PRODUCES = "features"
 LABELS = True  # unless `labels` below says otherwise
 
 PACKAGE = "efficientnet_lite0"
@@ -102,8 +103,8 @@ def labels(config: Config) -> bool:
     return not re.match(LABEL_FREE, tag) or bool(re.search(r"ft|in1k|in12k|in2[12]k", tag))
 
 
-class Target(nn.Module):
-    """The teacher: images -> features on the student's grid. `dim` is their width.
+class Target(targets.Target):
+    """The teacher: images -> features on the student's grid.
 
     Empty until `prepare` fetches the weights, or `load_state_dict` brings them. `card` says in
     JSON, as bytes in the state, how to build the network: architecture, arguments, preprocessing.
@@ -112,10 +113,8 @@ class Target(nn.Module):
     def __init__(self, config: Config, spec):
         super().__init__()
         self.config, self.spec = config, spec
-        self.dim: int | None = None
         self.network: nn.Module | None = None
         self.register_buffer("card", torch.zeros(0, dtype=torch.uint8))
-        self._check = measure.UnitRange("pretrained")
         self.eval()
 
     def prepare(self) -> Target:
@@ -128,21 +127,9 @@ class Target(nn.Module):
         self.card = torch.tensor(list(described), dtype=torch.uint8, device=self.card.device)
         return self
 
-    def train(self, mode: bool = True) -> Target:
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> features (B,N,dim), float32, N = the student's grid squared.
-        ValueError for other pixels.
-        """
-        if self.network is None:
-            raise RuntimeError(
-                "pretrained: this target has no weights yet, call prepare() or load a saved one"
-            )
-        self._check(images)
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         parts = images.split(CHUNK) if images.device.type == "cpu" else [images]
-        return torch.cat([self._features(part) for part in parts])
+        return {"patch": torch.cat([self._features(part) for part in parts])}
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """(B,3,H,W) in [0,1] -> what the network takes, (B,3,input_size,input_size)."""
@@ -166,7 +153,7 @@ class Target(nn.Module):
         return self.network.head(tokens).float() if self._card["proj"] else tokens
 
     def _build(self, card: dict, state: dict | None = None) -> None:
-        self._card, self.dim = card, card["dim"]
+        self._card, self.sizes = card, {"patch": card["dim"]}
         mean, std = (
             torch.tensor(card[name], device=self.card.device).view(3, 1, 1)
             for name in ("mean", "std")
@@ -384,13 +371,13 @@ def _rename(name: str, blocks: list[str]) -> str:
 
 def health(target: Target, images, config: Config) -> dict:
     """Over the validation images: effective rank and spread of the features."""
-    rows = measure.sample_rows(target(batch) for batch in images)
+    rows = measure.sample_rows(target(batch, "patch")["patch"] for batch in images)
     rank, spread = measure.effective_rank(rows), measure.spread(rows)
     advice = "Another layer, a larger input_size or other weights may do better; check that the images are not all alike."
     return {
         "rank": rank,
         "spread": spread,
-        "dim": target.dim,
+        "dim": target.sizes["patch"],
         "input_size": target._card["input_size"],
         "problems": measure.feature_problems(rank, spread, config.min_rank, advice),
     }
@@ -399,9 +386,6 @@ def health(target: Target, images, config: Config) -> dict:
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
     """features: images | principal components of their features as colours."""
-    colours = measure.principal_colours(target(images))
-    return {
-        "features": contact_sheet(
-            [images, F.interpolate(colours, size=images.shape[-2:], mode="nearest")]
-        )
-    }
+    colours = principal_colours(target(images, "patch")["patch"])
+    shown = F.interpolate(colours, size=images.shape[-2:], mode="nearest")
+    return {"features": contact_sheet([images, shown])}

@@ -16,9 +16,8 @@ says how the codes move and where that departs. Further departures:
   EfficientNet-Lite0, and the reconstruction improved too;
 - timm's ViT has a bias for keys, which the official one lacks; softmax cancels it;
 - the learning rate's warm-up is a share of the steps (official: 10 of 100 epochs, the same share);
-- defaults are for small images. As published, for ImageNet: codes 8192, code_dim 32, decoder_depth
-  3 (also released: 1), crop_min 0.08, kmeans_after 0, lr 2e-4 at batch 512, 100 epochs, teacher
-  CLIP ViT-B/16 at 224 pixels.
+- defaults are for small images; PUBLISHED is the recipe for ImageNet, with a CLIP ViT-B/16 as
+  teacher (decoder_depth 1 was also released).
 """
 
 from __future__ import annotations
@@ -31,112 +30,114 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages import targets
 from stages.kit import dist
 from stages.kit.data.views import View
 from stages.kit.nets import encoders
-from stages.kit.nets.patches import contact_sheet, patchify
+from stages.kit.nets.init import scale_by_depth
+from stages.kit.nets.patches import patchify
+from stages.kit.nets.pictures import colour_codes, contact_sheet
 from stages.kit.parts import health as measure
 from stages.kit.parts.quantize import Codebook, Learner
 from workflow import checks
 
-UPSTREAM = "features"
-PRODUCES = "ids"
+PRODUCES = {"ids", "logits"}
+UPSTREAM = {"patch"}
+NEEDS = {"plain"}
 LABELS = False
+PUBLISHED = {
+    "epochs": 100,
+    "batch_size": 512,
+    "codes": 8192,
+    "code_dim": 32,
+    "decoder_depth": 3,
+    "kmeans_after": 0.0,
+    "crop_min": 0.08,
+    "lr": 5e-5,
+    "lr_per": 128,
+    "min_lr": 1e-5,
+    "warmup": 0.1,
+    "weight_decay": 1e-4,
+    "betas": [0.9, 0.99],
+}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Optimiser, checks.Crop):
     codes: int = 512
     code_dim: int = 16
     encoder_depth: int | None = None  # blocks; None: as many as the student
     decoder_depth: int = 1  # deeper rebuilds better and uses fewer codes (ablation in the paper)
     decay: float = 0.99  # of the codes' moving average
     kmeans: bool = True  # start from k-means of the first vectors
-    kmeans_after: float = (
-        0.2  # share of the training before k-means, without quantisation; 0 as published
-    )
+    kmeans_after: float = 0.2  # share of the training before k-means, without quantisation
     vectors_per_code: int = 10  # that k-means waits for
-    reseed: int = (
-        0  # steps without a hit after which a code restarts from the batch; 0: never, as published
-    )
-    crop_min: float = 0.2  # smallest share of the image's area in a crop
-    flip: float = 0.5
+    reseed: int = 0  # steps without a hit after which a code restarts; 0: never, as published
     min_usage: float = 0.2  # of the codes, over the validation images; below, the stage fails
     min_perplexity: float = 0.05  # as a share of the codes
     lr: float = 1e-3
-    lr_per: int | None = None  # not scaled by the batch
     min_lr: float = 1e-5
-    warmup: float = 0.1  # share of all steps
+    warmup: float = 0.1
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
-    clip: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         checks.within(self, "[2, inf)", "codes", "code_dim")
         checks.within(self, "[1, inf)", "decoder_depth", "vectors_per_code", "encoder_depth")
         checks.within(self, "[0, inf)", "reseed")
         checks.within(self, "[0, 1)", "decay")
         checks.within(self, "[0, 1]", "min_usage", "min_perplexity", "kmeans_after")
-        checks.within(self, "(0, 1]", "crop_min")
 
 
 def views(config: Config, spec) -> dict[str, View]:
     return {"view": View(size=spec.image_size, scale=(config.crop_min, 1.0), flip=config.flip)}
 
 
-class Target(nn.Module):
-    """The tokenizer: images -> codes. `codes` is how many there are."""
+class Target(targets.Target):
+    """The tokenizer: images -> codes, or the cosines of their vectors with all codes ("logits")."""
 
     def __init__(self, config: Config, spec):
         super().__init__()
         self.spec, self.codes = spec, config.codes
-        depth = spec.model["depth"] if config.encoder_depth is None else config.encoder_depth
+        self.sizes = {"ids": config.codes, "logits": config.codes}
+        depth = spec.model.depth if config.encoder_depth is None else config.encoder_depth
         self.encoder = _transformer(spec, depth=depth)
         self.head = _head(self.encoder.embed_dim, config.code_dim)
         self.codebook = Codebook(config.codes, config.code_dim)
-        self.register_buffer(
-            "reconstruction", torch.zeros(())
-        )  # mean cosine, over the last few hundred training steps
-        self._check = measure.UnitRange("vqkd")
+        # mean cosine over the last few hundred training steps
+        self.register_buffer("reconstruction", torch.zeros(()))
         self.eval()
-
-    def train(self, mode: bool = True) -> Target:
-        return super().train(False)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B,3,H,W) in [0,1] -> unit vectors (B,N,code_dim), float32."""
-        self._check(images)
         tokens = encoders.features(self.encoder, 2 * images - 1)["patch"]
         with torch.autocast(images.device.type, enabled=False):
             return F.normalize(self.head(tokens.float()), dim=-1)
 
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> ids (B,N), int64 in 0..codes-1. ValueError for pixels outside of
-        [0,1].
-        """
-        return self.codebook.assign(self.encode(images))
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
+        u, found = self.encode(images), {}
+        if "ids" in wanted:
+            found["ids"] = self.codebook.assign(u)
+        if "logits" in wanted:
+            found["logits"] = u @ self.codebook.vectors.T
+        return found
 
 
 class Training(nn.Module):
-    """Trains `target` to keep what matters of the features of `upstream`, a frozen Target that
-    PRODUCES features.
-    """
+    """Trains `target` to keep what matters of the features of `upstream` (targets.Frozen)."""
 
     def __init__(self, config: Config, spec, upstream):
         super().__init__()
-        if not getattr(upstream, "dim", None):
-            raise ValueError(
-                f"vqkd: `upstream` must be a target that gives features, found {type(upstream).__name__}"
-            )
-        self.config, self.grid = config, spec.grid
-        self.upstream = [upstream]  # in a list: frozen, neither trained nor saved here
+        self.config, self.grid, self.upstream = config, spec.grid, upstream
         self.target = Target(config, spec)
-        codes_as_image = replace(spec, image_size=spec.grid, model={**spec.model, "patch_size": 1})
+        codes_as_image = replace(
+            spec, image_size=spec.grid, model=replace(spec.model, patch_size=1)
+        )
         self.decoder = _transformer(
             codes_as_image, depth=config.decoder_depth, in_chans=config.code_dim
         )
-        self.head = _head(self.decoder.embed_dim, upstream.dim)
+        self.head = _head(self.decoder.embed_dim, upstream.sizes["patch"])
         self.learner = Learner(
             self.target.codebook,
             config.decay,
@@ -158,8 +159,7 @@ class Training(nn.Module):
         codes in this batch}.
         """
         images = batch["view"]
-        with torch.no_grad():
-            wanted = self.upstream[0](images)  # (B,N,dim)
+        wanted = self.upstream(images, "patch")["patch"]  # (B,N,dim)
         u = self.target.encode(images)
         quantised, commitment, hits = u, u.new_zeros(()), u.new_zeros(self.config.codes)
         if not self.training or self.learner.ready():
@@ -215,19 +215,14 @@ def _transformer(spec, **kw) -> nn.Module:
     Weights normal with deviation 0.02; the patch embedding keeps torch's default; what block i
     (from 1) adds to the residual stream is divided by sqrt(2 i).
     """
-    vit = encoders.create(
-        spec, "vit", init_values=None, drop_path_rate=0.0, pos_embed="learn", **kw
-    )
+    vit = encoders.create(spec, "timm", init_values=None, pos_embed="learn", **kw)
     for layer in vit.modules():
         if isinstance(layer, nn.Linear):
             _normal(layer)
     for token in (vit.cls_token, vit.reg_token, vit.pos_embed):
         if token is not None:
             nn.init.trunc_normal_(token, std=0.02, a=-2.0, b=2.0)
-    with torch.no_grad():
-        for number, block in enumerate(vit.blocks, start=1):
-            block.attn.proj.weight.div_(math.sqrt(2 * number))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+    scale_by_depth(vit.blocks)
     return vit
 
 
@@ -250,7 +245,9 @@ def health(target: Target, images, config: Config) -> dict:
     """
     counts = torch.zeros(target.codes, dtype=torch.int64)
     for batch in images:
-        counts += torch.bincount(target(batch).flatten().cpu(), minlength=target.codes)
+        counts += torch.bincount(
+            target(batch, "ids")["ids"].flatten().cpu(), minlength=target.codes
+        )
     used, spread = measure.usage(counts), float(measure.perplexity(counts))
     possible = min(target.codes, int(counts.sum()))
     advice = (
@@ -289,13 +286,8 @@ def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
     """
     u = target.encode(images)
     ids = target.codebook.assign(u)
-    grid, patch = target.spec.grid, target.spec.model["patch_size"]
-    phase = (
-        ids[:, None].float() * 0.618034
-        + torch.tensor([0, 1 / 3, 2 / 3], device=ids.device)[:, None]
-    )
-    colours = (0.5 + 0.5 * (2 * math.pi * phase).cos()).unflatten(2, (grid, grid))
-    maps = F.interpolate(colours, size=images.shape[-2:], mode="nearest")
+    patch = target.spec.patch
+    maps = colour_codes(ids, images.shape[-1])
     cosine = (u * target.codebook.vectors[ids]).sum(dim=-1).flatten()
     patches = (
         patchify(images, patch).unflatten(2, (patch, patch, 3)).flatten(0, 1).permute(0, 3, 1, 2)

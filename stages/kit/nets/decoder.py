@@ -11,7 +11,7 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from stages.kit.nets.encoders import xavier_init
+from stages.kit.nets.init import xavier_init
 from stages.kit.nets.masks import take
 from stages.kit.nets.positions import sincos_2d
 
@@ -64,6 +64,12 @@ class Decoder(nn.Module):
         self.pred = nn.Linear(dim, out)
         xavier_init(self)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    @classmethod
+    def of(cls, config, width: int, out: int, grid: int, **kw) -> Decoder:
+        """In the sizes of a Config that is a checks.Decoder."""
+        sizes = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
+        return cls(width, out, grid, *sizes, **kw)
 
     def forward(self, tokens: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Tokens (B,P+n,width) -> predictions (B,N,out) in the order of the image, before them the

@@ -271,9 +271,10 @@ class ConvViT(VisionTransformer):
         images: torch.Tensor,
         ids: torch.Tensor | None = None,
         fusion: Fusion | None = None,
+        norm: bool = True,
     ) -> torch.Tensor:
-        """Images (B,3,H,W) -> tokens after the last norm of the patches ids (V*B,n), (V*B,n,D), in
-        that order.
+        """Images (B,3,H,W) -> tokens of the patches ids (V*B,n), (V*B,n,D), in that order, after
+        the last norm (or before it).
 
         Row v*B + b of ids belongs to image b. None: all patches, (B,N,D). With `fusion`, what it
         makes of the stages of convolutions is added before the norm. Nothing depends on a patch
@@ -284,7 +285,7 @@ class ConvViT(VisionTransformer):
         tokens = self.blocks(self.pos_drop(tokens + positions))
         if fusion is not None:
             tokens = tokens + fusion(first, second)
-        return self.norm(tokens)
+        return self.norm(tokens) if norm else tokens
 
 
 class Fusion(nn.Module):

@@ -31,7 +31,8 @@ from torch import nn
 
 from stages.kit.data.views import View
 from stages.kit.nets import ema, encoders
-from stages.kit.parts import health as measure
+from stages.kit.nets.pictures import principal_colours
+from stages.kit.nets.target import Target
 from stages.kit.parts.collapse import Watch
 from stages.kit.parts.prototypes import Centre, Head, Prototypes, multi_view_loss
 from stages.kit.train import schedule
@@ -64,7 +65,7 @@ def views(config, spec) -> dict[str, View]:
 
 def local_side(config, spec) -> int:
     """Side of a local crop in pixels: whole patches, at least one."""
-    return max(1, round(config.local_size * spec.grid)) * spec.model["patch_size"]
+    return max(1, round(config.local_size * spec.grid)) * spec.patch
 
 
 class Network(nn.Module):
@@ -75,7 +76,7 @@ class Network(nn.Module):
     def __init__(self, config, spec, patch_layer: bool = False, **kw):
         super().__init__()
         self.spec = spec
-        self.encoder = encoders.create(spec, "vit", **kw)
+        self.encoder = encoders.create(spec, "timm", **kw)
         self.head = Head(
             self.encoder.embed_dim,
             config.prototypes,
@@ -104,25 +105,30 @@ class Network(nn.Module):
             return self.patch_last_layer(self.head.trunk(tokens))
 
 
-class MomentumTeacher(Network):
+class MomentumTeacher(Network, Target):
     """The moving average of a student, with the centre of its class-token logits; frozen and always
-    in evaluation mode.
+    in evaluation mode. As a target it gives patches, class token and its attention.
     """
 
     def __init__(self, config, spec, patch_layer: bool = False):
-        super().__init__(config, spec, patch_layer, drop_path_rate=0.0)
+        super().__init__(config, spec, patch_layer)
         self.centre = Centre(config.prototypes, config.centre_momentum)
-        self._check = measure.UnitRange("teacher")
+        width, heads = self.encoder.embed_dim, self.encoder.blocks[-1].attn.num_heads
+        self.sizes = {"patch": width, "cls": width, "attention": heads}
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> MomentumTeacher:
-        return super().train(False)
-
-    @torch.no_grad()
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """As the student's, in float32. ValueError for pixels outside of [0,1]."""
-        self._check(images)
+        self._in_range(images)
         return {name: value.float() for name, value in super().features(images).items()}
+
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
+        found = {}
+        if wanted & {"patch", "cls"}:
+            found = {name: x.float() for name, x in super().features(images).items()}
+        if "attention" in wanted:
+            found["attention"] = class_attention(self.encoder, self.spec.normalise(images))
+        return found
 
     def follow(self, student: Network, momentum: float) -> None:
         """momentum * own weights + (1 - momentum) * the student's."""
@@ -221,24 +227,20 @@ def global_views(batch: dict) -> torch.Tensor:
     return torch.cat([batch["global1"], batch["global2"]])
 
 
+def class_attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Normalised images -> attention of the class token to the patches, (B,heads,N)."""
+    return encoders.attention(encoder, images)[:, :, 0, encoder.num_prefix_tokens :]
+
+
 @torch.no_grad()
 def feature_columns(network: Network, images: torch.Tensor) -> list[torch.Tensor]:
     """For images (B,3,H,W) in [0,1], columns of a contact sheet: principal components of the patch
-    tokens | attention of the class token (if there is one), mean over heads, from black (its least)
-    to white.
+    tokens | attention of the class token, mean over heads, from black (its least) to white.
     """
-    encoder, grid, size = network.encoder, network.spec.grid, images.shape[-2:]
-    colours = measure.principal_colours(network.features(images)["patch"])
-    columns = [F.interpolate(colours, size=size, mode="nearest")]
-    if encoder.cls_token is not None:
-        weights = encoders.attention(encoder, network.spec.normalise(images))[
-            :, :, 0, encoder.num_prefix_tokens :
-        ].mean(dim=1)
-        low, high = weights.amin(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)
-        weights = (
-            ((weights - low) / (high - low).clamp(min=1e-9))
-            .view(-1, 1, grid, grid)
-            .expand(-1, 3, -1, -1)
-        )
-        columns.append(F.interpolate(weights, size=size, mode="nearest"))
-    return columns
+    grid, size = network.spec.grid, images.shape[-2:]
+    colours = principal_colours(network.features(images)["patch"])
+    weights = class_attention(network.encoder, network.spec.normalise(images)).mean(dim=1)
+    low, high = weights.amin(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)
+    weights = (weights - low) / (high - low).clamp(min=1e-9)
+    weights = weights.view(-1, 1, grid, grid).expand(-1, 3, -1, -1)
+    return [F.interpolate(x, size=size, mode="nearest") for x in (colours, weights)]

@@ -17,11 +17,9 @@ _BY_NAME = (
     "weight_decay_end",
     "betas",
     "eps",
-    "momentum",
     "optimizer",
     "clip",
     "clip_mode",
-    "views",
 )
 
 
@@ -136,6 +134,7 @@ class Recipe:
         {epochs, batch_size, precision, save_minutes, nan_skips}.
         """
         given = {name: getattr(config, name) for name in _BY_NAME if hasattr(config, name)}
+        given |= {"views": getattr(config, "views_per_image", 1), "momentum": config.sgd_momentum}
         per = getattr(config, "lr_per", None)
         lr = config.lr * train["batch_size"] / per if per else config.lr
         lr *= getattr(config, "lr_factor", 1.0)

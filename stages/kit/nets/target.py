@@ -1,0 +1,171 @@
+"""What supplies targets: one base class, the encoder of another run as a target, and the holder that
+keeps a target frozen.
+
+A target looks at whole images in [0,1] and gives a dict of what it is asked for, on the student's
+grid of N patches:
+
+    "ids"        (B,N) int64, codes             "logits"     (B,N,K), a score for each code
+    "patch"      (B,N,D) float32, features      "cls"        (B,D), of the class token
+    "attention"  (B,heads,N), the class token's attention to the patches, in the last block
+    "layers"     list of (B,N,D), the patches after the blocks that are named
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.kit.nets import encoders
+
+
+class Target(nn.Module):
+    """The base: a subclass sets `spec` (the student's) and `sizes`, and gives `look`.
+
+    sizes: {what it gives: how large}: codes of "ids" and "logits", channels of "patch", "cls" and
+    "layers", heads of "attention". It is always in evaluation mode. Gradients pass through it to
+    the images; a student holds it in `Frozen`, through which none pass.
+    """
+
+    render = None  # or a method (features (B,N,D), images) -> pictures (B,3,H,W) in [0,1]
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[str, int] = {}
+        self._in_range = UnitRange(type(self).__module__.rpartition(".")[2])
+
+    def train(self, mode: bool = True) -> Target:
+        return super().train(False)
+
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
+        """`forward` without its checks."""
+        raise NotImplementedError
+
+    def forward(
+        self, images: torch.Tensor, *wanted: str, norm: bool = True, layers: tuple = ()
+    ) -> dict:
+        """(B,3,H,W) in [0,1] -> {what is wanted: its tensor}, as described above.
+
+        norm False: states of a transformer before its last norm. layers: blocks whose output is
+        wanted as "layers", from 1; negative numbers count from the end. ValueError for other
+        pixels, for what this target does not give, and for another number of patches than the
+        student has.
+        """
+        if missing := set(wanted) - set(self.sizes):
+            raise ValueError(
+                f"target: found {', '.join(sorted(self.sizes))}, expected {', '.join(sorted(missing))}"
+            )
+        self._in_range(images)
+        found = self.look(images, set(wanted), norm, layers)
+        shape = (len(images), self.spec.grid**2)
+        for name in {"ids", "logits", "patch"} & set(wanted):
+            if found[name].shape[:2] != shape:
+                raise ValueError(
+                    f"target: gave {name} of shape {tuple(found[name].shape)}, expected {shape} first"
+                )
+        return {name: found[name] for name in wanted}
+
+
+class Frozen:
+    """Holds a target for a student: no gradient passes, and torch neither trains nor saves it.
+
+    `open` is the target itself, for a loss whose gradient goes through it to images that the
+    student made.
+    """
+
+    def __init__(self, target: Target):
+        self.open = target.requires_grad_(False).eval()
+        self.sizes = target.sizes
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, *wanted: str, **how) -> dict:
+        """`Target.forward` without gradients."""
+        return self.open(images, *wanted, **how)
+
+
+class EncoderTarget(Target):
+    """The finished encoder of a run, which it takes over."""
+
+    def __init__(self, encoder: nn.Module, spec):
+        super().__init__()
+        self.encoder, self.spec = encoder, spec
+        self.norm, encoder.norm = encoder.norm, nn.Identity()  # to give states from before it, too
+        width = encoder.num_features
+        self.sizes = {"patch": width, "layers": width}
+        if encoders.has_cls(encoder):
+            self.sizes |= {"cls": width, "attention": encoder.blocks[-1].attn.num_heads}
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: Path, spec, device: torch.device | str = "cpu") -> EncoderTarget:
+        """From an exported encoder's folder. FileNotFoundError if there is none."""
+        return unfused(cls(encoders.load(folder), spec), device).to(device)
+
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
+        images, found = self.spec.normalise(images), {}
+        if wanted & {"patch", "cls"}:
+            tokens = encoders.features(self.encoder, images)
+            last = self.norm if norm else nn.Identity()
+            patch = on_grid(tokens["patch"], self.spec.grid)
+            found |= {"patch": last(patch).float(), "cls": last(tokens["cls"]).float()}
+        if "attention" in wanted:
+            weights = encoders.attention(self.encoder, images)[:, :, 0]
+            weights = weights[..., self.encoder.num_prefix_tokens :].transpose(1, 2)
+            found["attention"] = on_grid(weights, self.spec.grid).transpose(1, 2)
+        if "layers" in wanted:
+            count = sum(encoders.depths(self.encoder))
+            indices = [n - 1 if n > 0 else count + n for n in layers]
+            maps = self.encoder.forward_intermediates(
+                images, indices=indices, output_fmt="NCHW", intermediates_only=True
+            )
+            states = (x.flatten(2).transpose(1, 2) for x in maps)
+            found["layers"] = [on_grid(x, self.spec.grid).float() for x in states]
+        return found
+
+
+def on_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
+    """Patches (B,n,D) of a square grid -> (B,grid*grid,D), resized where the grid is another."""
+    side = round(patches.shape[1] ** 0.5)
+    if side == grid:
+        return patches
+    maps = patches.transpose(1, 2).unflatten(2, (side, side))
+    how = {"mode": "bilinear", "align_corners": False, "antialias": True}
+    return F.interpolate(maps, size=(grid, grid), **how).flatten(2).transpose(1, 2)
+
+
+def unfused(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """`module` itself; on a CPU without torch's fused attention, which is slow there in bf16."""
+    if torch.device(device).type == "cpu":
+        for layer in module.modules():
+            if hasattr(layer, "fused_attn"):
+                layer.fused_attn = False
+    return module
+
+
+class UnitRange:
+    """`check_unit_range` for every batch on a CPU; on a GPU, where it would wait, for the first and
+    every 256th.
+    """
+
+    def __init__(self, who: str):
+        self.who, self.calls = who, 0
+
+    @torch.compiler.disable  # it counts, and looks at values
+    def __call__(self, images: torch.Tensor) -> None:
+        if images.device.type == "cpu" or self.calls % 256 == 0:
+            check_unit_range(images, self.who)
+        self.calls += 1
+
+
+def check_unit_range(images: torch.Tensor, who: str) -> None:
+    """ValueError unless all pixels lie in [0,1], as those of normalised images do not. Waits for a
+    GPU.
+    """
+    low, high = (float(x) for x in torch.aminmax(images.detach()))
+    if not (low >= -1e-4 and high <= 1 + 1e-4):
+        raise ValueError(
+            f"{who}: expected images with pixels in [0, 1], found {low:.3g} to {high:.3g}; it normalises them "
+            "itself, so give it images from before any mean and std were applied"
+        )
