@@ -1,8 +1,8 @@
 """Stage data: a source becomes splits on disk that every later stage reads.
 
-    python -m stages.data [--params params.yaml] [--results results]
+    python -m stages.data --name main [--params params.yaml] [--results results]
 
-Writes results/data/ (layout: stages/kit/data/store.py). In one pass over the source every image is
+Writes results/data/<name>/ (layout: stages/kit/data/store.py). In one pass over the source every image is
 decoded once, in threads: broken ones go to quarantine.jsonl with their reason, the others are
 hashed, counted, and written. Memory does not grow with the data but for about 50 bytes per image
 (label, split and pixel hash).
@@ -21,15 +21,12 @@ hashed, counted, and written. Memory does not grow with the data but for about 5
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -37,30 +34,26 @@ from tqdm import tqdm
 
 from stages.kit.data.decode import Broken, Pixels, cores, ordered_map, prepare, square
 from stages.kit.data.store import Split, SplitWriter, Tally, duplicates
-from stages.kit.job.job import running, write_atomic, write_json
+from stages.kit.job import process
+from stages.kit.job.command import command
 from stages.sources import SPLITS, Found, Sample, SourceError, assign
-from workflow.plan import load
+from workflow import plugins
+from workflow.files import write_atomic, write_json
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the data job; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.data", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--results", default="results")
-    args = parser.parse_args(argv)
-    plan = load(args.params, args.results)
-    with running(plan.jobs["data"], plan) as run:
-        params = run.job.params
-        if int(os.environ.get("RANK", 0)):
-            return 0  # under torchrun one process reads and writes
-        run.summary.update(
-            build(params["data"], params["source"], run.out, run.work, run.compute["threads"])
-        )
-    return 0
+    """Runs one data job; returns the exit status."""
+    return command("data", __doc__, make, argv)
+
+
+def make(run) -> None:
+    """The work of the stage, for a job.Run."""
+    if process.rank():
+        return  # under torchrun one process reads and writes
+    params, threads = run.job.params, run.compute["threads"]
+    run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
 
 
 def build(data: dict, source: dict, out: Path, work: Path, threads: int | None = None) -> dict:
@@ -164,7 +157,7 @@ def find(data: dict, source: dict) -> Found:
             raise SourceError(
                 f"data.{key}: found {data[key]!r}, but the source {source['name']} has no columns"
             )
-    module = import_module(f"stages.sources.{source['name']}")
+    module = plugins.module("source", source["name"])
     return module.read(source["argument"], module.Config(**source["config"]), data)
 
 

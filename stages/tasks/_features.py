@@ -40,6 +40,7 @@ from stages.kit import keyed
 from stages.kit.data import decode, loader, store, views
 from stages.kit.nets import attention, encoders, hybrid
 from stages.tasks import Trial
+from workflow.manifest import Manifest
 
 KEEP_BYTES = 16 << 30
 CODE = (attention, decode, encoders, hybrid, keyed, loader, store, views)
@@ -201,12 +202,8 @@ def _code() -> str:
 
 def _fingerprint(encoder_dir: Path) -> str:
     """The pretraining job's fingerprint; of an encoder from elsewhere, the digest of its files."""
-    manifest = encoder_dir.parent / "manifest.json"
-    return (
-        json.loads(manifest.read_text())["fingerprint"]
-        if manifest.is_file()
-        else _digest(encoder_dir)
-    )
+    manifest = Manifest.read(encoder_dir.parent / "manifest.json")
+    return manifest.fingerprint if manifest else _digest(encoder_dir)
 
 
 def _digest(encoder_dir: Path) -> str:

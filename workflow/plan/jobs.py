@@ -1,4 +1,4 @@
-"""Every job that params.yaml asks for: its parameters, inputs and code. The one place of the DAG."""
+"""Every job that params.yaml asks for: its parameters, inputs and code. All of the DAG is here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one stage. Its name is unique in the stage, its id `<stage>/<name>` in the plan."""
+    """One run of one stage. Its name is unique in its stage, its id in the plan: <stage>/<name>."""
 
     stage: str
     name: str
@@ -36,7 +36,9 @@ class Job:
     inputs: dict[str, str]  # role -> id of the job; the one made last is last
     params: dict
     code: tuple[str, ...]  # paths of the files that it runs, below the root
-    origins: dict[str, str]  # dotted key of `params` -> dotted key of params.yaml, where they differ
+    origins: dict[
+        str, str
+    ]  # dotted key of `params` -> dotted key of params.yaml, where they differ
     spreads: bool = False  # trains, so several processes can share its work
     user_files: bool = False  # its parameters hold the state of files of the user's
     fingerprint: str = ""
@@ -49,7 +51,9 @@ class Job:
     @property
     def command(self) -> str:
         """The command that runs the job, as both engines call it."""
-        options = zip(OPTIONS[self.stage], self.name.split("/"), strict=False)  # the report has none
+        options = zip(
+            OPTIONS[self.stage], self.name.split("/"), strict=False
+        )  # the report has none
         return " ".join([f"python -m stages.{self.stage}", *(f"--{o} {v}" for o, v in options)])
 
     @property

@@ -128,7 +128,7 @@ def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def _near(path: Path) -> str:
-    """For the end of a message: the nearest name in the path's folder, or which folder is missing."""
+    """For the end of a message: the nearest name in its folder, or the folder that is missing."""
     if path.parent.is_dir():
         return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()))
     missing = next(folder for folder in reversed(path.parents) if not folder.is_dir())

@@ -1,4 +1,4 @@
-"""One job from its first to its last act: a clean output folder, one process, a manifest at the end.
+"""One job from first to last: a clean output folder, one process, a manifest at the end.
 
     plan = load(args.params, args.results)
     with running(plan.jobs["pretrain/mae-s0"], plan) as run:
@@ -123,6 +123,9 @@ def running(job: Job, plan: Plan):
 def _finish(run: Run, began: datetime, wall: float) -> None:
     """The last act: the manifest is written, the work folder goes, one line is printed."""
     job, out, jobs = run.job, run.out, run.plan.jobs
+    inputs = {
+        role: {"job": id, "fingerprint": jobs[id].fingerprint} for role, id in job.inputs.items()
+    }
     files = sorted(path for path in out.rglob("*") if path.is_file())
     manifest = Manifest(
         job=job.id,
@@ -131,9 +134,7 @@ def _finish(run: Run, began: datetime, wall: float) -> None:
         fingerprint=job.fingerprint,
         params=job.params,
         code=job.hashes,
-        inputs={
-            role: {"job": id, "fingerprint": jobs[id].fingerprint} for role, id in job.inputs.items()
-        },
+        inputs=inputs,
         outputs={path.relative_to(out).as_posix(): sha256(path) for path in files},
         environment=environment(),
         git=git_state(run.plan.root),

@@ -23,13 +23,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.kit import dist, keyed
-from stages.kit.job.files import JobError, write_atomic
 from stages.kit.nets import attention
 from stages.kit.train import compiled, droppath, flops, malloc, optim, precision
 from stages.kit.train.checkpoint import Checkpoint
 from stages.kit.train.display import Display
 from stages.kit.train.history import History
 from stages.kit.train.recipe import Progress, Recipe
+from workflow.files import JobError, write_atomic
 
 __all__ = ["NonFiniteError", "Progress", "Recipe", "fit"]
 
