@@ -337,7 +337,7 @@ def test_features_are_extracted_once_without_gradient_and_in_eval_mode(tmp_path,
 def test_attention_is_multiplied_out_in_bf16_only(tmp_path, monkeypatch):
     lab, calls = world(tmp_path), []
     monkeypatch.setattr(
-        attention, "attend", lambda *given, real=attention.attend: calls.append(1) or real(*given)
+        attention, "multiply_out", lambda e, real=attention.multiply_out: calls.append(real(e))
     )
     exact = frozen(lab)["patch"]
     assert not calls

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.kit.data.views import View
+from stages.kit.eager import eager
 from stages.kit.nets import encoders
 from stages.kit.train import mixing
 from workflow import checks
@@ -114,7 +115,7 @@ class Method(nn.Module):
         loss = -(soft * logits.log_softmax(dim=1)).sum() / weight
         return {"loss": loss, "accuracy": (right * known).sum() / weight}
 
-    @torch.compiler.disable  # numbers of numpy decide about shapes
+    @eager  # numbers of numpy decide about shapes
     def mix(self, images: torch.Tensor, soft: torch.Tensor, generator: torch.Generator):
         """Mixup or CutMix of images (B,3,H,W) and soft labels (B,K) -> the same, mixed."""
         if len(images) % 2:

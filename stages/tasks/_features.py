@@ -132,7 +132,7 @@ def _extract(
     for place, batch in batches:
         batch = (batch.to(device, non_blocking=True) - mean) / std
         low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        with attention.multiplied_out(device), low:
+        with low:
             states = _states(encoder, batch, taps, norm)
         for end, state in states.items():
             dense = state["patch"].float()

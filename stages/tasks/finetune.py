@@ -30,6 +30,7 @@ from torch import nn
 from stages.kit import dist, keyed
 from stages.kit.data import loader
 from stages.kit.data.views import View
+from stages.kit.eager import eager
 from stages.kit.nets import encoders
 from stages.kit.train import loop, mixing, optim
 from stages.tasks import Trial
@@ -143,7 +144,7 @@ class Classifier(nn.Module):
         loss = -(soft * F.log_softmax(logits, 1)).sum(1).mean()
         return {"loss": loss, "agreement": (logits.argmax(1) == soft.argmax(1)).float().mean()}
 
-    @torch.compiler.disable  # it reads the step
+    @eager  # it reads the step
     def share(self, images: torch.Tensor, progress) -> torch.Tensor:
         """`kept` of this step, on the images' device."""
         return kept(self.config, *images.shape[-2:], progress.seed, progress.step).to(images.device)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from stages.kit.job.job import Run, running
 from stages.kit.job.launch import spread
 from stages.kit.job.process import prepare
+from workflow.params.entries import FLAT
 from workflow.plan import load
 from workflow.plan.jobs import OPTIONS
 
@@ -26,7 +27,8 @@ def command(stage: str, doc: str, work: Callable[[Run], None], argv: list[str] |
     prepare()
     parser = argparse.ArgumentParser(f"python -m stages.{stage}", description=doc.splitlines()[0])
     for option in OPTIONS[stage]:
-        parser.add_argument(f"--{option}", required=True, help=HELP[option])
+        default = FLAT if stage == "data" else None
+        parser.add_argument(f"--{option}", required=not default, default=default, help=HELP[option])
     parser.add_argument("--params", default="params.yaml", help="(default: params.yaml)")
     parser.add_argument("--results", default="results", help="(default: results)")
     args = parser.parse_args(argv)

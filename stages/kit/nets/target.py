@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit.nets import encoders
+from stages.kit.eager import eager
+from stages.kit.nets import attention, encoders
 
 
 class Target(nn.Module):
@@ -101,7 +102,10 @@ class EncoderTarget(Target):
     @classmethod
     def load(cls, folder: Path, spec, device: torch.device | str = "cpu") -> EncoderTarget:
         """From an exported encoder's folder. FileNotFoundError if there is none."""
-        return unfused(cls(encoders.load(folder), spec), device).to(device)
+        target = cls(encoders.load(folder), spec)
+        if torch.device(device).type == "cpu":
+            attention.multiply_out(target)
+        return target.to(device)
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         images, found = self.spec.normalise(images), {}
@@ -135,15 +139,6 @@ def on_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
     return F.interpolate(maps, size=(grid, grid), **how).flatten(2).transpose(1, 2)
 
 
-def unfused(module: nn.Module, device: torch.device | str) -> nn.Module:
-    """`module` itself; on a CPU without torch's fused attention, which is slow there in bf16."""
-    if torch.device(device).type == "cpu":
-        for layer in module.modules():
-            if hasattr(layer, "fused_attn"):
-                layer.fused_attn = False
-    return module
-
-
 class UnitRange:
     """`check_unit_range` for every batch on a CPU; on a GPU, where it would wait, for the first and
     every 256th.
@@ -152,7 +147,7 @@ class UnitRange:
     def __init__(self, who: str):
         self.who, self.calls = who, 0
 
-    @torch.compiler.disable  # it counts, and looks at values
+    @eager  # it counts, and looks at values
     def __call__(self, images: torch.Tensor) -> None:
         if images.device.type == "cpu" or self.calls % 256 == 0:
             check_unit_range(images, self.who)
