@@ -17,7 +17,7 @@ import torch
 
 from stages import tasks, transfer
 from stages.kit.data import loader, store
-from stages.kit.job.job import JobError
+from workflow.files import JobError
 from stages.kit.nets import attention, encoders
 from stages.kit.spec import Spec
 from stages.tasks import _features
