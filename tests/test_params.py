@@ -310,7 +310,7 @@ BAD = [  # changes to good parameters, and what the message must contain
     (
         {"grid__runs__mae__stages": 2},
         [
-            "grid.runs.mae.stages: method mae takes no target, expected a method that can learn from",
+            "grid.runs.mae.stages: method mae takes no target, expected a method that can learn",
             "(found 2)",
         ],
     ),
@@ -647,7 +647,7 @@ def test_numbers_are_read_as_yaml_1_2_does(tmp_path, number):
     assert read(path).runs["mae"].settings.config["lr"] == 0.001
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # plug-ins
 
 
@@ -998,7 +998,10 @@ def test_the_schema_knows_plugins_and_refuses_typing_errors():
 
 
 def test_the_plan_needs_no_torch():
-    code = "import sys, workflow.plan as p; p.load(); assert not {'torch', 'timm', 'mlflow'} & set(sys.modules)"
+    code = (
+        "import sys, workflow.plan as p; p.load(); "
+        "assert not {'torch', 'timm', 'mlflow'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
