@@ -245,6 +245,14 @@ BAD = [  # changes to good parameters, and what the message must contain
         {"methods__big": {"kind": "mea"}},
         ["methods.big.kind: there is no method 'mea'", "did you mean 'mae'"],
     ),
+    (
+        {"methods__mae__input_size": 18},
+        ["methods.mae.input_size: found 18; model.patch_size: found 4", "of input_size 18"],
+    ),
+    (
+        {"methods__mae": {"input_size": 8, "mask_ratio": 0.9}},
+        ["methods.mae.mask_ratio: 0.9 of 4 patches hides 4"],
+    ),
     ({"grid__runs__mae__model": "vit"}, ["grid.runs.mae.model: no model is called 'vit'"]),
     ({"grid__runs__mae__data": "vit"}, ["grid.runs.mae.data: no data set is called 'vit'"]),
     ({"tasks__linear__epoch": 3}, ["tasks.linear.epoch: unknown key", "did you mean 'epochs'"]),

@@ -16,7 +16,7 @@ from workflow.closure import closure
 from workflow.messages import ParamsError, did_you_mean, listed, nearest, shown
 from workflow.params.messages import sentences
 from workflow.params.sections import Data, ModelWords
-from workflow.params.settings import Checker, Settings, as_json
+from workflow.params.settings import Checker, Layer, Settings, as_json
 from workflow.plugins import Plugin, declared
 
 FLAT = "main"  # name of an entry that is written flat
@@ -116,7 +116,7 @@ def data_sets(checker: Checker, entries: dict[str, tuple[str, Data]]) -> dict[st
         if not sized:
             checker.problems.append(f"{key}.image_size: required, but not given")
         at = f"{key}.options"
-        settings = checker.settings("source", source, plugin, at, [(at, data.options)])
+        settings = checker.settings("source", source, plugin, at, [Layer(at, data.options)])
         if settings and sized:
             entry = data.model_dump(exclude={"options"})
             found[name] = DataSet(name, key, entry, source, argument or None, settings)
@@ -164,7 +164,7 @@ def encoders(checker: Checker, entries: dict[str, tuple[str, dict]]) -> dict[str
             continue
         if problem := _name_problem(given.get("name"), plugin, checker):
             checker.problems.append(f"{key}.name: {problem}")
-        elif settings := checker.settings("encoder", kind, plugin, key, [(key, given)]):
+        elif settings := checker.settings("encoder", kind, plugin, key, [Layer(key, given)]):
             found[name] = Encoder(name, key, kind, settings)
     return found
 

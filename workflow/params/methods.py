@@ -29,8 +29,8 @@ def check_methods(checker: Checker) -> dict[str, Method]:
         if not plugin:
             continue
         kind = words.kind or name
-        layers: list[Layer] = [checker.published(plugin, key)] if words.recipe else []
-        layers.append((key, given))
+        layers = [checker.published(plugin, key)] if words.recipe else []
+        layers.append(Layer(key, given))
         checker.settings("method", kind, plugin, key, layers)
         found[name] = Method(kind, plugin, key, layers)
     return found
