@@ -17,12 +17,12 @@ import torch
 
 from stages import tasks, transfer
 from stages.kit.data import loader, store
-from stages.kit.job.job import JobError
 from stages.kit.nets import attention, encoders
 from stages.kit.spec import Spec
 from stages.tasks import _features
 from tests import tiny
 from workflow import plugins
+from workflow.files import JobError
 
 TASKS = plugins.names("task")
 HEADLINE = {task: plugins.declared("task", task).literals["HEADLINE"] for task in TASKS}

@@ -41,6 +41,7 @@ from stages.kit.data import loader, views
 from stages.kit.nets import attention, encoders
 from stages.tasks import Trial
 from workflow.closure import closure
+from workflow.manifest import Manifest
 from workflow.plugins import ROOT
 
 KEEP_BYTES = 16 << 30
@@ -198,12 +199,8 @@ def _code(family: str) -> str:
 
 def _fingerprint(encoder_dir: Path) -> str:
     """The pretraining job's fingerprint; of an encoder from elsewhere, the digest of its files."""
-    manifest = encoder_dir.parent / "manifest.json"
-    return (
-        json.loads(manifest.read_text())["fingerprint"]
-        if manifest.is_file()
-        else _digest(encoder_dir)
-    )
+    manifest = Manifest.read(encoder_dir.parent / "manifest.json")
+    return manifest.fingerprint if manifest else _digest(encoder_dir)
 
 
 def _digest(encoder_dir: Path) -> str:

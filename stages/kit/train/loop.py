@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.kit import dist, keyed
-from stages.kit.job.files import write_atomic
 from stages.kit.nets import attention
 from stages.kit.train import compiled, droppath, flops, guard, malloc, precision
 from stages.kit.train.checkpoint import Checkpoint
@@ -31,6 +30,7 @@ from stages.kit.train.history import History
 from stages.kit.train.recipe import Progress, Recipe
 from stages.kit.train.signals import Signals
 from stages.kit.train.updates import Updates
+from workflow.files import write_atomic
 
 __all__ = ["NonFiniteError", "Progress", "Recipe", "fit"]
 
