@@ -109,7 +109,7 @@ def build(data: dict, source: dict, out: Path, work: Path, threads: int | None =
         "image_size": data["image_size"],
         "store_size": size,
         "classes": found.classes,
-        "fields": sorted(kind for kind, there in kinds.items() if there),
+        "fields": sorted(set().union(*fields.values())),
         **(IMAGENET if data["normalise"] == "imagenet" else statistics),
         "statistics": statistics,
         "splits": {s: _facts(part, found.classes, fields[s]) for s, part in labels.items()},

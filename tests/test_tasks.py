@@ -51,11 +51,11 @@ def dataset(folder: Path, counts=COUNTS, classes: int = 3, unlabelled: int = 0) 
         np.save(folder / name / "labels.npy", labels)
         splits[name] = {
             "count": count,
+            "fields": [],
             "labelled": bool((labels >= 0).any()),
             "class_counts": np.bincount(labels[labels >= 0], minlength=classes).tolist(),
         }
     info = {
-        "fields": [],
         "source": "made",
         "hash": "abc",
         "mode": "memmap",
@@ -272,7 +272,7 @@ def test_data_without_labels_is_an_error_that_helps(tmp_path):
     info = store.info(dataset(tmp_path / "none", unlabelled=100))
     with pytest.raises(
         JobError,
-        match=r"tasks.knn needs labels; data set 'main' \(source 'made'\) has none: remove",
+        match=r"tasks.knn needs labels; data set 'main' \(source 'made'\) has none: name another",
     ):
         tasks.require("knn", {"labels"}, "main", info)
     info = store.info(dataset(tmp_path / "noval", {"train": 6, "val": 0, "test": 6}))
@@ -288,7 +288,12 @@ def test_data_without_masks_boxes_or_points_name_task_data_set_and_what_is_missi
     info = store.info(dataset(tmp_path))
     with pytest.raises(JobError, match=f"tasks.seg needs {need}; data set 'photos' .* has none"):
         tasks.require("seg", {need, "labels"}, "photos", info)
-    tasks.require("seg", {need}, "photos", info | {"fields": [need]})
+    for split in ("train", "test"):
+        info["splits"][split]["fields"] = [need]
+    with pytest.raises(JobError, match=f"the val split of .* has 30 images without {need}"):
+        tasks.require("seg", {need, "labels"}, "photos", info)
+    info["splits"]["val"]["fields"] = [need]
+    tasks.require("seg", {need, "labels"}, "photos", info)
 
 
 @pytest.mark.parametrize(
