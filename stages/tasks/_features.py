@@ -102,8 +102,8 @@ def frozen(
                 workers = run.compute.get("workers", 1)
                 images = _images(trial.open(split), size, batch_size, augment, workers)
                 encoder = encoders.load(trial.encoder, img_size=size).to(run.device).eval()
-                if (run.device.type, precision) == ("cpu", "bf16"):
-                    attention.multiply_out(encoder)
+                if precision == "bf16":
+                    attention.unfused(encoder, run.device)
                 _extract(encoder, images, part, run.device, precision, **asked)
                 (part / "what.json").write_text(json.dumps(what, indent=1))
                 os.rename(part, entry)
