@@ -24,8 +24,8 @@ from PIL import Image
 from stages import data, methods, targets, tasks
 from stages.kit import keyed
 from stages.kit.data import store
-from stages.kit.data.decode import cores
 from stages.kit.data.loader import Batches
+from stages.kit.data.threads import cores
 from stages.kit.job.device import resolved
 from stages.kit.job.provenance import peak_mb
 from stages.kit.nets import encoders as encoder
@@ -33,7 +33,8 @@ from stages.kit.nets.teacher import Teacher
 from stages.kit.spec import Spec, configure
 from stages.kit.train import compiled
 from stages.kit.train.loop import Recipe, fit
-from stages.sources import SPLITS, assign
+from stages.sources import SPLITS
+from stages.sources._splits import assign
 from stages.tasks import _features
 
 POOL = 256  # different images of noise; as many are encoded at once by tasks/_features.py

@@ -37,12 +37,12 @@ import torch
 from numpy.lib.format import open_memmap
 
 from stages.kit import keyed
-from stages.kit.data import decode, loader, store, views
+from stages.kit.data import crops, decode, loader, pixels, store, views
 from stages.kit.nets import attention, encoders, hybrid
 from stages.tasks import Trial
 
 KEEP_BYTES = 16 << 30
-CODE = (attention, decode, encoders, hybrid, keyed, loader, store, views)
+CODE = (attention, crops, decode, encoders, hybrid, keyed, loader, pixels, store, views)
 
 
 def frozen(
