@@ -696,5 +696,5 @@ def test_the_stage_as_a_command(tmp_path, tiny_params, capsys):
     out = tmp_path / "results" / "data" / "main"
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["summary"]["train"] == 48 and manifest["summary"]["mode"] == "memmap"
-    assert "train/images.npy" in manifest["outputs"] and "data: " in capsys.readouterr().out
+    assert "train/images.npy" in manifest["outputs"] and "data/main: " in capsys.readouterr().out
     assert len(Split.open(out, "val")) == 16

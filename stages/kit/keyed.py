@@ -1,13 +1,12 @@
 """Randomness without state: every random number is a pure function of a key and a place.
 
-Each number is the hash of (base, row, column). `base` says what is drawn (seed, epoch or step,
-name), `row` says for which sample, and `column` counts that sample's own numbers. So a sample gets
-the same numbers in any batch, after any start, with any number of workers. A generator that moves
-on with each use could not promise that.
-
-The hash is the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom
-Number Generators") in wrap-around int64 arithmetic. It is exact, and hence the same on a CPU and a
-GPU.
+A generator that is advanced by use makes a batch depend on all that was drawn before it, on the
+number of workers, and on who sits beside a sample in the batch. Here a number is the hash of (base,
+row, column) instead: `base` says what is drawn (seed, epoch or step, name), `row` for whom (a
+sample's index), the column is the place in that sample's own numbers. The hash is the finaliser of
+SplitMix64 (Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators") in
+wrap-around int64 arithmetic, which is exact and hence the same on a CPU and a GPU, for any
+composition of the batch.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def key(*parts: int | str) -> int:
-    """An integer in [0, 2^63) for these parts, the same in every process and on every machine.
+    """Hashes the parts into an integer in [0, 2^63): the same in every process and machine.
 
-    Types, order and borders of the parts count: key("ab", "c"), key("a", "bc"), key(1) and key("1")
-    all differ. TypeError for a part that is neither an integer nor a string.
+    The parts' types, order and borders count: key("ab", "c"), key("a", "bc"), key(1) and key("1")
+    all differ.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -48,8 +47,8 @@ def bits(
 ) -> torch.Tensor:
     """Uniform random int64 (B, *shape), all 64 bits random.
 
-    `base` is an integer (see `key`), `rows` are integers (B,). Element (b, ...) depends on base,
-    rows[b] and its own place only. The result lies on `device` (None: where `rows` does).
+    Element (b, ...) depends on `base`, rows[b] and its place alone. `base` is an integer (see
+    `key`), `rows` (B,) are integers. The result lies on `device`, by default where `rows` does.
     """
     if rows.ndim != 1 or rows.is_floating_point():
         raise ValueError(
@@ -57,7 +56,7 @@ def bits(
         )
     rows = rows.to(device=device if device is not None else rows.device, dtype=torch.int64)
     base = (int(base) + (1 << 63)) % (1 << 64) - (1 << 63)
-    # hashed twice: else the numbers of a row would be those of its neighbour, shifted by one place
+    # hashed twice, so that neighbouring rows are not shifted copies
     stream = _mix(rows * GOLDEN + base)[:, None]
     column = torch.arange(1, math.prod(shape) + 1, device=rows.device) * GOLDEN
     return _mix(stream + column).reshape(len(rows), *shape)
@@ -66,8 +65,8 @@ def bits(
 def uniform(
     base: int, rows: torch.Tensor, *shape: int, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Uniform float32 (B, *shape) in [0, 1); arguments as for `bits`. They are multiples of 2^-24,
-    so rounding never makes 1.0 of one.
+    """float32 (B, *shape), uniform in [0, 1): multiples of 2^-24, so that 1.0 never comes;
+    arguments as for `bits`.
     """
     return _shift(bits(base, rows, *shape, device=device), 40).float() * 2.0**-24
 
@@ -75,17 +74,17 @@ def uniform(
 def normal(
     base: int, rows: torch.Tensor, *shape: int, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Standard normal float32 (B, *shape), by Box-Muller from two uniforms each; arguments as for
-    `bits`.
+    """float32 (B, *shape), standard normal (Box-Muller on two uniforms per number); arguments as
+    for `bits`.
 
-    The same on one device always. Logarithm and cosine differ between devices in their last bit,
-    so it is computed in float64 and then rounded; about one number in 10^8 can still differ between
-    a CPU and a GPU.
+    Computed in float64 and then rounded, because logarithm and cosine differ between devices in
+    their last bit. About one number in 10^8 still differs between a CPU and a GPU. On one device
+    it is exact.
     """
     pair = _shift(bits(base, rows, 2, math.prod(shape), device=device), 11).double() + 0.5
     first, second = (pair * 2.0**-53).unbind(1)
-    numbers = (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
-    return numbers.float().reshape(len(rows), *shape)
+    found = (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
+    return found.float().reshape(len(rows), *shape)
 
 
 def generator(*parts: int | str) -> torch.Generator:
@@ -94,9 +93,7 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 def permutation(n: int, *parts: int | str) -> torch.Tensor:
-    """A random order of 0..n-1, int64 (n,). It does not change with torch's version, as that of
-    torch.randperm may.
-    """
+    """A random order of 0..n-1, int64 (n,); torch.randperm's could change with torch's version."""
     return bits(key(*parts), torch.zeros(1, dtype=torch.int64), n)[0].argsort(stable=True)
 
 
