@@ -17,12 +17,12 @@ import torch
 from stages import targets
 from stages.kit import dist, keyed
 from stages.kit.data import store
+from stages.kit.data.batches import held_out, shown_batch, training_batches, write_pictures
 from stages.kit.data.loader import evaluation
 from stages.kit.job.job import JobError, running, write_json
 from stages.kit.job.launch import spread
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe, fit
-from stages.pretrain import held_out, shown_batch, training_batches, write_pictures
 from workflow import plugins
 from workflow.plan import load
 

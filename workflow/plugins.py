@@ -52,7 +52,7 @@ class Plugin:
     path: str
     config: type
     literals: dict[str, Any]
-    doc: str
+    doc: str = dataclasses.field(repr=False)
 
     @property
     def fields(self) -> list[str]:

@@ -27,6 +27,7 @@ from torch import nn
 from stages.kit.data.views import View
 from stages.kit.eager import eager
 from stages.kit.nets import encoders
+from stages.kit.train import mixing
 from workflow import checks
 
 TARGET = None
@@ -38,13 +39,17 @@ PUBLISHED = {
     "batch_size": 1024,
     "mixup": 0.8,
     "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "drop_path": 0.1,
     "crop_min": 0.08,
     "jitter": 0.0,
     "randaugment": "rand-m9-mstd0.5-inc1",
     "erase": 0.25,
-    "lr": 5e-4,
+    "lr": 0.0005,
     "lr_per": 512,
+    "min_lr": 1e-05,
     "warmup": 0.0167,
+    "weight_decay": 0.05,
 }
 
 
@@ -116,30 +121,19 @@ class Method(nn.Module):
 
     @eager  # numbers of numpy decide about shapes
     def mix(self, images: torch.Tensor, soft: torch.Tensor, generator: torch.Generator):
-        """Mixup (arXiv 1710.09412) or CutMix (1905.04899) of samples 2j and 2j + 1 with each other.
-
-        Images (B,3,H,W) and soft labels (B,K) -> the same, mixed. CutMix pastes a box of share 1 -
-        lambda around a uniform centre, cut at the borders; the labels follow its real area.
-        """
+        """Mixup or CutMix of images (B,3,H,W) and soft labels (B,K) -> the same, mixed."""
         if len(images) % 2:
             raise ValueError(
-                f"train.micro_batch: mixup and cutmix pair images, found {len(images)}, expected an even number"
+                f"train.micro_batch: found {len(images)} images, expected an even number, as mixup "
+                "and cutmix pair them"
             )
-
-        def partner_of(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-
         draw = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         cut = self.config.cutmix > 0 and (self.config.mixup == 0 or draw.random() < 0.5)
         share = draw.beta(*(self.config.cutmix if cut else self.config.mixup,) * 2)
-        partner = partner_of(images)
-        if cut:
-            side = images.shape[-1]
-            half, (y, x) = int(side * np.sqrt(1 - share)) // 2, draw.integers(side, size=2)
-            (y0, y1), (x0, x1) = ((max(0, int(c) - half), min(side, int(c) + half)) for c in (y, x))
-            images = images.clone()
-            images[:, :, y0:y1, x0:x1] = partner[:, :, y0:y1, x0:x1]
-            share = 1 - (y1 - y0) * (x1 - x0) / side**2
-        else:
-            images = share * images + (1 - share) * partner
-        return images, share * soft + (1 - share) * partner_of(soft)
+        if not cut:
+            return mixing.mixed(images, soft, share, share)
+        side = images.shape[-1]
+        place = mixing.box(side, side, *draw.integers(side, size=2).tolist(), share)
+        rows, columns = (part.stop - part.start for part in place)
+        kept = mixing.outside(side, side, place).to(images.device)
+        return mixing.mixed(images, soft, kept, 1 - rows * columns / side**2)

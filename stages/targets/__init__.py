@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
 from stages.kit.job.files import write_atomic, write_json
-from stages.kit.nets.attention import unfused
+from stages.kit.nets import attention
 from stages.kit.nets.target import EncoderTarget, Frozen, Target
 from stages.kit.spec import Spec, configure
 from workflow import plugins
@@ -53,7 +53,9 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Target:
         raise ValueError(
             f"{path / WEIGHTS}: does not fit the target described beside it: {error}"
         ) from error
-    return unfused(target, device).to(device).requires_grad_(False).eval()
+    if torch.device(device).type == "cpu":
+        attention.multiply_out(target)
+    return target.to(device).requires_grad_(False).eval()
 
 
 def given(run, role: str, spec: Spec) -> Frozen | None:

@@ -1,17 +1,14 @@
-"""Small SVG charts and embedded pictures for a page that must read on a phone, in the dark and
-offline.
+"""Small SVG charts for a page that must read on a phone, in the dark and offline.
 
-A chart is a string of SVG without scripts or fonts of its own. Colours are CSS classes (`c0` ...
-`c7`, `axis`, `grid`), so the page decides them for light and dark; `standalone` adds the same style
-to a chart that is saved as a file. Charts are 340 units wide, about the width of a phone, so that
-their 12-unit letters stay legible there; a wide page sets several side by side. Marks differ in
-shape or dash as well as in colour. Equal inputs give equal bytes.
+A chart is a string of SVG without scripts or fonts of its own. Colours are CSS classes (`c0`, `c1`,
+..., `axis`, `grid`), so the page decides them for light and dark (reporting/colours.py); a saved
+chart gets the same style from `standalone`. Charts are 340 units wide, about the width of a phone,
+so that their 12-unit letters stay legible there; a wide page sets several side by side. Marks
+differ in shape or dash as well as in colour. Equal inputs give equal bytes.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -20,57 +17,11 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from stages.reporting.formats import number
 
 WIDTH = 340
-LIGHT = ("#2f6db5", "#c2551b", "#2b8a5b", "#8a4fb0", "#9c7a10", "#bf3b6a", "#3a8f9c", "#6b6f76")
-DARK = ("#7fb2f0", "#f0995f", "#6cc99a", "#c79be8", "#d9b84a", "#f088ab", "#74c7d4", "#a6abb3")
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3")
-
-
-def style() -> str:
-    """The CSS of the charts, for both colour schemes."""
-    rules = [
-        ".chart{width:100%;height:auto;display:block;font:12px system-ui,sans-serif}",
-        ".chart text{fill:var(--ink2)}",
-        ".chart .strong{fill:var(--ink);font-weight:600}.chart .grid{stroke:var(--line);stroke-width:1}",
-        ".chart .axis{stroke:var(--ink3);stroke-width:1}",
-        ".chart .faint{fill:none;stroke-width:1;opacity:.25}",
-        ".chart .line{fill:none;stroke-width:2;stroke-linejoin:round}",
-        ".chart .range{stroke-width:3;stroke-linecap:round;opacity:.45}",
-    ]
-    for n in range(len(LIGHT)):
-        rules.append(f".chart .c{n}{{stroke:var(--c{n})}}.chart .f{n}{{fill:var(--c{n})}}")
-    return "".join(rules)
-
-
-def palette(dark: bool) -> str:
-    """CSS variables of one colour scheme."""
-    ink = (
-        ("#e8eaed", "#b6bcc6", "#8b929d", "#333942")
-        if dark
-        else ("#1c2128", "#4d5560", "#7a828d", "#dfe3e8")
-    )
-    names = ("--ink", "--ink2", "--ink3", "--line")
-    pairs = [
-        *zip(names, ink, strict=True),
-        *((f"--c{n}", c) for n, c in enumerate(DARK if dark else LIGHT)),
-    ]
-    return "".join(f"{name}:{value};" for name, value in pairs)
-
-
-def standalone(svg: str) -> str:
-    """A chart as a file of its own, on a background that follows the reader's colour scheme."""
-    light, dark = (
-        f"svg{{{palette(d)}background:{b}}}" for d, b in ((False, "#fff"), (True, "#171b21"))
-    )
-    css = f"{light}@media(prefers-color-scheme:dark){{{dark}}}{style()}"
-    head, tail = svg.split(">", 1)
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{css}</style>{tail}\n'
-
-
-# -----------------------------------------------------------------------------------------------------
-# charts
+DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
 @dataclass(frozen=True)
@@ -99,14 +50,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 12) for k in range(first, int(math.floor(high / step + 1e-9)) + 1)]
-
-
-def number(value: float) -> str:
-    """Short: 1500000 -> 1.5M, 0.25 -> 0.25."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 class Frame:
@@ -189,8 +132,9 @@ def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") 
 
 
 def _svg(parts: Sequence[str], height: int, title: str) -> str:
-    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
-    return head + f"<title>{escape(title)}</title>" + "".join(parts) + "</svg>"
+    size, title = f'viewBox="0 0 {WIDTH} {height}"', escape(title)
+    head = f'<svg class="chart" {size} role="img" aria-label="{title}"><title>{title}</title>'
+    return head + "".join(parts) + "</svg>"
 
 
 def smooth(values: Sequence[float], share: float = 0.04) -> np.ndarray:
@@ -405,123 +349,3 @@ def losses(folder: Path, name: str) -> tuple[str, list[float], list[float]]:
         if isinstance(r.get("loss"), (int, float)) and math.isfinite(r["loss"])
     ]
     return name, [a for a, _ in points], [b for _, b in points]
-
-
-# ---------------------------------------------------------------------------------------------------
-# pictures
-
-
-def picture(path: Path, widest: int = 1000, limit: int = 160_000) -> tuple[str, int, int]:
-    """(data URI, width, height) of a picture file: at most `widest` pixels wide, small ones
-    enlarged by whole factors.
-
-    Lossless WebP unless that exceeds `limit` bytes, then quality 82. Raises OSError for what is not
-    a picture.
-    """
-    with Image.open(path) as image:
-        image = image.convert("RGB")
-    return embed(np.asarray(image), widest, limit)
-
-
-def embed(pixels: np.ndarray, widest: int = 1000, limit: int = 160_000) -> tuple[str, int, int]:
-    """As `picture`, for uint8 (H, W, 3)."""
-    image = Image.fromarray(pixels)
-    if image.width > widest:
-        image = image.resize(
-            (widest, max(1, round(image.height * widest / image.width))), Image.Resampling.LANCZOS
-        )
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=True, quality=60, method=4)
-    if buffer.tell() > limit:
-        buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=82, method=4)
-    return (
-        f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}",
-        image.width,
-        image.height,
-    )
-
-
-def sheet(images: Sequence[np.ndarray], columns: int, side: int, gap: int = 2) -> np.ndarray:
-    """Square uint8 images (S, S, 3) in rows of `columns`, each enlarged or reduced to `side`; the
-    gaps are mid grey.
-    """
-    rows = max(1, math.ceil(len(images) / columns))
-    canvas = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 128, np.uint8)
-    for n, pixels in enumerate(images):
-        how = Image.Resampling.NEAREST if side % pixels.shape[0] == 0 else Image.Resampling.LANCZOS
-        tile = np.asarray(Image.fromarray(pixels).resize((side, side), how))
-        y, x = n // columns * (side + gap), n % columns * (side + gap)
-        canvas[y : y + side, x : x + side] = tile
-    return canvas
-
-
-def pictures(folder: Path, most: int = 8) -> list[dict]:
-    """The pictures that a stage left in <folder>/pictures, ready to be embedded: uri, width,
-    height, name.
-    """
-    found = sorted((folder / "pictures").glob("*.png"))[:most]
-    return [
-        dict(
-            zip(("uri", "width", "height"), picture(path), strict=True),
-            name=path.stem.replace("_", " "),
-        )
-        for path in found
-    ]
-
-
-def samples(folder: Path, data: dict, most: int = 48) -> dict | None:
-    """Training images: up to eight of each class, or any, evenly spread; None when there are none."""
-    from stages.kit.data import store  # imports torch: seconds, and only needed here
-
-    if not data["splits"]["train"]["count"]:
-        return None
-    split = store.Split.open(folder, "train")
-    classes = len(data["classes"]) if 0 < len(data["classes"]) <= 12 else 0
-    groups = [np.flatnonzero(split.labels == c)[:8] for c in range(classes)] if classes else []
-    spread = np.linspace(0, len(split) - 1, min(most, len(split))).astype(int)
-    index = np.concatenate(groups) if any(len(g) for g in groups) else spread
-    side = min(96, max(64, data["image_size"] // 32 * 32))
-    tiles = split.square(index, data["image_size"]).numpy()
-    uri, width, height = embed(sheet(list(tiles), 8, side))
-    return {"uri": uri, "width": width, "height": height, "classes": bool(classes)}
-
-
-# ----------------------------------------------------------------------------------------------------
-# numbers
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value * 100:.1f}"
-
-
-def points(value: float) -> str:
-    """A difference of two shares in percentage points, with its sign."""
-    return f"{value * 100:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def short(value) -> str:
-    return (
-        "–" if value is None else number(value) if isinstance(value, (int, float)) else str(value)
-    )
-
-
-def seconds(value: float | None) -> str:
-    """12 s, 3 min 20 s, 5 h 12 min."""
-    if value is None:
-        return "–"
-    if value < 100:
-        return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
-
-
-def p_value(value: float | None) -> str:
-    """p < 0.001, p = 0.034, p = 0.42."""
-    if value is None:
-        return "not tested"
-    return "p < 0.001" if value < 0.001 else f"p = {value:.{3 if value < 0.1 else 2}f}"
