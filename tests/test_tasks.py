@@ -17,7 +17,7 @@ import torch
 
 from stages import tasks, transfer
 from stages.kit.data import loader, store
-from stages.kit.job.job import JobError
+from workflow.files import JobError
 from stages.kit.nets import attention, encoders
 from stages.kit.spec import Spec
 from stages.tasks import _features
@@ -439,7 +439,7 @@ def test_features_are_extracted_once_without_gradient_and_in_eval_mode(tmp_path,
 def test_attention_is_multiplied_out_in_bf16_only(tmp_path, monkeypatch):
     lab, calls = world(tmp_path), []
     monkeypatch.setattr(
-        attention, "multiply_out", lambda e, real=attention.multiply_out: calls.append(real(e))
+        attention, "unfused", lambda *a, real=attention.unfused: calls.append(real(*a))
     )
     exact = frozen(lab)["patch"]
     assert not calls

@@ -41,6 +41,7 @@ from stages.kit.data import loader, views
 from stages.kit.nets import attention, encoders
 from stages.tasks import Trial
 from workflow.closure import closure
+from workflow.manifest import Manifest
 from workflow.plugins import ROOT
 
 KEEP_BYTES = 16 << 30
@@ -101,8 +102,8 @@ def frozen(
                 workers = run.compute.get("workers", 1)
                 images = _images(trial.open(split), size, batch_size, augment, workers)
                 encoder = encoders.load(trial.encoder, img_size=size).to(run.device).eval()
-                if (run.device.type, precision) == ("cpu", "bf16"):
-                    attention.multiply_out(encoder)
+                if precision == "bf16":
+                    attention.unfused(encoder, run.device)
                 _extract(encoder, images, part, run.device, precision, **asked)
                 (part / "what.json").write_text(json.dumps(what, indent=1))
                 os.rename(part, entry)
@@ -198,12 +199,8 @@ def _code(family: str) -> str:
 
 def _fingerprint(encoder_dir: Path) -> str:
     """The pretraining job's fingerprint; of an encoder from elsewhere, the digest of its files."""
-    manifest = encoder_dir.parent / "manifest.json"
-    return (
-        json.loads(manifest.read_text())["fingerprint"]
-        if manifest.is_file()
-        else _digest(encoder_dir)
-    )
+    manifest = Manifest.read(encoder_dir.parent / "manifest.json")
+    return manifest.fingerprint if manifest else _digest(encoder_dir)
 
 
 def _digest(encoder_dir: Path) -> str:

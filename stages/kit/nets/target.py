@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.kit.eager import eager
-from stages.kit.nets import attention, encoders
+from stages.kit.nets import encoders
+from stages.kit.nets.attention import unfused
 
 
 class Target(nn.Module):
@@ -102,10 +103,7 @@ class EncoderTarget(Target):
     @classmethod
     def load(cls, folder: Path, spec, device: torch.device | str = "cpu") -> EncoderTarget:
         """From an exported encoder's folder. FileNotFoundError if there is none."""
-        target = cls(encoders.load(folder), spec)
-        if torch.device(device).type == "cpu":
-            attention.multiply_out(target)
-        return target.to(device)
+        return unfused(cls(encoders.load(folder), spec), device).to(device)
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         images, found = self.spec.normalise(images), {}
