@@ -29,6 +29,7 @@ from typing import Any
 from stages.kit.job.device import choose_device, locked
 from stages.kit.job.files import JobError, disk_full, is_full, sha256, write_atomic, write_json
 from stages.kit.job.provenance import environment, git_state, peak_mb
+from stages.kit.job.track import tracked
 
 __all__ = ["JobError", "Run", "command", "running", "sha256", "write_atomic", "write_json"]
 
@@ -72,7 +73,6 @@ class Run:
     work: Path
     compute: dict
     summary: dict = field(default_factory=dict)
-    tracker: Any = None
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @cached_property
@@ -136,20 +136,12 @@ def running(job, plan):
         _barrier()
         _set_threads(run.compute["threads"])
         if main:
-            run.tracker = _start_tracking(run)
-        status = "FAILED"
-        try:
-            with _space(run.out, empty=main):
-                yield run
-                _barrier()
-                if main:
-                    _finish(run, began, time.monotonic() - clock)
-            status = "FINISHED"
-        except (SystemExit, KeyboardInterrupt):
-            status = "KILLED"
-            raise
-        finally:
-            _stop_tracking(run, status)
+            held.enter_context(tracked(run))
+        with _space(run.out, empty=main):
+            yield run
+            _barrier()
+            if main:
+                _finish(run, began, time.monotonic() - clock)
 
 
 def _finish(run: Run, began: datetime, wall: float) -> None:
@@ -254,7 +246,6 @@ def _alone(job, plan):
 
 
 # ------------------------------------------------------------------------------------- processes
-# and tracking
 
 
 def _rank() -> int:
@@ -284,24 +275,3 @@ def _threads(wanted: int | None) -> int:
         if torch
         else wanted or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     )
-
-
-def _start_tracking(run: Run):
-    """MLflow watches when it can. Whatever happens to it is a warning, never the end of a job."""
-    if not run.compute["tracking"]:
-        return None
-    try:
-        from stages.kit.job import track
-
-        return track.start(run)
-    except Exception as error:
-        print(f"warning: not tracked: {error}", file=sys.stderr)
-        return None
-
-
-def _stop_tracking(run: Run, status: str) -> None:
-    if run.tracker is not None:
-        try:
-            run.tracker.close(status)
-        except Exception as error:
-            print(f"warning: tracking ended early: {error}", file=sys.stderr)
