@@ -24,7 +24,7 @@ from warm import Workers
 from stages.kit import dist
 from stages.kit.data.loader import Batches
 from stages.kit.data.views import View
-from stages.kit.job.files import JobError
+from workflow.files import JobError
 from stages.kit.train.checkpoint import Checkpoint
 from stages.kit.train.history import History
 from stages.kit.train.loop import Recipe, fit, refuse_cuts

@@ -15,7 +15,8 @@ from torch import nn
 
 from stages import data as data_stage
 from stages import methods, pretrain, target, targets
-from stages.kit.job.job import JobError, Run
+from stages.kit.job.job import Run
+from workflow.files import JobError
 from stages.kit.spec import Spec
 
 MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from stages.kit.nets.teacher import Teacher
 
 from stages import data, methods, targets, tasks
 from stages.kit import keyed
@@ -29,7 +30,6 @@ from stages.kit.data.loader import Batches
 from stages.kit.job.device import resolved
 from stages.kit.job.provenance import peak_mb
 from stages.kit.nets import encoders as encoder
-from stages.kit.nets.teacher import Teacher
 from stages.kit.spec import Spec, configure
 from stages.kit.train import compiled
 from stages.kit.train.loop import Recipe, fit

@@ -118,6 +118,8 @@ def patch_tokens(encoder: nn.Module, images: torch.Tensor, mask=None, token=None
     added to it as to any other.
     """
     tokens = encoder.patch_embed(images)
+    # with images of several sizes timm leaves the patches on their grid
+    tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
     if mask is not None:
         tokens = torch.where(mask[..., None], token, tokens)
     if encoder.pos_embed is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stages.kit.eager import constant
 from workflow import plugins
 
 
@@ -83,7 +84,7 @@ class Spec:
         return images / inverse + mean
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _constants(mean: tuple, std: tuple, device: torch.device, dtype: torch.dtype):
     return _copied(mean, std, device, dtype)
 

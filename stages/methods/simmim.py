@@ -46,11 +46,16 @@ TRAINS = True
 PUBLISHED = {
     "epochs": 100,
     "batch_size": 2048,
+    "mask_ratio": 0.6,
     "mask_unit": 32,
-    "lr": 2e-4,
+    "crop_min": 0.67,
+    "lr": 0.0002,
     "lr_per": 512,
-    "min_lr": 4e-5,
+    "min_lr": 4e-05,
     "warmup": 0.1,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.999],
+    "clip": 5.0,
 }
 
 

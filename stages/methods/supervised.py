@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.kit.data.views import View
+from stages.kit.eager import eager
 from stages.kit.nets import encoders
 from stages.kit.train import mixing
 from workflow import checks
@@ -38,13 +39,17 @@ PUBLISHED = {
     "batch_size": 1024,
     "mixup": 0.8,
     "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "drop_path": 0.1,
     "crop_min": 0.08,
     "jitter": 0.0,
     "randaugment": "rand-m9-mstd0.5-inc1",
     "erase": 0.25,
-    "lr": 5e-4,
+    "lr": 0.0005,
     "lr_per": 512,
+    "min_lr": 1e-05,
     "warmup": 0.0167,
+    "weight_decay": 0.05,
 }
 
 
@@ -114,7 +119,7 @@ class Method(nn.Module):
         loss = -(soft * logits.log_softmax(dim=1)).sum() / weight
         return {"loss": loss, "accuracy": (right * known).sum() / weight}
 
-    @torch.compiler.disable  # numbers of numpy decide about shapes
+    @eager  # numbers of numpy decide about shapes
     def mix(self, images: torch.Tensor, soft: torch.Tensor, generator: torch.Generator):
         """Mixup or CutMix of images (B,3,H,W) and soft labels (B,K) -> the same, mixed."""
         if len(images) % 2:

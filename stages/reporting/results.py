@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 from stages.reporting import stats
 from stages.reporting.formats import NOTHING, signed
+from workflow.manifest import Manifest
 
 
 class Jobs:
@@ -21,7 +21,9 @@ class Jobs:
 
     def __init__(self, folders: Mapping[str, Path]):
         self.folders = dict(folders)
-        self.manifests = {id: manifest(folder) for id, folder in self.folders.items()}
+        self.manifests = {
+            id: Manifest.read(folder / "manifest.json") for id, folder in self.folders.items()
+        }
 
     @cached_property
     def data(self) -> dict[str, dict]:
@@ -222,13 +224,6 @@ def losses(folder: Path, name: str) -> tuple[str, list[float], list[float]]:
         if isinstance(entry.get("loss"), (int, float)) and math.isfinite(entry["loss"])
     ]
     return name, [epoch for epoch, _ in points], [loss for _, loss in points]
-
-
-def manifest(folder: Path) -> SimpleNamespace:
-    """The manifest of a finished job."""
-    found = SimpleNamespace(**read(folder / "manifest.json"))
-    found.seconds = max(found.wall_s, found.summary.get("train_s") or 0)
-    return found
 
 
 def read(path: Path) -> dict:

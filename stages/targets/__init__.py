@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from stages.kit.job.files import write_atomic, write_json
-from stages.kit.nets.target import EncoderTarget, Frozen, Target, unfused
+from stages.kit.nets.attention import unfused
+from stages.kit.nets.target import EncoderTarget, Frozen, Target
 from stages.kit.spec import Spec, configure
 from workflow import plugins
+from workflow.files import write_atomic, write_json
 
 __all__ = ["Frozen", "Target", "given", "load", "save"]
 

@@ -33,6 +33,7 @@ from torch import nn
 from stages import targets
 from stages.kit import dist
 from stages.kit.data.views import View
+from stages.kit.eager import eager
 from stages.kit.nets import encoders
 from stages.kit.nets.init import scale_by_depth
 from stages.kit.nets.patches import patchify
@@ -184,7 +185,7 @@ class Training(nn.Module):
             "perplexity": measure.perplexity(hits).float(),
         }
 
-    @torch.compiler.disable  # it reads the step
+    @eager  # it reads the step
     def clusters(self, progress) -> bool:
         """Whether this step's vectors are for k-means. It runs as soon as it has enough of them,
         and from the middle of the training on with whatever it has; the codes are used from the

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from stages.kit.data import store
-from stages.kit.job.job import JobError, write_atomic
+from workflow.files import JobError, write_atomic
 
 SPLITS = ("train", "val", "test")
 

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages.kit.eager import eager
 from stages.kit.nets import encoders
+from stages.kit.nets.attention import unfused
 
 
 class Target(nn.Module):
@@ -148,15 +150,6 @@ def on_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
     return F.interpolate(maps, size=(grid, grid), **how).flatten(2).transpose(1, 2)
 
 
-def unfused(module: nn.Module, device: torch.device | str) -> nn.Module:
-    """`module` itself; on a CPU without torch's fused attention, which is slow there in bf16."""
-    if torch.device(device).type == "cpu":
-        for layer in module.modules():
-            if hasattr(layer, "fused_attn"):
-                layer.fused_attn = False
-    return module
-
-
 class UnitRange:
     """`check_unit_range` for every batch on a CPU; on a GPU, which it makes wait, for the first and
     every 256th.
@@ -165,7 +158,7 @@ class UnitRange:
     def __init__(self, who: str):
         self.who, self.calls = who, 0
 
-    @torch.compiler.disable  # it counts, and looks at values
+    @eager  # it counts, and looks at values
     def __call__(self, images: torch.Tensor) -> None:
         if images.device.type == "cpu" or self.calls % 256 == 0:
             check_unit_range(images, self.who)

@@ -182,7 +182,7 @@ class SelfDistillation(nn.Module):
         assigned = self.teacher.centre.sharpen(teacher, progress.scheduled(self.temperature))
         self.teacher.centre.count(teacher)
         self.watch.count(assigned)
-        local = [batch[name] for name in batch if name.startswith("local")]
+        local = [batch[name] for name in batch if name.startswith("local") and "." not in name]
         if local:
             student = torch.cat([student, self.logits(torch.cat(local))])
         student, assigned = (
