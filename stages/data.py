@@ -21,10 +21,8 @@ are hashed, counted and written. Memory does not grow with the data but for abou
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -37,13 +35,15 @@ from tqdm import tqdm
 from stages.kit.data.decode import Broken, Pixels, prepare
 from stages.kit.data.store import Split
 from stages.kit.data.tally import Tally, duplicates
-from stages.kit.data.threads import cores, ordered_map
+from stages.kit.data.threads import ordered_map
 from stages.kit.data.writer import SplitWriter
-from stages.kit.job.job import running, write_atomic, write_json
+from stages.kit.job import process
+from stages.kit.job.command import command
 from stages.sources import SPLITS, Found, Listing, Sample, SourceError
 from stages.sources._splits import assign
 from workflow import plugins
-from workflow.plan import load
+from workflow.files import write_atomic, write_json
+from workflow.machine import cores
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 FIELDS = ("masks", "boxes")
@@ -51,22 +51,15 @@ FIELDS = ("masks", "boxes")
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one data job; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.data", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--name", default="main", help="a data set of params.yaml, such as main")
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--results", default="results")
-    args = parser.parse_args(argv)
-    plan = load(args.params, args.results)
-    with running(plan.job(f"data/{args.name}"), plan) as run:
-        params = run.job.params
-        if int(os.environ.get("RANK", 0)):
-            return 0  # under torchrun one process reads and writes
-        run.summary.update(
-            build(params["data"], params["source"], run.out, run.work, run.compute["threads"])
-        )
-    return 0
+    return command("data", __doc__, make, argv)
+
+
+def make(run) -> None:
+    """The work of the stage, for a job.Run."""
+    if process.rank():
+        return  # under torchrun one process reads and writes
+    params, threads = run.job.params, run.compute["threads"]
+    run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
 
 
 def build(data: dict, source: dict, out: Path, work: Path, threads: int | None = None) -> dict:
@@ -117,6 +110,7 @@ def build(data: dict, source: dict, out: Path, work: Path, threads: int | None =
         "image_size": data["image_size"],
         "store_size": size,
         "classes": found.classes,
+        "fields": sorted(set().union(*fields.values())),
         **(IMAGENET if data["normalise"] == "imagenet" else statistics),
         "statistics": statistics,
         "splits": {s: _facts(part, found.classes, fields[s]) for s, part in labels.items()},

@@ -10,40 +10,22 @@ with the same bytes.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 from stages import targets
 from stages.kit import dist, keyed
 from stages.kit.data import store
 from stages.kit.data.batches import shown_batch, training_batches, write_pictures
-from stages.kit.job.job import running
-from stages.kit.job.launch import spread
+from stages.kit.job.command import command
 from stages.kit.nets import encoders
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe, fit
 from workflow import plugins
-from workflow.plan import load
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one pretraining job; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.pretrain", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--run", required=True, help="a run of params.yaml with its seed, such as mae-s0"
-    )
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--results", default="results")
-    args = parser.parse_args(argv)
-    plan = load(args.params, args.results)
-    job = plan.job(f"pretrain/{args.run}")
-    spread(plan, job, argv)
-    with running(job, plan) as run:
-        pretrain(run)
-    return 0
+    return command("pretrain", __doc__, pretrain, argv)
 
 
 def pretrain(run) -> None:

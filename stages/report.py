@@ -11,38 +11,30 @@ reporting/page.py.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 from pathlib import Path
 
 import jinja2
 
-from stages.kit.job.job import running, write_atomic
+from stages.kit.job.command import command
 from stages.reporting import colours, formats, page
 from stages.reporting.results import Cell, Row, Task
-from workflow.plan import load
+from workflow.files import write_atomic
 
-COLUMNS = """
-    run method target teacher stage kind encoder pretrained_on task data metric mean low high seeds
-    scores verdict images_seen own_images_seen effective_epochs seconds own_seconds target_seconds
-    all_seconds peak_memory_mb flops_per_image flops fingerprints
-""".split()  # of summary.csv
+COLUMNS = (  # of summary.csv
+    *("run", "method", "target", "teacher", "stage", "kind", "encoder", "pretrained_on"),
+    *("task", "data", "metric", "mean", "low", "high", "seeds", "scores", "verdict"),
+    *("images_seen", "own_images_seen", "effective_epochs"),
+    *("seconds", "own_seconds", "target_seconds", "all_seconds"),
+    *("peak_memory_mb", "flops_per_image", "flops", "fingerprints"),
+)
 TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Writes the report of one plan; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.report", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--results", default="results")
-    args = parser.parse_args(argv)
-    plan = load(args.params, args.results)
-    with running(plan.jobs["report"], plan) as run:
-        write(run)
-    return 0
+    return command("report", __doc__, write, argv)
 
 
 def write(run) -> None:

@@ -9,7 +9,6 @@ collapsed fails the stage: no manifest, so nothing can be trained on it.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 import torch
@@ -19,29 +18,16 @@ from stages.kit import dist, keyed
 from stages.kit.data import store
 from stages.kit.data.batches import held_out, shown_batch, training_batches, write_pictures
 from stages.kit.data.loader import evaluation
-from stages.kit.job.job import JobError, running, write_json
-from stages.kit.job.launch import spread
+from stages.kit.job.command import command
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe, fit
 from workflow import plugins
-from workflow.plan import load
+from workflow.files import JobError, write_json
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one target job; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.target", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--name", required=True, help="a target of params.yaml, such as vqkd")
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--results", default="results")
-    args = parser.parse_args(argv)
-    plan = load(args.params, args.results)
-    job = plan.job(f"target/{args.name}")
-    spread(plan, job, argv)
-    with running(job, plan) as run:
-        make(run)
-    return 0
+    return command("target", __doc__, make, argv)
 
 
 def make(run) -> None:

@@ -8,35 +8,20 @@ depend on), scores.npz (a score in [0, 1] of every test image), and what else th
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from stages import tasks
 from stages.kit import dist
 from stages.kit.data import store
-from stages.kit.job.job import running, write_json
-from stages.kit.job.launch import spread
+from stages.kit.job.command import command
 from stages.kit.spec import Spec, configure
 from workflow import plugins
-from workflow.plan import load
+from workflow.files import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one transfer job; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.transfer", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--run", required=True, help="a pretraining run such as mae-s0")
-    parser.add_argument("--task", required=True, help="a task of params.yaml such as linear")
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--results", default="results")
-    args = parser.parse_args(argv)
-    plan = load(args.params, args.results)
-    job = plan.job(f"transfer/{args.run}/{args.task}")
-    spread(plan, job, argv)
-    with running(job, plan) as run:
-        transfer(run)
-    return 0
+    return command("transfer", __doc__, transfer, argv)
 
 
 def transfer(run) -> None:

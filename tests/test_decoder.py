@@ -18,7 +18,7 @@ from stages.kit.nets.positions import sincos_2d
 def test_every_token_has_its_place(prefix, cls):
     torch.manual_seed(0)
     decoder = Decoder(
-        width=12, out=5, grid=3, dim=8, depth=2, heads=2, prefix=prefix, cls=cls
+        width=12, out=5, grid=3, dim=8, depth=2, heads=2, prefix=prefix, with_cls=cls
     ).double()
     ids_keep, ids_restore, mask = random_masking(torch.rand(4, 9), 4)
     tokens = torch.randn(4, prefix + 4, 12, dtype=torch.float64)

@@ -654,7 +654,7 @@ def test_a_dump_that_finds_no_room_does_not_hide_the_error(tmp_path, monkeypatch
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stages.kit.job.files.os.fsync", full)
+    monkeypatch.setattr("workflow.files.os.fsync", full)
     with pytest.raises(NonFiniteError, match="at step 8.*\n.*could not be written.*disk is full"):
         fit(Brittle((8,)), ToyBatches(), recipe(), make_run(tmp_path), seed=5)
 

@@ -4,7 +4,6 @@ exists.
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 from pathlib import Path
@@ -88,17 +87,13 @@ def test_declarations(name):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_published_recipe_is_one(name):
-    """Its keys are settings of the method or of train, its values pass the Config's own checks, and
-    none only repeats the default.
-    """
+    """Its keys are settings of the method or of train; its values pass the Config's own checks."""
     module, published = MODULES[name], dict(MODULES[name].PUBLISHED)
     assert published.pop("epochs") > 0
     assert published.pop("batch_size") > 0
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in published.items()}
-    config, default = module.Config(**given), module.Config()
-    assert isinstance(config, checks.Optimiser)
-    same = [key for key in given if getattr(config, key) == getattr(default, key)]
-    assert not same, f"{same} are the defaults already"
+    assert isinstance(module.Config(**given), checks.Optimiser)
+    assert {"lr", "lr_per", "warmup", "weight_decay"} <= set(given)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -1,10 +1,10 @@
 """The smallest of everything, for tests: a spec, batches, a step's progress, targets, a job's run.
 
-    from tests import tiny
+from tests import tiny
 
-    spec = tiny.spec()                        # 16 px, patches of 4, width 32, two blocks
-    method = tiny.method("mae", spec)
-    out = method(tiny.batch(tiny.module("mae"), spec), tiny.progress())
+spec = tiny.spec()                        # 16 px, patches of 4, width 32, two blocks
+method = tiny.method("mae", spec)
+out = method(tiny.batch(tiny.module("mae"), spec), tiny.progress())
 """
 
 from __future__ import annotations

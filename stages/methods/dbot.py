@@ -50,14 +50,22 @@ TRAINS = True
 PUBLISHED = {
     "epochs": 800,
     "batch_size": 4096,
+    "mask_ratio": 0.75,
+    "norm_target": True,
+    "teacher_norm": False,
+    "beta": 2.0,
     "decoder_dim": 512,
     "decoder_depth": 8,
     "decoder_heads": 16,
     "drop_path": 0.2,
     "crop_min": 0.2,
-    "lr": 1.5e-4,
+    "lr": 0.00015,
     "lr_per": 256,
+    "min_lr": 0.0,
     "warmup": 0.05,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.95],
+    "clip": 3.0,
 }
 
 
@@ -98,7 +106,7 @@ class Method(nn.Module):
         # drawn first: with the seed of an untrained run, its encoder
         self.encoder = encoders.create(spec, "sincos", drop_path=config.drop_path)
         self.with_cls = encoders.has_cls(self.encoder) and "cls" in target.sizes
-        how = {"cls": self.with_cls, "drop_path": config.drop_path}
+        how = {"with_cls": self.with_cls, "drop_path": config.drop_path}
         width, prefix = self.encoder.embed_dim, self.encoder.num_prefix_tokens
         out = target.sizes["patch"]
         self.decoder = Decoder.of(config, width, out, spec.grid, prefix=prefix, **how)

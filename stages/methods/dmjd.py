@@ -46,11 +46,21 @@ TRAINS = True
 PUBLISHED = {
     "epochs": 400,
     "batch_size": 512,
+    "n_masks": 2,
+    "mask_ratio": 0.6,
+    "predict_ratio": 1.0,
+    "cell": 2,
+    "vis_weight": 1.0,
     "decoder_dim": 512,
     "decoder_depth": 8,
     "decoder_heads": 16,
     "decoder_mlp_ratio": 8.0,
+    "lr": 0.0006,
+    "lr_per": 256,
+    "min_lr": 0.0,
     "warmup": 0.05,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.95],
 }
 BETA = 2.0  # of the smooth L1 loss of the visible branch
 

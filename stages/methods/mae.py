@@ -40,13 +40,18 @@ TRAINS = True
 PUBLISHED = {
     "epochs": 1600,
     "batch_size": 4096,
+    "mask_ratio": 0.75,
+    "norm_pix": True,
     "decoder_dim": 512,
     "decoder_depth": 8,
     "decoder_heads": 16,
     "crop_min": 0.2,
-    "lr": 1.5e-4,
+    "lr": 0.00015,
     "lr_per": 256,
+    "min_lr": 0.0,
     "warmup": 0.025,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.95],
 }
 
 

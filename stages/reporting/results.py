@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 from stages.reporting import stats
 from stages.reporting.formats import NOTHING, signed
+from workflow.manifest import Manifest
 
 
 class Jobs:
@@ -21,7 +21,9 @@ class Jobs:
 
     def __init__(self, folders: Mapping[str, Path]):
         self.folders = dict(folders)
-        self.manifests = {id: manifest(folder) for id, folder in self.folders.items()}
+        self.manifests = {
+            id: Manifest.read(folder / "manifest.json") for id, folder in self.folders.items()
+        }
 
     @cached_property
     def data(self) -> dict[str, dict]:
@@ -204,12 +206,13 @@ def _over_images(values: dict, images: dict) -> stats.Interval | None:
     return stats.image_interval(scores)
 
 
-def encoder(model: dict) -> tuple[str, str]:
-    """(family, sizes) of a model's parameters, such as ("vit", "192 wide, 12 deep, patch 4")."""
-    config = model["config"]
-    depth = config["depth"]
-    depth = "+".join(map(str, depth)) if isinstance(depth, (list, tuple)) else depth
-    return model["kind"], f"{config['embed_dim']} wide, {depth} deep, patch {config['patch_size']}"
+def encoder(row: Row, jobs: Jobs) -> tuple[str, str]:
+    """(family, sizes) of a run's encoder, such as ("vit", "192 wide, 12 deep, patches of 4 px")."""
+    model = jobs.manifests[f"pretrain/{row.jobs[0]}"].params["model"]
+    depth = model["config"]["depth"]
+    depth = "+".join(map(str, depth)) if isinstance(depth, list) else depth
+    width, patch = model["config"]["embed_dim"], model["config"]["patch_size"]
+    return model["kind"], f"{width} wide, {depth} deep, patches of {patch} px"
 
 
 def losses(folder: Path, name: str) -> tuple[str, list[float], list[float]]:
@@ -222,13 +225,6 @@ def losses(folder: Path, name: str) -> tuple[str, list[float], list[float]]:
         if isinstance(entry.get("loss"), (int, float)) and math.isfinite(entry["loss"])
     ]
     return name, [epoch for epoch, _ in points], [loss for _, loss in points]
-
-
-def manifest(folder: Path) -> SimpleNamespace:
-    """The manifest of a finished job."""
-    found = SimpleNamespace(**read(folder / "manifest.json"))
-    found.seconds = max(found.wall_s, found.summary.get("train_s") or 0)
-    return found
 
 
 def read(path: Path) -> dict:

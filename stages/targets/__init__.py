@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from stages.kit.job.files import write_atomic, write_json
-from stages.kit.nets import attention
+from stages.kit.nets.attention import unfused
 from stages.kit.nets.target import EncoderTarget, Frozen, Target
 from stages.kit.spec import Spec, configure
 from workflow import plugins
+from workflow.files import write_atomic, write_json
 
 __all__ = ["Frozen", "Target", "given", "load", "save"]
 
@@ -53,9 +53,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Target:
         raise ValueError(
             f"{path / WEIGHTS}: does not fit the target described beside it: {error}"
         ) from error
-    if torch.device(device).type == "cpu":
-        attention.multiply_out(target)
-    return target.to(device).requires_grad_(False).eval()
+    return unfused(target, device).to(device).requires_grad_(False).eval()
 
 
 def given(run, role: str, spec: Spec) -> Frozen | None:

@@ -6,7 +6,7 @@ grid of N patches, in float32 (ids: int64):
     "ids"        (B,N), codes                   "logits"     (B,N,K), a score for each code
     "patch"      (B,N,D), features              "cls"        (B,D), of the class token
     "attention"  (B,heads,N), the class token's attention to the patches, in the last block
-    "layers"     list of (B,N,D), the patches after the blocks that are named
+    "layers"     list of (B,N,D), the patches after the blocks that are named, before the last norm
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.kit.eager import eager
-from stages.kit.nets import attention, encoders
-from workflow import plugins
+from stages.kit.nets import encoders
+from stages.kit.nets.attention import unfused
 
 
 class Target(nn.Module):
@@ -41,7 +41,7 @@ class Target(nn.Module):
         return super().train(False)
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
-        """`forward` without its checks; may give more than is wanted."""
+        """`forward` without its checks; it may give more than is wanted."""
         raise NotImplementedError
 
     def forward(
@@ -49,16 +49,14 @@ class Target(nn.Module):
     ) -> dict:
         """(B,3,H,W) in [0,1] -> {what is wanted: its tensor}, as described above.
 
-        norm False: the states before an encoder's last norm; targets without such states ignore it.
+        norm False: "patch" and "cls" of an encoder before its last norm; other targets ignore it.
         layers: blocks whose output is wanted as "layers", from 1; negative numbers count from the
         end. ValueError for other pixels, for what this target does not give, and for another number
         of patches than the student has.
         """
         if missing := set(wanted) - set(self.sizes):
-            raise ValueError(
-                f"target: found one that gives {', '.join(sorted(self.sizes))}, expected one that "
-                f"gives {', '.join(sorted(missing))}"
-            )
+            given, missing = (", ".join(sorted(names)) for names in (self.sizes, missing))
+            raise ValueError(f"target: found one that gives {given}, expected {missing}")
         if bool(layers) != ("layers" in wanted):
             raise ValueError(
                 f"layers: found {tuple(layers)}, expected numbers of blocks if and only if "
@@ -66,12 +64,13 @@ class Target(nn.Module):
             )
         self._in_range(images)
         found = self.look(images, set(wanted), norm, tuple(layers))
-        shape = (len(images), self.spec.grid**2)
+        rows, patches = len(images), self.spec.grid**2
         for name in {"ids", "logits", "patch"} & set(wanted):
-            if found[name].shape[:2] != shape:
+            shape = tuple(found[name].shape)
+            if shape[:2] != (rows, patches):
                 raise ValueError(
-                    f"target: found {name} of shape {tuple(found[name].shape)}, expected {shape} "
-                    "first (images, patches)"
+                    f"target: found {name} of shape {shape}, expected {rows} rows of {patches} "
+                    "patches"
                 )
         return {name: found[name] for name in wanted}
 
@@ -96,58 +95,49 @@ class Frozen:
 class EncoderTarget(Target):
     """The finished encoder of a run, which it takes over.
 
-    It gives "patch", "layers" where all blocks have one width, and "cls" and "attention" where
-    there is a class token.
+    It gives "patch", and as far as the encoder can, "cls", "attention" and "layers" (of blocks that
+    are all as wide). What lies on another grid than the student's is resized bilinearly; attention
+    keeps its sum.
     """
 
     def __init__(self, encoder: nn.Module, spec):
         super().__init__()
         self.encoder, self.spec = encoder, spec
         self.norm, encoder.norm = encoder.norm, nn.Identity()  # to give states from before it, too
-        able = plugins.module("encoder", encoder.family).CAN
-        self.sizes = {"patch": encoder.num_features}
-        if {"taps", "plain"} <= able:
-            self.sizes["layers"] = encoder.num_features
+        width, depths = encoder.num_features, encoders.depths(encoder)
+        self.sizes = {"patch": width}
+        if encoders.can(encoder, "taps") and len(depths) == 1:
+            self.sizes["layers"] = width
         if encoders.has_cls(encoder):
-            self.sizes["cls"] = encoder.num_features
-            if "attention" in able and len(encoder.blocks):
-                self.sizes["attention"] = encoder.blocks[-1].attn.num_heads
+            self.sizes["cls"] = width
+        if encoders.has_cls(encoder) and encoders.can(encoder, "attention") and sum(depths):
+            self.sizes["attention"] = encoder.blocks[-1].attn.num_heads
         self.requires_grad_(False).eval()
 
     @classmethod
     def load(cls, folder: Path, spec, device: torch.device | str = "cpu") -> EncoderTarget:
-        """From an exported encoder's folder. FileNotFoundError if there is none."""
-        target = cls(encoders.load(folder), spec)
-        if torch.device(device).type == "cpu":
-            attention.multiply_out(target)
-        return target.to(device)
+        """From an exported encoder's folder, for images of spec's size. FileNotFoundError if there
+        is none.
+        """
+        encoder = encoders.load(folder, img_size=spec.image_size)
+        return unfused(cls(encoder, spec), device).to(device)
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         images, grid = self.spec.normalise(images), self.spec.grid
-        last, found = self.norm if norm else nn.Identity(), {}
-        if wanted & {"patch", "cls"}:
-            tokens = encoders.features(self.encoder, images)
-            found["patch"] = last(on_grid(tokens["patch"], grid)).float()
-            found["cls"] = last(tokens["cls"]).float()
-        if "attention" in wanted:
-            weights = encoders.attention(self.encoder, images)[:, :, 0]  # the class token's row
-            weights = weights[..., self.encoder.num_prefix_tokens :].transpose(1, 2)
-            found["attention"] = on_grid(weights, grid).transpose(1, 2)
-        if "layers" in wanted:
-            blocks = [self._block(number) for number in layers]
-            taps = encoders.masked(self.encoder, images, None, None, taps=tuple(blocks))["taps"]
-            states = (encoders.split(self.encoder, taps[block])["patch"] for block in blocks)
-            found["layers"] = [on_grid(x, grid).float() for x in states]
-        return found
-
-    def _block(self, number: int) -> int:
-        """The block's number from 1, of one that may count from the end."""
         count = sum(encoders.depths(self.encoder))
-        if not 1 <= abs(number) <= count:
-            raise ValueError(
-                f"layers: found {number}, expected 1 to {count}, or -{count} to -1 from the end"
-            )
-        return number if number > 0 else count + 1 + number
+        blocks = tuple(n if n > 0 else count + 1 + n for n in layers)
+        attention = "attention" in wanted
+        seen = encoders.features(self.encoder, images, taps=blocks, attention=attention)
+        last = self.norm if norm else nn.Identity()
+        patch, cls = last(on_grid(seen["patch"], grid)), last(seen["cls"])
+        states = (encoders.split(self.encoder, seen["taps"][n])["patch"] for n in blocks)
+        found = {"patch": patch.float(), "cls": cls.float()}
+        found["layers"] = [on_grid(x, grid).float() for x in states]
+        if attention:
+            weights = seen["attention"].transpose(1, 2)  # (B,n,heads)
+            share = weights.shape[1] / grid**2  # a finer grid has more patches, each with less
+            found["attention"] = on_grid(weights, grid).transpose(1, 2) * share
+        return found
 
 
 def on_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
@@ -163,7 +153,7 @@ def on_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
 class UnitRange:
     """Refuses batches with pixels outside of [0,1].
 
-    It looks at every batch on a CPU. On a GPU, where it would wait, it looks at the first and at
+    It looks at every batch on a CPU. On a GPU, which it makes wait, it looks at the first and at
     every 256th.
     """
 
@@ -177,7 +167,8 @@ class UnitRange:
             low, high = (float(x) for x in torch.aminmax(images.detach()))
             if not (low >= -1e-4 and high <= 1 + 1e-4):
                 raise ValueError(
-                    f"target: found pixels from {low:.3g} to {high:.3g}, expected all in [0, 1]; "
-                    "it normalises images itself, so give it those from before mean and std"
+                    f"target: found pixels from {low:.3g} to {high:.3g}, expected pixels in "
+                    "[0, 1]; it normalises images itself, so give it those from before mean and "
+                    "deviation were applied"
                 )
         self.calls += 1

@@ -112,13 +112,9 @@ class MomentumTeacher(Network, Target):
         return self(images, "cls", "patch")
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
-        found = {}
-        if wanted & {"patch", "cls"}:
-            found = {name: x.float() for name, x in super().features(images).items()}
-        if "attention" in wanted:
-            weights = encoders.attention(self.encoder, self.spec.normalise(images))
-            found["attention"] = weights[:, :, 0, self.encoder.num_prefix_tokens :]
-        return found
+        attention, images = "attention" in wanted, self.spec.normalise(images)
+        found = encoders.features(self.encoder, images, attention=attention)
+        return {name: found[name].float() for name in wanted}
 
     def follow(self, student: Network, momentum: float) -> None:
         """momentum * own weights + (1 - momentum) * the student's."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from stages.kit import dist
-from stages.kit.job.files import JobError
+from workflow.files import JobError
 
 FORMAT = 1
 MISSING, BROKEN = -1, -2  # in the place of a checksum

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stages.kit.job.files import JobError, write_atomic
+from workflow.files import JobError, write_atomic
 
 
 class NonFiniteError(FloatingPointError):

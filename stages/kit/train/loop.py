@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.kit import dist, keyed
-from stages.kit.job.files import write_atomic
 from stages.kit.nets import attention
 from stages.kit.train import compiled, droppath, flops, guard, malloc, precision
 from stages.kit.train.checkpoint import Checkpoint
@@ -31,6 +30,7 @@ from stages.kit.train.history import History
 from stages.kit.train.recipe import Progress, Recipe
 from stages.kit.train.signals import Signals
 from stages.kit.train.updates import Updates
+from workflow.files import write_atomic
 
 __all__ = ["NonFiniteError", "Progress", "Recipe", "fit"]
 
@@ -60,8 +60,8 @@ class _Fit:
         module.to(self.device).train()
         refuse_cuts(module, batches.accumulate, dist.world())
         self.precision = precision.choose(recipe.precision, self.device, module)
-        if (self.device.type, self.precision.name) == ("cpu", "bf16"):
-            attention.multiply_out(module)
+        if self.precision.name == "bf16":
+            attention.unfused(module, self.device)
         # FLOP/s of large matrix products on all devices of the job
         self.peak = dist.world() * flops.matrix_rate(self.device, self.precision.name)
         self.updates = Updates(module, recipe, self.device, self.precision.scaler())

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class JobError(RuntimeError):
@@ -20,11 +20,11 @@ class JobError(RuntimeError):
     plain = True  # shown without a traceback
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Write a file whole or not at all: into a temporary file in the same folder, synced, then
-    renamed.
+def write_atomic(path: str | Path, content: bytes | str, *, sync: bool = True) -> None:
+    """Write a file whole or not at all: a temporary file beside it is synced, then renamed.
 
-    JobError when the disk is full; neither a half-written nor a temporary file is left behind.
+    Without `sync` it may be empty after a power failure; so are files that anything can make anew.
+    JobError when the disk is full. Neither a half-written nor a temporary file is left behind.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
@@ -34,8 +34,9 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
@@ -46,9 +47,26 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         raise
 
 
+def write_changed(path: str | Path, content: str) -> bool:
+    """Write a file that can be made anew, if it holds something else. True if it was written."""
+    path = Path(path)
+    try:
+        if path.read_text(encoding="utf-8") == content:
+            return False
+    except (OSError, UnicodeDecodeError):
+        pass
+    write_atomic(path, content, sync=False)
+    return True
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """`value` as indented JSON, atomically; NaN and infinity are written as null, tuples as lists."""
-    write_atomic(path, json.dumps(_finite(value), indent=1) + "\n")
+    """Write `value` as indented JSON, atomically; see `json_text`."""
+    write_atomic(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Valid JSON: NaN and infinity become null, tuples lists, paths and keys text."""
+    return json.dumps(_finite(value), indent=1) + "\n"
 
 
 def _finite(value):
@@ -70,31 +88,33 @@ def _umask() -> int:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, says that there is no room: libraries in other
-    languages wrap it in theirs.
+    """Whether an error, or one of its causes, says that the disk has no room.
+
+    Libraries in other languages wrap the system's error in their own; then its text is searched.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             return True
-        if isinstance(error, Exception) and any(
-            os.strerror(number) in str(error) for number in FULL
-        ):
+        if isinstance(error, Exception) and any(os.strerror(n) in str(error) for n in NO_ROOM):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def disk_full(path: Path, error: BaseException) -> JobError:
+    """The error for the user: which file, how much is free, what to do."""
     try:
         free = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MB are free"
     except OSError:
         free = "its free space is unknown"
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return JobError(
-        f"{path}: the disk is full ({reason}; {free}). Make room and start again: finished jobs are kept."
+        f"{path}: the disk is full ({reason}; {free}). Make room and start again: finished jobs "
+        "are kept."
     )
 
 
 def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits. OSError if it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
