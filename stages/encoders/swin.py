@@ -1,4 +1,4 @@
-"""Swin transformers (arXiv 2103.14030) and SwinV2 (2111.09883) of timm: stages of falling resolution.
+"""Swin transformers (arXiv 2103.14030) and SwinV2 (2111.09883) of timm, with merging stages.
 
 Each stage after the first halves the grid and doubles the width; patch_size, embed_dim and
 window_size are those of the first one:
@@ -89,11 +89,6 @@ def masked(
 
     The mask lies on the grid of the first stage; tokens and taps are those of their stage.
     """
-    if attend is not None:
-        raise ValueError("attend: a Swin's windows have no attention between all tokens")
-    count = sum(len(stage.blocks) for stage in encoder.layers)
-    if not all(1 <= tap <= count for tap in taps):
-        raise ValueError(f"taps: found {tuple(taps)}, expected block numbers 1..{count}")
     x = encoder.patch_embed(images)  # (B,rows,columns,D)
     if mask is not None:
         x = torch.where(mask.view(*x.shape[:3], 1), token, x)

@@ -44,7 +44,8 @@ class Config(checks.Encoder):
         checks.within(self, "[1, inf)", "depth", "num_heads")
         if self.embed_dim % self.num_heads:
             raise ValueError(
-                f"embed_dim: found {self.embed_dim}, expected a multiple of num_heads {self.num_heads}"
+                f"embed_dim: found {self.embed_dim}, expected a multiple of num_heads "
+                f"{self.num_heads}"
             )
 
 
@@ -127,7 +128,7 @@ def patch_tokens(encoder: nn.Module, images: torch.Tensor, mask=None, token=None
 
 
 def with_prefix(encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Puts class and register tokens, with their positions, before patches: (B,n,D) -> (B,P+n,D)."""
+    """Puts class and register tokens, with positions, before the patches: (B,n,D) -> (B,P+n,D)."""
     if encoder.num_prefix_tokens == 0:
         return tokens
     both = (encoder.cls_token, getattr(encoder, "reg_token", None))
@@ -170,9 +171,6 @@ def run_blocks(
 
     attend: bool (B,P+n,P+n), which keys a query may see; None: all.
     """
-    count = len(encoder.blocks)
-    if not all(1 <= tap <= count for tap in taps):
-        raise ValueError(f"taps: found {tuple(taps)}, expected block numbers 1..{count}")
     scores = bias
     if attend is not None:
         closed = torch.zeros(attend.shape, dtype=tokens.dtype, device=tokens.device)
@@ -188,7 +186,6 @@ def run_blocks(
     return tokens, {"taps": tapped, "bias": bias}
 
 
-@torch.no_grad()
 def attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Attention probabilities of the last block, (B,heads,P+N,P+N): row = query, column = key."""
     tokens, bias = with_prefix(encoder, patch_tokens(encoder, images)), shared_bias(encoder)

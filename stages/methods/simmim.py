@@ -19,8 +19,8 @@ positions; its class token is carried along without a loss of its own. Departure
 - without the final norm (`final_norm: false`) the exported encoder still normalises its tokens,
   with weights 1 and 0;
 - defaults are for small images: mask_unit is a quarter of the image (8 at 32 px, 16 at 64 px).
-  PUBLISHED is the recipe for ImageNet and Swin-B at 192 px over 100 epochs. Over 800 epochs, and for
-  ViT-B/16 at 224 px (drop_path 0.1), lr is 1e-4, min_lr 1e-5, warmup 0.0125, lr_drops [0.875].
+  PUBLISHED is the recipe for ImageNet and Swin-B at 192 px over 100 epochs. Over 800 epochs, and
+  for ViT-B/16 at 224 px (drop_path 0.1), lr is 1e-4, min_lr 1e-5, warmup 0.0125, lr_drops [0.875].
   SwinV2 has local_norm 47.
 """
 

@@ -306,8 +306,7 @@ class Fusion(nn.Module):
         return self.first(first.flatten(2)) + self.second(second.flatten(2))
 
 
-# --- timm
-# -----------------------------------------------------------------------------------------------------
+# --- timm ---------------------------------------------------------------------------------------
 
 
 def checkpoint_filter_fn(state: dict, model: ConvViT) -> dict:

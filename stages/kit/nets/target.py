@@ -1,5 +1,5 @@
-"""What supplies targets: one base class, the encoder of another run as a target, and the holder that
-keeps a target frozen.
+"""What supplies targets: their base class, the encoder of a run as a target, and what keeps a target
+frozen for a student.
 
 A target looks at whole images in [0,1] and gives a dict of what it is asked for, on the student's
 grid of N patches:
@@ -7,7 +7,7 @@ grid of N patches:
     "ids"        (B,N) int64, codes             "logits"     (B,N,K), a score for each code
     "patch"      (B,N,D) float32, features      "cls"        (B,D), of the class token
     "attention"  (B,heads,N), the class token's attention to the patches, in the last block
-    "layers"     list of (B,N,D), the patches after the blocks that are named
+    "layers"     list of (B,N,D), the patches after the blocks that are named, before the last norm
 """
 
 from __future__ import annotations
@@ -50,22 +50,23 @@ class Target(nn.Module):
     ) -> dict:
         """(B,3,H,W) in [0,1] -> {what is wanted: its tensor}, as described above.
 
-        norm False: states of a transformer before its last norm. layers: blocks whose output is
-        wanted as "layers", from 1; negative numbers count from the end. ValueError for other
-        pixels, for what this target does not give, and for another number of patches than the
-        student has.
+        norm False: "patch" and "cls" of a transformer before its last norm. layers: blocks whose
+        output is wanted as "layers", from 1; negative numbers count from the end. ValueError for
+        other pixels, for what this target does not give, and for another number of patches than
+        the student has.
         """
         if missing := set(wanted) - set(self.sizes):
-            raise ValueError(
-                f"target: found {', '.join(sorted(self.sizes))}, expected {', '.join(sorted(missing))}"
-            )
+            given, missing = (", ".join(sorted(names)) for names in (self.sizes, missing))
+            raise ValueError(f"target: found {given}, expected {missing}")
         self._in_range(images)
         found = self.look(images, set(wanted), norm, layers)
-        shape = (len(images), self.spec.grid**2)
+        rows, patches = len(images), self.spec.grid**2
         for name in {"ids", "logits", "patch"} & set(wanted):
-            if found[name].shape[:2] != shape:
+            shape = tuple(found[name].shape)
+            if shape[:2] != (rows, patches):
                 raise ValueError(
-                    f"target: gave {name} of shape {tuple(found[name].shape)}, expected {shape} first"
+                    f"target: found {name} of shape {shape}, expected {rows} rows of {patches} "
+                    "patches"
                 )
         return {name: found[name] for name in wanted}
 
@@ -88,42 +89,54 @@ class Frozen:
 
 
 class EncoderTarget(Target):
-    """The finished encoder of a run, which it takes over."""
+    """The finished encoder of a run, which it takes over.
+
+    It gives "patch", and as far as the encoder can, "cls", "attention" and "layers" (of blocks that
+    are all as wide). What lies on another grid than the student's is resized bilinearly; attention
+    keeps its sum.
+    """
 
     def __init__(self, encoder: nn.Module, spec):
         super().__init__()
         self.encoder, self.spec = encoder, spec
         self.norm, encoder.norm = encoder.norm, nn.Identity()  # to give states from before it, too
-        width = encoder.num_features
-        self.sizes = {"patch": width, "layers": width}
+        width, depths = encoder.num_features, encoders.depths(encoder)
+        self.sizes = {"patch": width}
+        if encoders.can(encoder, "taps") and len(depths) == 1:
+            self.sizes["layers"] = width
         if encoders.has_cls(encoder):
-            self.sizes |= {"cls": width, "attention": encoder.blocks[-1].attn.num_heads}
+            self.sizes["cls"] = width
+        if encoders.has_cls(encoder) and encoders.can(encoder, "attention") and sum(depths):
+            self.sizes["attention"] = encoder.blocks[-1].attn.num_heads
         self.requires_grad_(False).eval()
 
     @classmethod
     def load(cls, folder: Path, spec, device: torch.device | str = "cpu") -> EncoderTarget:
-        """From an exported encoder's folder. FileNotFoundError if there is none."""
-        return unfused(cls(encoders.load(folder), spec), device).to(device)
+        """From an exported encoder's folder, for images of spec's size. FileNotFoundError if there
+        is none.
+        """
+        encoder = encoders.load(folder, img_size=spec.image_size)
+        return unfused(cls(encoder, spec), device).to(device)
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
-        images, found = self.spec.normalise(images), {}
+        images, grid, found = self.spec.normalise(images), self.spec.grid, {}
+        if "layers" in wanted:
+            count = sum(encoders.depths(self.encoder))
+            blocks = tuple(n if n > 0 else count + 1 + n for n in layers)
+            seen = encoders.masked(self.encoder, images, None, None, taps=blocks)
+            states = (encoders.split(self.encoder, seen["taps"][n])["patch"] for n in blocks)
+            found["layers"] = [on_grid(x, grid).float() for x in states]
+        elif wanted & {"patch", "cls"}:
+            seen = encoders.features(self.encoder, images)
         if wanted & {"patch", "cls"}:
-            tokens = encoders.features(self.encoder, images)
             last = self.norm if norm else nn.Identity()
-            patch = on_grid(tokens["patch"], self.spec.grid)
-            found |= {"patch": last(patch).float(), "cls": last(tokens["cls"]).float()}
+            patch = on_grid(seen["patch"], grid)
+            found |= {"patch": last(patch).float(), "cls": last(seen["cls"]).float()}
         if "attention" in wanted:
             weights = encoders.attention(self.encoder, images)[:, :, 0]
             weights = weights[..., self.encoder.num_prefix_tokens :].transpose(1, 2)
-            found["attention"] = on_grid(weights, self.spec.grid).transpose(1, 2)
-        if "layers" in wanted:
-            count = sum(encoders.depths(self.encoder))
-            indices = [n - 1 if n > 0 else count + n for n in layers]
-            maps = self.encoder.forward_intermediates(
-                images, indices=indices, output_fmt="NCHW", intermediates_only=True
-            )
-            states = (x.flatten(2).transpose(1, 2) for x in maps)
-            found["layers"] = [on_grid(x, self.spec.grid).float() for x in states]
+            share = weights.shape[1] / grid**2  # a finer grid has more patches, each with less
+            found["attention"] = on_grid(weights, grid).transpose(1, 2) * share
         return found
 
 
@@ -138,7 +151,7 @@ def on_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 class UnitRange:
-    """`check_unit_range` for every batch on a CPU; on a GPU, where it would wait, for the first and
+    """`check_unit_range` for every batch on a CPU; on a GPU, which it makes wait, for the first and
     every 256th.
     """
 
@@ -153,12 +166,14 @@ class UnitRange:
 
 
 def check_unit_range(images: torch.Tensor, who: str) -> None:
-    """ValueError unless all pixels lie in [0,1], as those of normalised images do not. Waits for a
-    GPU.
+    """ValueError unless all pixels lie in [0,1], as those of normalised images do not.
+
+    On a GPU this waits.
     """
     low, high = (float(x) for x in torch.aminmax(images.detach()))
     if not (low >= -1e-4 and high <= 1 + 1e-4):
         raise ValueError(
-            f"{who}: expected images with pixels in [0, 1], found {low:.3g} to {high:.3g}; it normalises them "
-            "itself, so give it images from before any mean and std were applied"
+            f"{who}: found images with pixels from {low:.3g} to {high:.3g}, expected pixels in "
+            "[0, 1]; it normalises them itself, so give it images from before any mean and std "
+            "were applied"
         )
