@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -62,12 +63,54 @@ def test_spans():
     ],
 )
 def test_decoder(dim, depth, heads, key):
-    config = SimpleNamespace(decoder_dim=dim, decoder_depth=depth, decoder_heads=heads)
+    settings = {"decoder_dim": dim, "decoder_depth": depth, "decoder_heads": heads}
     if key is None:
-        checks.decoder(config)
+        checks.Decoder(**settings)
         return
-    with pytest.raises(ValueError, match=f"^{key}: found .*{getattr(config, key)}"):
-        checks.decoder(config)
+    with pytest.raises(ValueError, match=f"^{key}: found .*{settings[key]}"):
+        checks.Decoder(**settings)
+
+
+@dataclass(frozen=True)
+class Everything(checks.Optimiser, checks.Crop, checks.Decoder):
+    lr: float = 3.0  # another default
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.clip == 9:
+            raise ValueError("clip: found 9")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"lr_per": 0}, "lr_per"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"lr_drops": (0.5, 1.0)}, "lr_drops"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"crop_min": 0.0}, "crop_min"),
+        ({"flip": 1.5}, "flip"),
+        ({"input_size": 2}, "input_size"),
+        ({"decoder_heads": 3}, "decoder_heads"),
+        ({"clip": 9}, "clip"),
+    ],
+)
+def test_a_config_inherits_settings_with_their_checks(settings, key):
+    assert Everything().lr == 3.0 and Everything().decoder_dim == 128
+    with pytest.raises(ValueError, match=f"^{key}: found "):
+        Everything(**settings)
+
+
+def test_what_an_encoder_says_of_its_tokens():
+    encoder = checks.Encoder(patch_size=4)
+    assert (encoder.stride, encoder.grid(32)) == (4, 8)
+    encoder.check(32)
+    with pytest.raises(ValueError, match="^patch_size: found 4, .*image_size 18"):
+        encoder.check(18)
+    with pytest.raises(ValueError, match="^embed_dim: found 0"):
+        checks.Encoder(embed_dim=0)
 
 
 def test_the_message_says_what_is_counted():

@@ -314,7 +314,7 @@ def test_published_schedule_of_every_stage():
     """The preset: in each stage of 800 epochs the rate is blr x 4096 / 256 after 40, near 0 at its
     start and end.
     """
-    runs = read(Path(__file__).parents[1] / "presets/dbot.yaml").runs
+    runs = read(Path(__file__).parents[1] / "presets/imagenet.yaml").runs
     per_epoch = 1_268_000 // 4096
     for name in ("dbot-1", "dbot-2"):
         settings = runs[name].settings

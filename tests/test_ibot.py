@@ -446,7 +446,7 @@ def test_teacher_starts_as_a_copy_and_follows_by_momentum(shared):
 
 
 def test_the_preset_is_the_published_recipe():
-    runs = params.read(Path(__file__).parents[1] / "presets/ibot.yaml").runs
+    runs = params.read(Path(__file__).parents[1] / "presets/imagenet.yaml").runs
     settings = runs["ibot"].settings
     config, per = configure(ibot.Config, settings.config), 1251
     recipe = Recipe.of(config, settings.train, per)

@@ -503,13 +503,12 @@ def test_units_that_fit():
 
 
 def test_the_published_recipe():
-    experiment = read("presets/simmim.yaml")
-    params = experiment.params
-    assert (params.data.image_size, params.model.window_size, params.train.batch_size) == (
-        192,
-        6,
-        2048,
-    )
+    experiment = read("presets/imagenet.yaml")
+    for name in ("simmim", "simmim-800"):
+        run = experiment.runs[name]
+        size = experiment.data[run.data].image_size
+        window = experiment.models[run.model].settings.values.window_size
+        assert (size, window, run.settings.train["batch_size"]) == (192, 6, 2048)
     for name, epochs, rate, end in (("simmim", 100, 8e-4, 4e-5), ("simmim-800", 800, 4e-4, 4e-5)):
         settings = experiment.runs[name].settings
         recipe = Recipe.of(Config(**settings.config), settings.train, steps_per_epoch=625)

@@ -14,17 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from stages.sources import (
-    Sample,
-    SourceError,
-    find_columns,
-    folder,
-    hub,
-    nearest,
-    number_labels,
-    parquet,
-    shapes,
-)
+from stages.sources import Sample, SourceError, folder, hub, parquet, shapes
+from stages.sources._tables import find_columns, number_labels
+from workflow import plugins
 
 DATA = {"image_size": 24, "store_size": None, "seed": 0, "image_column": None, "label_column": None}
 
@@ -44,7 +36,7 @@ def names(listing) -> list[str]:
     return [sample.name for sample in listing.read(np.arange(len(listing)))]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # folder
 
 
@@ -296,13 +288,23 @@ def test_labels_of_all_splits_share_one_numbering():
         and labels["train"].tolist() == [1, 0, -1, 1]
         and labels["test"].tolist() == [0]
     )
-    assert (
-        nearest("tran", ["train", "test"]) == "; did you mean 'train'?"
-        and nearest("q", ["train"]) == ""
-    )
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# what each says of itself
+
+
+def test_every_source_says_what_follows_the_colon():
+    arguments = {}
+    for name in plugins.names("source"):
+        module = plugins.module("source", name)
+        arguments[name] = plugins.declared("source", name).literals["ARGUMENT"]
+        assert arguments[name] == module.ARGUMENT and arguments[name] in ("PATH", "NAME", None)
+    known = {"folder": "PATH", "hub": "NAME", "parquet": "PATH", "shapes": None}
+    assert {name: arguments[name] for name in known} == known
+
+
+# --------------------------------------------------------------------------------------------------
 # shapes
 
 
@@ -412,7 +414,7 @@ def test_shapes_options_are_checked(key, value):
         shapes.Config(**{key: value})
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # hub
 
 

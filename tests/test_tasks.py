@@ -17,12 +17,12 @@ import torch
 
 from stages import tasks, transfer
 from stages.kit.data import loader, store
-from workflow.files import JobError
 from stages.kit.nets import attention, encoders
 from stages.kit.spec import Spec
 from stages.tasks import _features
 from tests import tiny
 from workflow import plugins
+from workflow.files import JobError
 
 TASKS = plugins.names("task")
 HEADLINE = {task: plugins.declared("task", task).literals["HEADLINE"] for task in TASKS}
@@ -51,11 +51,11 @@ def dataset(folder: Path, counts=COUNTS, classes: int = 3, unlabelled: int = 0) 
         np.save(folder / name / "labels.npy", labels)
         splits[name] = {
             "count": count,
+            "fields": [],
             "labelled": bool((labels >= 0).any()),
             "class_counts": np.bincount(labels[labels >= 0], minlength=classes).tolist(),
         }
     info = {
-        "fields": [],
         "source": "made",
         "hash": "abc",
         "mode": "memmap",
@@ -272,7 +272,7 @@ def test_data_without_labels_is_an_error_that_helps(tmp_path):
     info = store.info(dataset(tmp_path / "none", unlabelled=100))
     with pytest.raises(
         JobError,
-        match=r"tasks.knn needs labels; data set 'main' \(source 'made'\) has none: remove",
+        match=r"tasks.knn needs labels; data set 'main' \(source 'made'\) has none: name another",
     ):
         tasks.require("knn", {"labels"}, "main", info)
     info = store.info(dataset(tmp_path / "noval", {"train": 6, "val": 0, "test": 6}))
@@ -288,7 +288,12 @@ def test_data_without_masks_boxes_or_points_name_task_data_set_and_what_is_missi
     info = store.info(dataset(tmp_path))
     with pytest.raises(JobError, match=f"tasks.seg needs {need}; data set 'photos' .* has none"):
         tasks.require("seg", {need, "labels"}, "photos", info)
-    tasks.require("seg", {need}, "photos", info | {"fields": [need]})
+    for split in ("train", "test"):
+        info["splits"][split]["fields"] = [need]
+    with pytest.raises(JobError, match=f"the val split of .* has 30 images without {need}"):
+        tasks.require("seg", {need, "labels"}, "photos", info)
+    info["splits"]["val"]["fields"] = [need]
+    tasks.require("seg", {need, "labels"}, "photos", info)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +350,7 @@ def test_dense_tokens_and_inner_blocks_on_request(tmp_path, kind, style):
     kinds = {"cls", "patch", "tokens"}
     assert set(found) == kinds | {f"{k}.{n}" for k in kinds for n in (1, 2)}
     for name, values in pooled.items():  # what is asked for besides changes nothing
-        assert torch.equal(found[name], values), name
+        torch.testing.assert_close(found[name], values)
     grid = lab.spec.grid**2
     assert found["tokens"].shape == (36, grid, pooled["cls"].shape[1])
     torch.testing.assert_close(found["tokens"].mean(1), pooled["patch"])
@@ -565,7 +570,7 @@ def test_a_task_after_another_gets_its_folder(lab, monkeypatch):
 )
 def test_a_task_that_breaks_its_promise_is_named(lab, monkeypatch, metrics, expected):
     monkeypatch.setattr(tiny.module("knn", "task"), "run", lambda given: metrics)
-    run = job_run(lab, "knn", "knn", f"broken-{expected[:12]}")
+    run = job_run(lab, "knn", "knn", f"broken-{metrics}")
     with pytest.raises(ValueError, match=f"^stages/tasks/knn.py: run\\(\\) {expected}"):
         transfer.transfer(run)
     assert not (run.out / "metrics.json").exists()

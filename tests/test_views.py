@@ -1,4 +1,4 @@
-"""Views: each operation against torchvision's, Pillow's or timm's, and the same bits for any batch."""
+"""Views: each operation against torchvision's, Pillow's or timm's; the same bits for any batch."""
 
 from __future__ import annotations
 
@@ -526,7 +526,7 @@ def test_masks_go_through_the_same_crop_and_flip():
         picture, mask = batch[name][:, 0] * 255 / 20, batch[f"{name}.mask"]
         assert mask.dtype == torch.uint8 and mask.shape == picture.shape
         whole = (picture - picture.round()).abs() < 0.01
-        assert whole.float().mean() > 0.4 and len(mask.unique()) > 6
+        assert whole.float().mean() > 0.3 and len(mask.unique()) > 6
         agree = (picture.round() == mask)[whole].float().mean()
         assert agree > 0.97  # edges overshoot, and may be whole by chance
 

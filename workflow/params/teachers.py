@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from workflow.messages import listed, nearest
 from workflow.params.entries import DataSet, Encoder
+from workflow.params.settings import Settings
 
 RUN = "run:"  # before the name of a run where the name of a target may stand
 RUN_GIVES = frozenset({"patch", "layers"})  # the encoder of any run
@@ -113,9 +114,16 @@ def run_gives(model: Encoder | None) -> frozenset[str] | None:
     return None if model is None else RUN_GIVES | (RUN_MAY_GIVE & model.can)
 
 
-def tokens(data: DataSet | None, model: Encoder | None) -> int | None:
-    """Tokens along a side that an encoder gives for a data set; None where there is no grid."""
+def tokens(
+    data: DataSet | None, model: Encoder | None, settings: Settings | None = None
+) -> int | None:
+    """Tokens along a side that an encoder gives for a data set; None where that is not known.
+
+    `settings`: of a method, which may train at a size of its own.
+    """
     if data is None or model is None or data.image_size is None:
+        return None
+    if settings is not None and settings.input_size is not None:
         return None
     grid = getattr(model.settings.values, "grid", None)
     return grid and grid(data.image_size)

@@ -36,7 +36,10 @@ def causes(plan: Plan, id: str) -> list[str]:
 def _parameters(job: Job, manifest: Manifest) -> Iterator[str]:
     as_json = json.loads(json.dumps(job.params))  # tuples are lists, all keys are text
     for key, old, new in _differences(manifest.params, as_json):
-        yield f"{_origin(job, key)} changed from {_show(old)} to {_show(new)}"
+        origin = _origin(job, key)
+        of_files = origin.startswith("what ")  # two digests would tell a person nothing
+        values = "" if of_files else f" from {_show(old)} to {_show(new)}"
+        yield f"{origin} changed{values}"
 
 
 def _code(job: Job, manifest: Manifest) -> Iterator[str]:

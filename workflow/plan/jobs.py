@@ -11,7 +11,6 @@ from workflow.closure import closure
 from workflow.params import DataSet, Encoder, Experiment, Settings, Student, Target, Task
 from workflow.plan.facts import table
 from workflow.plan.user_files import source_state, weights_state
-from workflow.plugins import ParamsError
 
 REPORT_FILES = ("index.html", "summary.md", "summary.csv")
 TEMPLATES = "stages/reporting/templates"
@@ -66,33 +65,26 @@ class Job:
 def jobs(experiment: Experiment, results: Path, params_file: Path, root: Path) -> list[Job]:
     """Every job without its fingerprint, inputs first; the report is last.
 
-    Data sets and targets that no run needs are left out. ParamsError if a job needs itself.
+    Data sets and targets that no run needs are left out.
     """
     lab = _Lab(experiment, results, params_file, root)
     makers = lab.makers()
     wanted = [id for id in makers if id.startswith(("pretrain/", "transfer/"))]
-    needed = _inputs_first(wanted, makers, params_file)
+    needed = _inputs_first(wanted, makers)
     # the same jobs again, stage by stage as far as inputs allow
-    found = _inputs_first([id for id in makers if id in needed], makers, params_file)
+    found = _inputs_first([id for id in makers if id in needed], makers)
     return [*found.values(), lab.report(list(found.values()))]
 
 
-def _inputs_first(
-    wanted: list[str], makers: dict[str, Callable[[], Job]], params_file: Path
-) -> dict[str, Job]:
-    """The wanted jobs and all that they need, each after its inputs."""
+def _inputs_first(wanted: list[str], makers: dict[str, Callable[[], Job]]) -> dict[str, Job]:
+    """The wanted jobs and all that they need, each after its inputs; params has no circles."""
     found: dict[str, Job] = {}
 
-    def add(id: str, above: tuple[str, ...] = ()) -> None:
-        if id in above:
-            circle = " -> ".join([*above[above.index(id) :], id])
-            raise ParamsError(f"{params_file}:\n  jobs go round in a circle: {circle}")
-        if id not in makers:
-            raise ParamsError(f"{params_file}:\n  {above[-1]} needs {id}, which no run makes")
+    def add(id: str) -> None:
         if id not in found:
             job = makers[id]()
             for name in job.inputs.values():
-                add(name, (*above, id))
+                add(name)
             found[id] = job
 
     for id in wanted:
@@ -135,8 +127,8 @@ class _Lab:
         plugin, config = data.settings.plugin, data.settings.config
         source = {"name": data.source, "argument": data.argument, "config": config}
         state = source_state(data, source, self.results / f"data/{data.name}", self.params_file)
-        named = {file: f"{data.key}.options.{file}" for file in state or ()}
-        named |= {"argument": f"{data.key}.source"}
+        what = {file: f"what {data.key}.options.{file} names" for file in state or ()}
+        what |= {"argument": f"what {data.entry['source']} holds"}
         return self.job(
             "data",
             data.name,
@@ -148,8 +140,8 @@ class _Lab:
                 "source.name": f"{data.key}.source",
                 "source.argument": f"{data.key}.source",
                 "source.config": f"{data.key}.options",
-                "source_state": f"what {data.entry['source']} holds",
-                **{f"source_state.{file}": f"what {key} names" for file, key in named.items()},
+                "source_state": what["argument"],
+                **{f"source_state.{file}": text for file, text in what.items()},
             },
             user_files=state is not None,
         )

@@ -65,11 +65,11 @@ class Decoder(nn.Module):
         xavier_init(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    @classmethod
-    def of(cls, config, width: int, out: int, grid: int, **kw) -> Decoder:
+    @staticmethod
+    def of(config, width: int, out: int, grid: int, **kw) -> Decoder:
         """In the sizes of a Config that is a checks.Decoder."""
         sizes = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
-        return cls(width, out, grid, *sizes, **kw)
+        return Decoder(width, out, grid, *sizes, **kw)
 
     def forward(self, tokens: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Tokens (B,P+n,width) -> predictions (B,N,out) in the order of the image, before them the
