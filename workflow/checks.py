@@ -66,12 +66,21 @@ class Crop(Settings):
 
     crop_min: float = 0.2  # smallest share of the image's area in a crop
     flip: float = 0.5  # probability
-    input_size: int | None = None  # side of the crop in pixels; None: image_size of the data
 
     def __post_init__(self):
         super().__post_init__()
         within(self, "(0, 1]", "crop_min")
         within(self, "[0, 1]", "flip")
+
+
+@dataclass(frozen=True)
+class SizedCrop(Crop):
+    """A crop of a size of its own. The encoder is built for it; tasks resize its positions."""
+
+    input_size: int | None = None  # side in pixels; None: image_size of the data
+
+    def __post_init__(self):
+        super().__post_init__()
         within(self, "[4, inf)", "input_size")
 
 
