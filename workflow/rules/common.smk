@@ -76,7 +76,14 @@ def start_tracking():
     """Create the MLflow store before jobs compete for it. Tracking never stops a run."""
     if plan.compute["tracking"] and os.environ.get("MIMLAB_TRACKING") != "off":
         try:
-            command = [PYTHON, "-m", "stages.kit.job.track", "--init", "--experiment", plan.experiment]
+            command = [
+                PYTHON,
+                "-m",
+                "stages.kit.job.track",
+                "--init",
+                "--experiment",
+                plan.experiment,
+            ]
             if plan.compute["tracking_uri"]:
                 command += ["--uri", plan.compute["tracking_uri"]]
             beside = plan.results.resolve().parent  # where the store lies by default
