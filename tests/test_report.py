@@ -577,12 +577,21 @@ BROWSER = next(
     ),
     None,
 )
-PROBE = """<script>addEventListener('load',()=>{document.querySelectorAll('details').forEach(d=>d.open=true);
-document.documentElement.dataset.probe=JSON.stringify({inner:innerWidth,wide:document.documentElement.scrollWidth,
-loaded:performance.getEntriesByType('resource').filter(r=>!r.name.startsWith('data:')).map(r=>r.name),
-broken:[...document.images].filter(i=>i.complete&&!i.naturalWidth).length,images:document.images.length,
-small:[...document.querySelectorAll('.chart text')].filter(t=>t.getBoundingClientRect().height<9).length,
-who:document.querySelector('.who').textContent})})</script>"""
+PROBE = """<script>addEventListener("load", () => {
+  const page = document.documentElement, all = (what) => [...document.querySelectorAll(what)];
+  all("details").forEach((d) => (d.open = true));
+  const loaded = performance.getEntriesByType("resource").map((r) => r.name);
+  const small = (t) => t.getBoundingClientRect().height < 9;
+  page.dataset.probe = JSON.stringify({
+    inner: innerWidth,
+    wide: page.scrollWidth,
+    loaded: loaded.filter((name) => !name.startsWith("data:")),
+    images: document.images.length,
+    broken: all("img").filter((i) => i.complete && !i.naturalWidth).length,
+    small: all(".chart text").filter(small).length,
+    who: document.querySelector(".who").textContent,
+  });
+})</script>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
