@@ -72,7 +72,7 @@ def test_decoder(dim, depth, heads, key):
 
 
 @dataclass(frozen=True)
-class Everything(checks.Optimiser, checks.Crop, checks.Decoder):
+class Everything(checks.Optimiser, checks.SizedCrop, checks.Decoder):
     lr: float = 3.0  # another default
 
     def __post_init__(self):

@@ -691,7 +691,7 @@ LABELS = True
 PUBLISHED = {"size": 4, "epochs": 800}
 raise SystemExit("imported")
 @dataclass(frozen=True)
-class Config(checks.Crop):
+class Config(checks.SizedCrop):
     """Settings."""
     size: int = 3
     mode: Literal["a", "b"] = "a"
@@ -724,7 +724,7 @@ def f(config):
     [
         ("x = 1\n", "has no dataclass named Config"),
         ("class Config:\n    pass\n", "must be decorated with @dataclass"),
-        ("class Config(checks.Crop):\n    pass\n", "must be decorated with @dataclass"),
+        ("class Config(checks.SizedCrop):\n    pass\n", "must be decorated with @dataclass"),
         ("@dataclass(frozen=True)\nclass Config:\n    x: Path = 1\n", "may use only builtins"),
         ("@dataclass(frozen=True)\nclass Config:\n    x: list = []\n", "cannot be read"),
         ("def f(:\n", "line 1"),

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_views import GOLDEN, digest
 
 from stages.sources import Sample, SourceError, folder, hub, parquet, shapes
 from stages.sources._tables import find_columns, number_labels
@@ -322,6 +323,13 @@ def test_every_image_is_a_function_of_seed_split_and_index():
     np.testing.assert_array_equal(backwards[::-1], together)
     for other in (render(range(30), seed=1), render(range(30), split="test")):
         assert (other[0] != together).reshape(30, -1).any(1).all()
+
+
+def test_the_same_seeds_give_the_same_scenes_as_ever():
+    """tests/golden/pixels.json: digests by the first release's code."""
+    assert digest(*render(range(12))) == GOLDEN["shapes"]
+    many = [array for size in (16, 40) for array in render(range(200), size=size)]
+    assert digest(*many) == GOLDEN["many shapes"]
 
 
 def test_boxes_are_the_extent_of_masks_and_labels_their_value():

@@ -14,7 +14,6 @@ single-view methods by the crops seen, or by cost.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -58,15 +57,8 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.SelfDistillation):
-    lr: float = 5e-4
-    lr_per: int | None = 256
-    min_lr: float = 1e-6
-    warmup: float = 0.1
-    weight_decay: float = 0.04
-    weight_decay_end: float | None = 0.4
-    clip: float | None = 3.0
-    clip_mode: Literal["global", "tensor"] = "tensor"
+class Config(checks.SelfDistillation):
+    pass
 
 
 class Method(SelfDistillation):
@@ -75,8 +67,6 @@ class Method(SelfDistillation):
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
-        """Of at most 8 images: image | principal components of the patch tokens | attention of the
-        class token.
-        """
+        """Of at most 8 images: image | principal components of patch tokens | class attention."""
         images = batch["view"][:8]
         return {"features": contact_sheet([images, *feature_columns(self.teacher, images)])}

@@ -56,7 +56,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.Crop, checks.Decoder):
+class Config(checks.Optimiser, checks.SizedCrop, checks.Decoder):
     mask_ratio: float = 0.75  # share of the patches that is dropped
     norm_pix: bool = True  # each patch's pixels at mean 0 and variance 1 are the target
     crop_min: float = 0.4

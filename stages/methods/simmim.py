@@ -60,7 +60,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.Crop):
+class Config(checks.Optimiser, checks.SizedCrop):
     mask_ratio: float = 0.6  # share of the units that is hidden, rounded up
     mask_unit: int | None = None  # side of a unit in pixels; None: a quarter of the image's
     masked_only: bool = True  # loss over hidden pixels; False: over all

@@ -54,7 +54,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.Crop):
+class Config(checks.Optimiser, checks.SizedCrop):
     pool: Literal["token", "avg"] = "token"  # what the head reads: class token or mean of patches
     drop_path: float = 0.1
     label_smoothing: float = 0.1

@@ -47,7 +47,7 @@ class Settings:
     @property
     def input_size(self) -> int | None:
         """Side in pixels of the crops, where it is not that of the data."""
-        return self.values.input_size if isinstance(self.values, checks.Crop) else None
+        return self.values.input_size if isinstance(self.values, checks.SizedCrop) else None
 
 
 @dataclass

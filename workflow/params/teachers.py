@@ -55,7 +55,7 @@ class Teachers:
         if needs is None:
             found = f"{key}: {who} takes no {learner.what} (found {given!r})"
             return None if given is None else found
-        fit = self.such_as(needs, but=key.split(".")[1])
+        fit = self.such_as(needs, but=key)
         if given is None:
             return f"{key}: {who} needs {a(learner.what)} that produces {listed(needs)}{fit}"
         run = run_name(given)
@@ -93,11 +93,13 @@ class Teachers:
         return None
 
     def such_as(self, needs: frozenset[str], but: str) -> str:
-        """What produces all of `needs`, for the end of a message."""
+        """What produces all of `needs`, for the end of a message about the key `but`."""
         names = [
             repr(name)
             for name, above in self.targets.items()
-            if above.gives is not None and needs <= above.gives and name != but
+            if above.gives is not None
+            and needs <= above.gives
+            and but != f"targets.{name}.upstream"
         ]
         found = f", such as {', '.join(names)}" if names else ", and none is defined under targets"
         if self.a_run_may_give(needs):

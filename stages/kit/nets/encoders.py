@@ -89,14 +89,18 @@ def masked(
     norm: bool = True,
     taps: tuple = (),
     attend: torch.Tensor | None = None,
+    attention: bool = False,
 ) -> dict:
     """Normalised images (B,3,H,W) with token (1,1,D) in the place of their hidden patches.
 
     mask: bool (B,N) on the grid of the patch embedding, True is hidden; None: nothing is. Positions
-    are added to the token as to any other. Other arguments as for `visible`.
+    are added to the token as to any other. attention: give the last block's probabilities as
+    "attention", too, as the function of that name does. Other arguments as for `visible`.
     """
-    family = _able(encoder, "mask", taps, attend)
+    family = _able(encoder, "mask", taps, attend, attention)
     given = {"taps": taps, "attend": attend}
+    if attention:
+        given["attention"] = True
     return _result(encoder, *family.masked(encoder, images, mask, token, **given), norm)
 
 
@@ -105,10 +109,13 @@ def can(encoder: nn.Module, ability: str) -> bool:
     return ability in _family(encoder).CAN
 
 
-def _able(encoder: nn.Module, ability: str, taps: tuple, attend):
+def _able(encoder: nn.Module, ability: str, taps: tuple, attend=None, attention: bool = False):
     """The encoder's family. ValueError unless it can do all that is asked."""
-    family = _family(encoder)
-    wanted = {ability, *(["taps"] if taps else []), *(["attention"] if attend is not None else [])}
+    family, wanted = _family(encoder), {ability}
+    if taps:
+        wanted.add("taps")
+    if attention or attend is not None:
+        wanted.add("attention")
     if missing := sorted(wanted - family.CAN):
         can, cannot = ", ".join(sorted(family.CAN)), ", ".join(missing)
         raise ValueError(f"encoder: found a {encoder.family} ({can}), expected one with {cannot}")
@@ -145,11 +152,20 @@ def has_cls(encoder: nn.Module) -> bool:
     return getattr(encoder, "cls_token", None) is not None
 
 
-def features(encoder: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def features(
+    encoder: nn.Module, images: torch.Tensor, *, taps: tuple = (), attention: bool = False
+) -> dict:
     """Normalised images (B,3,H,W) -> {"cls": (B,D), "patch": (B,N,D)}, D = num_features.
 
-    After the last norm; by timm's own forward_features.
+    After the last norm; by timm's own forward_features. With taps or attention the same pass gives
+    "taps", as `masked` does, and "attention" (B,heads,N), the class token's to the patches in the
+    last block.
     """
+    if taps or attention:
+        found = masked(encoder, images, None, None, taps=taps, attention=attention)
+        if attention:
+            found["attention"] = found["attention"][:, :, 0, encoder.num_prefix_tokens :]
+        return found
     tokens = encoder.forward_features(images)
     # a Swin gives (B,h,w,D)
     return split(encoder, tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)
@@ -160,7 +176,7 @@ def attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
     ValueError for a family whose patches do not all see each other.
     """
-    return _able(encoder, "attention", (), None).attention(encoder, images)
+    return masked(encoder, images, None, None, attention=True)["attention"]
 
 
 def depths(encoder: nn.Module) -> tuple[int, ...]:

@@ -1,11 +1,10 @@
-"""What supplies targets: their base class, the encoder of a run as a target, and what keeps a target
-frozen for a student.
+"""What supplies targets: the base class, the encoder of a run as a target, and the frozen holder.
 
-A target looks at whole images in [0,1] and gives a dict of what it is asked for, on the student's
-grid of N patches:
+A target looks at whole images in [0,1]. It gives a dict of what it is asked for, on the student's
+grid of N patches, in float32 (ids: int64):
 
-    "ids"        (B,N) int64, codes             "logits"     (B,N,K), a score for each code
-    "patch"      (B,N,D) float32, features      "cls"        (B,D), of the class token
+    "ids"        (B,N), codes                   "logits"     (B,N,K), a score for each code
+    "patch"      (B,N,D), features              "cls"        (B,D), of the class token
     "attention"  (B,heads,N), the class token's attention to the patches, in the last block
     "layers"     list of (B,N,D), the patches after the blocks that are named, before the last norm
 """
@@ -24,11 +23,11 @@ from stages.kit.nets.attention import unfused
 
 
 class Target(nn.Module):
-    """The base: a subclass sets `spec` (the student's) and `sizes`, and gives `look`.
+    """The base: a subclass sets `spec` (the student's) and `sizes`, and defines `look`.
 
     sizes: {what it gives: how large}: codes of "ids" and "logits", channels of "patch", "cls" and
-    "layers", heads of "attention". It is always in evaluation mode. Gradients pass through it to
-    the images; a student holds it in `Frozen`, through which none pass.
+    "layers", heads of "attention". A target is always in evaluation mode. Gradients pass through it
+    to the images where it is differentiable; a student holds it in `Frozen`, which stops them.
     """
 
     render = None  # or a method (features (B,N,D), images) -> pictures (B,3,H,W) in [0,1]
@@ -36,13 +35,13 @@ class Target(nn.Module):
     def __init__(self):
         super().__init__()
         self.sizes: dict[str, int] = {}
-        self._in_range = UnitRange(type(self).__module__.rpartition(".")[2])
+        self._in_range = UnitRange()
 
     def train(self, mode: bool = True) -> Target:
         return super().train(False)
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
-        """`forward` without its checks."""
+        """`forward` without its checks; it may give more than is wanted."""
         raise NotImplementedError
 
     def forward(
@@ -50,16 +49,21 @@ class Target(nn.Module):
     ) -> dict:
         """(B,3,H,W) in [0,1] -> {what is wanted: its tensor}, as described above.
 
-        norm False: "patch" and "cls" of a transformer before its last norm. layers: blocks whose
-        output is wanted as "layers", from 1; negative numbers count from the end. ValueError for
-        other pixels, for what this target does not give, and for another number of patches than
-        the student has.
+        norm False: "patch" and "cls" of an encoder before its last norm; other targets ignore it.
+        layers: blocks whose output is wanted as "layers", from 1; negative numbers count from the
+        end. ValueError for other pixels, for what this target does not give, and for another number
+        of patches than the student has.
         """
         if missing := set(wanted) - set(self.sizes):
             given, missing = (", ".join(sorted(names)) for names in (self.sizes, missing))
-            raise ValueError(f"target: found {given}, expected {missing}")
+            raise ValueError(f"target: found one that gives {given}, expected {missing}")
+        if bool(layers) != ("layers" in wanted):
+            raise ValueError(
+                f"layers: found {tuple(layers)}, expected numbers of blocks if and only if "
+                "'layers' is wanted"
+            )
         self._in_range(images)
-        found = self.look(images, set(wanted), norm, layers)
+        found = self.look(images, set(wanted), norm, tuple(layers))
         rows, patches = len(images), self.spec.grid**2
         for name in {"ids", "logits", "patch"} & set(wanted):
             shape = tuple(found[name].shape)
@@ -74,8 +78,8 @@ class Target(nn.Module):
 class Frozen:
     """Holds a target for a student: no gradient passes, and torch neither trains nor saves it.
 
-    `open` is the target itself, for a loss whose gradient goes through it to images that the
-    student made.
+    `open` is the target itself. A loss whose gradient goes through it to images that the student
+    made calls that.
     """
 
     def __init__(self, target: Target):
@@ -119,22 +123,18 @@ class EncoderTarget(Target):
         return unfused(cls(encoder, spec), device).to(device)
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
-        images, grid, found = self.spec.normalise(images), self.spec.grid, {}
-        if "layers" in wanted:
-            count = sum(encoders.depths(self.encoder))
-            blocks = tuple(n if n > 0 else count + 1 + n for n in layers)
-            seen = encoders.masked(self.encoder, images, None, None, taps=blocks)
-            states = (encoders.split(self.encoder, seen["taps"][n])["patch"] for n in blocks)
-            found["layers"] = [on_grid(x, grid).float() for x in states]
-        elif wanted & {"patch", "cls"}:
-            seen = encoders.features(self.encoder, images)
-        if wanted & {"patch", "cls"}:
-            last = self.norm if norm else nn.Identity()
-            patch = on_grid(seen["patch"], grid)
-            found |= {"patch": last(patch).float(), "cls": last(seen["cls"]).float()}
-        if "attention" in wanted:
-            weights = encoders.attention(self.encoder, images)[:, :, 0]
-            weights = weights[..., self.encoder.num_prefix_tokens :].transpose(1, 2)
+        images, grid = self.spec.normalise(images), self.spec.grid
+        count = sum(encoders.depths(self.encoder))
+        blocks = tuple(n if n > 0 else count + 1 + n for n in layers)
+        attention = "attention" in wanted
+        seen = encoders.features(self.encoder, images, taps=blocks, attention=attention)
+        last = self.norm if norm else nn.Identity()
+        patch, cls = last(on_grid(seen["patch"], grid)), last(seen["cls"])
+        states = (encoders.split(self.encoder, seen["taps"][n])["patch"] for n in blocks)
+        found = {"patch": patch.float(), "cls": cls.float()}
+        found["layers"] = [on_grid(x, grid).float() for x in states]
+        if attention:
+            weights = seen["attention"].transpose(1, 2)  # (B,n,heads)
             share = weights.shape[1] / grid**2  # a finer grid has more patches, each with less
             found["attention"] = on_grid(weights, grid).transpose(1, 2) * share
         return found
@@ -151,29 +151,24 @@ def on_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 class UnitRange:
-    """`check_unit_range` for every batch on a CPU; on a GPU, which it makes wait, for the first and
+    """Refuses batches with pixels outside of [0,1].
+
+    It looks at every batch on a CPU. On a GPU, which it makes wait, it looks at the first and at
     every 256th.
     """
 
-    def __init__(self, who: str):
-        self.who, self.calls = who, 0
+    def __init__(self):
+        self.calls = 0
 
     @eager  # it counts, and looks at values
     def __call__(self, images: torch.Tensor) -> None:
+        """ValueError, if it looks, unless all pixels are in [0,1], as normalised ones are not."""
         if images.device.type == "cpu" or self.calls % 256 == 0:
-            check_unit_range(images, self.who)
+            low, high = (float(x) for x in torch.aminmax(images.detach()))
+            if not (low >= -1e-4 and high <= 1 + 1e-4):
+                raise ValueError(
+                    f"target: found pixels from {low:.3g} to {high:.3g}, expected pixels in "
+                    "[0, 1]; it normalises images itself, so give it those from before mean and "
+                    "deviation were applied"
+                )
         self.calls += 1
-
-
-def check_unit_range(images: torch.Tensor, who: str) -> None:
-    """ValueError unless all pixels lie in [0,1], as those of normalised images do not.
-
-    On a GPU this waits.
-    """
-    low, high = (float(x) for x in torch.aminmax(images.detach()))
-    if not (low >= -1e-4 and high <= 1 + 1e-4):
-        raise ValueError(
-            f"{who}: found images with pixels from {low:.3g} to {high:.3g}, expected pixels in "
-            "[0, 1]; it normalises them itself, so give it images from before any mean and std "
-            "were applied"
-        )
