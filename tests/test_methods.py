@@ -27,8 +27,6 @@ TRAINED = [name for name in NAMES if MODULES[name].TRAINS]
 SPEC = tiny.spec()
 KINDS = plugins.names("encoder")
 SPECS = {kind: tiny.spec(32 if kind == "convvit" else 16, kind) for kind in KINDS}
-    kind: tiny.spec(32 if kind == "convvit" else 16, kind) for kind in plugins.names("encoder")
-}
 # "mae" with a ViT, "mae-convvit" with another encoder that it takes
 CASES = {name: (name, SPEC) for name in NAMES}
 for _name, _kind in itertools.product(NAMES, SPECS):
