@@ -24,6 +24,7 @@ from stages.kit.spec import Spec
 from stages.kit.train.loop import Progress, Recipe
 from stages.methods.dmjd import Config, Method, pick, views
 from stages.reporting import lineage
+from stages.reporting.results import Jobs
 from stages.targets import hog, pixels
 
 SMALL = Config(decoder_dim=16, decoder_depth=1, decoder_heads=2)
@@ -426,11 +427,9 @@ def test_images_and_effective_epochs_are_counted_separately(tiny_params, tmp_pat
     assert target.main(["--name", "hog", *args]) == 0
     assert pretrain.main(["--run", "dmjd-s0", *args]) == 0
     folder = results / "pretrain" / "dmjd-s0"
-    manifests = {
-        id: json.loads((results / id / "manifest.json").read_text())
-        for id in ("data", "target/hog", "pretrain/dmjd-s0")
-    }
-    summary = manifests["pretrain/dmjd-s0"]["summary"]
+    ids = ("data/main", "target/hog", "pretrain/dmjd-s0")
+    jobs = Jobs({id: results / id for id in ids})
+    summary = jobs.manifests["pretrain/dmjd-s0"].summary
     assert (summary["images_seen"], summary["views_seen"], summary["effective_epochs"]) == (
         144,
         288,
@@ -439,12 +438,8 @@ def test_images_and_effective_epochs_are_counted_separately(tiny_params, tmp_pat
     assert {path.stem for path in (folder / "pictures").glob("*.png")} == {"views", "predictions"}
     row = json.loads((folder / "history.jsonl").read_text().splitlines()[-1])
     assert {"loss", "hidden_loss", "visible_loss"} <= set(row)
-    cost = lineage.cost(
-        SimpleNamespace(jobs=["dmjd-s0"]),
-        manifests,
-        json.loads((results / "data/data.json").read_text()),
-    )
-    assert (cost["images"], cost["epochs"]) == (144, 6)
+    cost = lineage.cost(SimpleNamespace(jobs=["dmjd-s0"]), jobs)
+    assert (cost.images, cost.epochs) == (144, 6)
 
 
 @pytest.mark.parametrize(
