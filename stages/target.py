@@ -74,15 +74,15 @@ def finish(run, module, config, spec: Spec, target, data) -> None:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         raise JobError(
             f"{run.job.id} ({kind}) is not fit to train a student on:\n{found}\nmeasured: {shown}\n"
-            f"Its files and health.json are in {run.out} to look at; change targets.{run.job.name} in "
-            f"{run.plan.params_file} and run the stage again."
+            f"Its files and health.json are in {run.out} to look at; change "
+            f"targets.{run.job.name} in {run.plan.params_file} and run the stage again."
         )
 
 
 def validation_images(
     data, spec: Spec, batch_size: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Every validation image (train image where there are none), (B,3,H,W) in [0,1] on the device."""
+    """Every validation image (train image if there are none), (B,3,H,W) in [0,1] on the device."""
     for images, _, _ in evaluation(held_out(data), spec.image_size, min(batch_size, 256)):
         yield images.to(device)
 
