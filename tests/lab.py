@@ -171,7 +171,8 @@ class Lab:
             command, cwd=self.folder, env=environment, capture_output=True, text=True
         )
         said = done.stdout + done.stderr
-        assert (done.returncode == 0) == good, f"{' '.join(command)}\n{said}"
+        ended = f"{' '.join(command)}\nexit status {done.returncode}\n{said}"
+        assert (done.returncode == 0) == good, ended
         return said
 
     def git(self, *words: str) -> str:
