@@ -31,9 +31,5 @@ rule all:
         [path for job in plan.jobs.values() for path in job.files],
 
 
-onstart:
-    start_tracking()
-
-
 onsuccess:
     record_in_dvc()

@@ -27,7 +27,7 @@ from PIL import Image
 from torchvision import transforms
 
 from stages.kit.data.loader import Batches
-from stages.kit.nets.attention import multiply_out
+from stages.kit.nets.attention import unfused
 from stages.kit.train import flops, malloc, optim, precision
 from stages.kit.train.recipe import Progress, Recipe
 
@@ -48,8 +48,8 @@ def advance(method, batch, progress, optimizer, arithmetic=None) -> None:
 def ours(method, batches: Batches, steps: int, device: torch.device):
     """Takes the steps of the loop's own ingredients, one at each `next`."""
     arithmetic = precision.choose("auto", device, method)
-    if (device.type, arithmetic.name) == ("cpu", "bf16"):
-        multiply_out(method)
+    if arithmetic.name == "bf16":
+        unfused(method, device)
     recipe = Recipe(1, batches.batch_size, steps, 1e-4)
     optimizer = optim.build(recipe, optim.groups(method, 0.05), device)
     for step, micros in enumerate(batches.stream(0, steps)):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from stages.kit.data.decode import Broken, Pixels, prepare
 from stages.kit.data.store import Split
 from stages.kit.data.tally import Tally, duplicates
-from stages.kit.data.threads import cores, ordered_map
+from stages.kit.data.threads import ordered_map
 from stages.kit.data.writer import SplitWriter
 from stages.kit.job import process
 from stages.kit.job.command import command
@@ -43,6 +43,7 @@ from stages.sources import SPLITS, Found, Listing, Sample, SourceError
 from stages.sources._splits import assign
 from workflow import plugins
 from workflow.files import write_atomic, write_json
+from workflow.machine import cores
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 FIELDS = ("masks", "boxes")
@@ -109,6 +110,7 @@ def build(data: dict, source: dict, out: Path, work: Path, threads: int | None =
         "image_size": data["image_size"],
         "store_size": size,
         "classes": found.classes,
+        "fields": sorted(set().union(*fields.values())),
         **(IMAGENET if data["normalise"] == "imagenet" else statistics),
         "statistics": statistics,
         "splits": {s: _facts(part, found.classes, fields[s]) for s, part in labels.items()},

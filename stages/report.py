@@ -22,11 +22,13 @@ from stages.reporting import colours, formats, page
 from stages.reporting.results import Cell, Row, Task
 from workflow.files import write_atomic
 
-COLUMNS = """
-    run method target teacher stage kind encoder pretrained_on task data metric mean low high seeds
-    scores verdict images_seen own_images_seen effective_epochs seconds own_seconds target_seconds
-    all_seconds peak_memory_mb flops_per_image flops fingerprints
-""".split()  # of summary.csv
+COLUMNS = (  # of summary.csv
+    *("run", "method", "target", "teacher", "stage", "kind", "encoder", "pretrained_on"),
+    *("task", "data", "metric", "mean", "low", "high", "seeds", "scores", "verdict"),
+    *("images_seen", "own_images_seen", "effective_epochs"),
+    *("seconds", "own_seconds", "target_seconds", "all_seconds"),
+    *("peak_memory_mb", "flops_per_image", "flops", "fingerprints"),
+)
 TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 
 

@@ -118,9 +118,9 @@ class Lab:
         shutil.copytree(
             ROOT / "stages/kit/job",
             folder / "stages/kit/job",
-            ignore=shutil.ignore_patterns("__pycache__", "track.py", "courier.py"),
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
-        files = {f"stages/kit/{name}.py": f"# {name}\n" for name in ("keyed", "train", "job/track")}
+        files = {f"stages/kit/{name}.py": f"# {name}\n" for name in ("keyed", "train")}
         files |= {f"stages/{name}.py": plugin(name) for name in PLUGINS}
         for stage in ("data", "target", "pretrain", "transfer", "report"):
             kit = KIT.get(stage, "train")

@@ -22,14 +22,21 @@ from tests.conftest import write_params
 from workflow.plan import load
 
 GOLDEN = Path(__file__).parent / "golden"
-OPTIONS = {"data": ["--name"], "target": ["--name"], "pretrain": ["--run"], "transfer": ["--run", "--task"]}
+OPTIONS = {
+    "data": ["--name"],
+    "target": ["--name"],
+    "pretrain": ["--run"],
+    "transfer": ["--run", "--task"],
+}
 
 
 def digest(path: Path) -> str:
     """Of names, types and bytes of all weights, whatever the file's header says."""
     found = hashlib.sha256()
     for key, value in sorted(load_file(path).items()):
-        found.update(key.encode() + str(value.dtype).encode() + value.contiguous().numpy().tobytes())
+        found.update(
+            key.encode() + str(value.dtype).encode() + value.contiguous().numpy().tobytes()
+        )
     return found.hexdigest()
 
 

@@ -168,7 +168,11 @@ def test_the_global_generator_is_left_alone():
 
 def test_views_of_a_batch_may_share_a_crop():
     view = View(8, (0.2, 1.0), flip=0.5, margin=2)
-    recipes = {"view": view, "small": View(4, crop_of="view"), "t": View(8, crop_of="view", shift=2)}
+    recipes = {
+        "view": view,
+        "small": View(4, crop_of="view"),
+        "t": View(8, crop_of="view", shift=2),
+    }
     batch = Batches(FakeSplit(), recipes, 6, 3).batch(1)
     assert torch.equal(batch["view.box"], batch["small.box"])
     assert not torch.equal(batch["view.box"], batch["t.box"])

@@ -133,7 +133,8 @@ def test_a_test_that_points_the_other_way_supports_nothing():
     assert stats.compare(a, b)[1] == 1.0 and stats.compare(b, a)[0] == 1.0
     assert stats.rank({"a": a, "b": b}).state == "tie"
     assert not stats.contrast([a], [b]).sure
-    assert stats.rank({"a": stats.Scores(a.scores, dict(enumerate(high))), "b": stats.Scores(b.scores, dict(enumerate(low)))}).state == "best"
+    a, b = stats.Scores(a.scores, b.images), stats.Scores(b.scores, a.images)
+    assert stats.rank({"a": a, "b": b}).state == "best"
 
 
 def test_rank_without_predictions_or_rivals():

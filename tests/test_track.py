@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -25,239 +26,398 @@ REFUSED = "http://127.0.0.1:9"  # nothing listens on the discard port
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
+    """Tracking is on, and no courier starts by itself: the tests call `courier.send`."""
     monkeypatch.delenv("MIMLAB_TRACKING", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(track, "IDLE", 1.0)
-    # a loaded machine imports mlflow slowly; the tests want to see the end
-    monkeypatch.setattr(track, "WAIT", 40.0)
+    monkeypatch.setattr(track, "_start_courier", lambda outbox: None)
+    monkeypatch.setattr(track, "WAIT", 0.0)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """A SQLite store that holds nothing yet; to make one takes MLflow a second."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    os.environ.update(courier.SETTINGS)
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def lab(empty_store, tmp_path):
+    """A project with an empty store."""
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    return tmp_path
 
 
 def make_run(folder: Path, name: str = "mae-s0", fingerprint: str = "f" * 64, **compute):
-    """A run as kit/job/job.py gives it, with an output folder that holds a little of everything."""
+    """A run as kit/job/job.py gives it, with an empty output folder and a finished data job."""
     out, work = folder / "results" / "pretrain" / name, folder / "work" / fingerprint
-    for path in (out / "pictures", out / "encoder", work, folder / "results" / "data"):
+    data = folder / "results" / "data" / "main"
+    for path in (out, work, data):
         path.mkdir(parents=True, exist_ok=True)
-    (folder / "results" / "data" / "data.json").write_text(
-        json.dumps({"hash": "d" * 64, "source": "shapes"})
-    )
-    (out / "pictures" / "masks.png").write_bytes(b"png")
-    (out / "encoder" / "config.json").write_text("{}")
-    (out / "manifest.json").write_text(
-        json.dumps(
-            {"fingerprint": fingerprint, "wall_s": 3.5, "git": {"commit": "c", "dirty": True}}
-        )
-    )
+    (data / "data.json").write_text(json.dumps({"hash": "d" * 64, "source": "shapes"}))
     job = SimpleNamespace(
         stage="pretrain",
         name=name,
         id=f"pretrain/{name}",
         fingerprint=fingerprint,
-        params={"method": {"name": "mae", "config": {"mask_ratio": 0.75}}, "seed": 0, "run": "mae"},
-    )
-    plan = SimpleNamespace(
-        experiment="demo", jobs={"data": SimpleNamespace(output=folder / "results" / "data")}
+        inputs={"data": "data/main"},
+        manifest=out / "manifest.json",
+        params={
+            "method": {"name": "mae", "kind": "mae", "config": {"mask_ratio": 0.75}},
+            "model": {"kind": "vit", "config": {"depth": 2}},
+            "seed": 0,
+            "run": "mae",
+        },
     )
     return SimpleNamespace(
         job=job,
-        plan=plan,
+        plan=SimpleNamespace(
+            experiment="demo", root=ROOT, jobs={"data/main": SimpleNamespace(output=data)}
+        ),
         out=out,
         work=work,
-        device="cpu",
-        summary={"loss": 0.25},
         compute={"tracking": True, "tracking_uri": None, **compute},
     )
 
 
-def write_history(path: Path, first: int, last: int) -> None:
-    rows = [
-        json.dumps({"step": s, "epoch": s / 10, "loss": 1 / (s + 1)}) for s in range(first, last)
-    ]
-    path.write_text("\n".join(rows) + "\n")
+def write_history(folder: Path, rows: int) -> None:
+    (folder / "history.jsonl").write_text(
+        "".join(
+            json.dumps({"step": s, "epoch": s / 10, "loss": 1 / (s + 1)}) + "\n"
+            for s in range(rows)
+        )
+    )
 
 
-def client(folder: Path):
-    return courier.connect(f"sqlite:///{folder}/mlflow.db", "demo")
+def finish(run, rows: int = 20) -> None:
+    """What a stage and `running` leave: results, the manifest last, and no work folder."""
+    for name in ("pictures", "encoder"):
+        (run.out / name).mkdir(exist_ok=True)
+    (run.out / "pictures" / "masks.png").write_bytes(b"png")
+    (run.out / "encoder" / "config.json").write_text("{}")
+    (run.out / "weights.npy").write_bytes(b"large")
+    write_history(run.out, rows)
+    manifest = {"wall_s": 3.5, "device": "cpu", "summary": {"final_loss": 0.25}}
+    (run.out / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(run.work)
+
+
+def clear(run) -> None:
+    """What happens before a job starts."""
+    shutil.rmtree(run.out)
+    run.out.mkdir()
+    run.work.mkdir(exist_ok=True)
+
+
+def whole(run, rows: int = 20) -> None:
+    """A job from beginning to end."""
+    clear(run)
+    with track.tracked(run):
+        finish(run, rows)
+
+
+def start(run):
+    """A job that has just started: (its entry, a function that kills it hard)."""
+    clear(run)
+    entry, note, lock = track._open(run)
+    return entry, lock.close  # as the kernel does for a killed process
+
+
+def box(folder: Path) -> Path:
+    return folder / "work" / "track"
 
 
 def runs_of(folder: Path):
-    found, experiment, parent = client(folder)
-    return found, parent, [r for r in found.search_runs([experiment]) if r.info.run_id != parent]
+    """(client, the parent's id, the other runs of the store in this folder, oldest first)"""
+    client, experiment, parent = courier.connect(f"sqlite:///{folder}/mlflow.db", "demo")
+    found = client.search_runs([experiment], order_by=["attributes.start_time ASC"])
+    return client, parent, [run for run in found if run.info.run_id != parent]
 
 
-def outbox(folder: Path) -> list[Path]:
-    return sorted((folder / "work" / "track").glob("*/job.json"))
+def steps(client, run, key: str = "epoch") -> list[int]:
+    return [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
 
 
-def test_a_job_in_mlflow(tmp_path):
-    run = make_run(tmp_path)
-    tracker = track.start(run)
-    write_history(run.out / "history.jsonl", 0, 1200)
-    tracker.close()
-    tracker.close()  # harmless
-    assert outbox(tmp_path) == []
-    mlflow, parent, [found] = runs_of(tmp_path)
+# ------------------------------------------------------------------------------------ what arrives
+
+
+def test_a_job_in_mlflow(lab):
+    run = make_run(lab)
+    whole(run, rows=1200)
+    assert courier.replay(box(lab)) == (1, []) and track.entries(box(lab)) == []
+    client, parent, [found] = runs_of(lab)
     assert found.info.status == "FINISHED" and found.info.run_name == "pretrain/mae-s0"
-    tags = found.data.tags
     expected = {
         "stage": "pretrain",
         "method": "mae",
         "seed": "0",
         "run": "mae",
         "job": "pretrain/mae-s0",
-        "git_dirty": "True",
         "fingerprint": "f" * 64,
         "data_hash": "d" * 64,
+        "device": "cpu",
         "mlflow.parentRunId": parent,
     }
-    assert {key: tags.get(key) for key in expected} == expected
+    assert {key: found.data.tags.get(key) for key in expected} == expected
+    assert len(found.data.tags["git_commit"]) == 40 and found.data.tags["git_dirty"]
     assert found.data.params["method.config.mask_ratio"] == "0.75"
-    assert found.data.metrics["wall_s"] == 3.5
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as db:
-        query = "select step, value from metrics where run_uuid = ? and key = 'epoch' order by step"
-        rows = db.execute(query, (found.info.run_id,))
-        # 2,400 points: three batches
-        assert rows.fetchall() == [(s, pytest.approx(s / 10)) for s in range(1200)]
-    assert {a.path for a in mlflow.list_artifacts(found.info.run_id)} == {
-        "manifest.json",
-        "pictures",
-        "encoder",
-    }
-    assert [a.path for a in mlflow.list_artifacts(found.info.run_id, "encoder")] == [
-        "encoder/config.json"
-    ]
+    assert found.data.metrics["wall_s"] == 3.5 and found.data.metrics["final_loss"] == 0.25
     assert found.inputs.dataset_inputs[0].dataset.digest == "d" * 36
-    assert (tmp_path / "mlruns" / "demo").is_dir()
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("mlflow.db")) == [
-        "mlruns",
-        "results",
-        "work",
-    ]
+    with contextlib.closing(sqlite3.connect(lab / "mlflow.db")) as db:
+        query = "select step, value from metrics where run_uuid = ? and key = 'epoch' order by step"
+        rows = db.execute(query, (found.info.run_id,)).fetchall()
+        # 2,400 points: three batches, and the first two cut no row in two
+        assert rows == [(s, pytest.approx(s / 10)) for s in range(1200)]
+    artifacts = {a.path for a in client.list_artifacts(found.info.run_id)}
+    assert artifacts == {"manifest.json", "history.jsonl", "pictures", "encoder"}, "nothing large"
+    [encoder] = client.list_artifacts(found.info.run_id, "encoder")
+    assert encoder.path == "encoder/config.json"
+    beside = {p.name for p in lab.iterdir() if not p.name.startswith("mlflow.db")}
+    assert beside == {"mlruns", "results", "work"}
 
-    again = track.start(run)  # the same job once more: a new run, known by its fingerprint
-    again.close("FAILED")
-    courier.replay(tmp_path / "work" / "track")
-    _, parent_again, both = runs_of(tmp_path)
-    assert parent_again == parent and len(both) == 2
-    assert {r.data.tags["fingerprint"] for r in both} == {"f" * 64} and {
-        r.info.status for r in both
-    } == {"FINISHED", "FAILED"}
-
-
-def test_a_dead_server_costs_nothing_and_is_replayed(tmp_path, capsys):
-    run = make_run(tmp_path, tracking_uri=REFUSED)
-    tracker = track.start(run)
-    write_history(run.work / "history.jsonl", 0, 30)
-    tracker.close()
-    assert "127.0.0.1:9" in capsys.readouterr().err
-    assert len(outbox(tmp_path)) == 1
-    (run.work / "history.jsonl").unlink()  # the entry keeps a copy
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    assert track.main(["--replay", "--work", str(tmp_path / "work")]) == 1
-    assert track.main(["--replay", "--work", str(tmp_path / "work"), "--uri", store]) == 0
-    assert "1 delivered, 0 left" in capsys.readouterr().out and outbox(tmp_path) == []
-    mlflow, _, [found] = runs_of(tmp_path)
-    assert (
-        found.info.status == "FINISHED"
-        and len(mlflow.get_metric_history(found.info.run_id, "epoch")) == 30
-    )
+    run.params = {}
+    clear(run)
+    with pytest.raises(ValueError), track.tracked(run):  # the same job once more: a new run
+        raise ValueError
+    assert courier.replay(box(lab)) == (1, [])
+    _, parent_again, both = runs_of(lab)
+    assert parent_again == parent and [r.info.status for r in both] == ["FINISHED", "FAILED"]
+    assert {r.data.tags["fingerprint"] for r in both} == {"f" * 64}
 
 
-def test_replay_ignores_an_output_that_is_no_longer_this_jobs(tmp_path):
-    run = make_run(tmp_path, tracking_uri=REFUSED)
-    entry, lock = track._open(_made(tmp_path / "work" / "track"), run.job.fingerprint)
-    os.close(lock)
-    track.write(entry / "job.json", _job(run, tmp_path) | {"status": "FINISHED", "end": 2})
-    (run.out / "manifest.json").write_text(json.dumps({"fingerprint": "other"}))
-    assert courier.replay(tmp_path / "work" / "track") == (1, [])
-    mlflow, _, [found] = runs_of(tmp_path)
-    assert mlflow.list_artifacts(found.info.run_id) == []
+@pytest.mark.parametrize("per_row", [3, 700, 1500])
+def test_batches_hold_whole_rows_or_are_sent_again(per_row):
+    """Whatever request fails: what follows it is sent later, and nothing is left out."""
+    rows = [{"step": 10 * n, **{f"m{k}": 1.0 for k in range(per_row)}} for n in range(400 // 3)]
+    rows = rows[: max(4, 4000 // per_row)]
+    for failing in range(1, 5):
+        got, requests, at = set(), [], -1
 
+        class Client:
+            def log_batch(self, run, metrics, tags, failing=failing, got=got, requests=requests):
+                nonlocal at
+                requests.append(len(metrics))
+                if len(requests) == failing:
+                    raise ConnectionError
+                got |= {(m.step, m.key) for m in metrics}
+                at = int(tags[0].value)
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _job(run, folder: Path) -> dict:
-    return {
-        "name": run.job.id,
-        "experiment": "demo",
-        "uri": f"sqlite:///{folder}/mlflow.db",
-        "fingerprint": run.job.fingerprint,
-        "tags": {"stage": "pretrain"},
-        "params": {},
-        "start": 1,
-        "out": str(run.out),
-        "work": str(run.work),
-        "history": [str(run.work / "history.jsonl")],
-    }
-
-
-def test_killed_and_resumed_is_one_mlflow_run(tmp_path):
-    """The lock of a killed job is free: its run is closed as KILLED; the resumed job goes on where
-    it stood.
-    """
-    run, box, stores = make_run(tmp_path), _made(tmp_path / "work" / "track"), {}
-    entry, lock = track._open(box, run.job.fingerprint)
-    track.write(entry / "job.json", _job(run, tmp_path))
-    write_history(run.work / "history.jsonl", 0, 20)
-    courier.deliver(entry, stores)
-    assert runs_of(tmp_path)[2][0].info.status == "RUNNING"
-    os.close(lock)  # as the kernel does for a killed process
-    courier.deliver(entry, stores)
-    assert runs_of(tmp_path)[2][0].info.status == "KILLED" and not courier.deliver(entry, stores)
-    resumed, lock = track._open(box, run.job.fingerprint)
-    assert resumed == entry
-    # the loop went back to a checkpoint and wrote the same rows again
-    write_history(run.work / "history.jsonl", 0, 50)
-    track.write(entry / "job.json", _job(run, tmp_path))
-    courier.deliver(entry, stores)
-    os.close(lock)
-    track.write(entry / "job.json", _job(run, tmp_path) | {"status": "FINISHED", "end": 5})
-    courier.deliver(entry, stores)
-    mlflow, _, [found] = runs_of(tmp_path)
-    assert found.info.status == "FINISHED" and not entry.exists()
-    assert [m.step for m in mlflow.get_metric_history(found.info.run_id, "epoch")] == list(
-        range(50)
-    )
-
-
-def test_an_interrupted_delivery_finds_its_run_again(tmp_path):
-    run, box, stores = make_run(tmp_path), _made(tmp_path / "work" / "track"), {}
-    entry, lock = track._open(box, run.job.fingerprint)
-    track.write(entry / "job.json", _job(run, tmp_path))
-    courier.deliver(entry, stores)
-    (entry / "sent.json").unlink()  # the courier died between creating the run and noting it
-    courier.deliver(entry, stores)
-    os.close(lock)
-    assert len(runs_of(tmp_path)[2]) == 1
+        with contextlib.suppress(ConnectionError):
+            courier._send_history(Client(), "run", rows, -1)
+        left = [row for row in rows if row["step"] > at]
+        courier._send_history(Client(), "run", left, at)
+        assert len(got) == per_row * len(rows) and max(requests) <= 1000 and at == rows[-1]["step"]
 
 
 def test_half_written_lines_wait(tmp_path):
     path = tmp_path / "history.jsonl"
+    assert courier.rows_after(path, -1) == []
     path.write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
     assert courier.rows_after(path, -1) == [{"step": 0, "loss": 1.0}]
-    assert track.numbers(
-        {"step": 3, "loss": float("nan"), "ok": True, "name": "x", "a": {"b": 2}}
-    ) == {"step": 3, "ok": 1, "a.b": 2}
+    assert courier.rows_after(path, 0) == []
 
 
-@pytest.mark.parametrize("how", ["params", "environment", "rank"])
+def test_keys_and_values_that_mlflow_would_refuse():
+    values = {"step": 3, "loss": float("nan"), "ok": True, "name": "x", "a": {"b": 2}}
+    assert courier.numbers(values) == {"step": 3, "ok": 1, "a.b": 2} and courier.numbers(None) == {}
+    assert [courier._key(key) for key in ("a.b", "x: 1/2", "..", "é" * 300)] == [
+        "a.b",
+        "x_ 1_2",
+        "_",
+        "é" * 250,
+    ]
+    assert courier._text("photo\udcff") == "photo?" and courier._text([1]) == "[1]"
+
+
+# ------------------------------------------------------------------------ killed, resumed, repeated
+
+
+def test_killed_and_resumed_is_one_mlflow_run(lab):
+    """A killed job's lock is free, so its run is closed as KILLED; the resumed job goes on in it."""
+    run, later = make_run(lab), {}
+    entry, kill = start(run)
+    write_history(run.work, 20)
+    assert courier.send(box(lab), later)
+    assert runs_of(lab)[2][0].info.status == "RUNNING"
+    kill()
+    courier.send(box(lab), later)
+    client, _, [found] = runs_of(lab)
+    assert found.info.status == "KILLED" and steps(client, found) == list(range(20))
+    assert track.entries(box(lab)) == []
+
+    entry, kill = start(run)
+    write_history(run.work, 10)  # the loop went back to a checkpoint and writes the same rows again
+    courier.send(box(lab), later)
+    assert runs_of(lab)[2][0].info.status == "RUNNING"
+    kill()
+    whole(run, rows=50)
+    assert courier.replay(box(lab)) == (2, [])
+    client, _, [found] = runs_of(lab)
+    assert found.info.status == "FINISHED" and steps(client, found) == list(range(50))
+
+
+def test_resumed_and_finished_while_the_store_was_down(lab):
+    """MLflow knows the job as killed; all that came later lies in the outbox and arrives."""
+    run = make_run(lab)
+    _, kill = start(run)
+    write_history(run.work, 5)
+    kill()
+    courier.send(box(lab), {})
+    assert runs_of(lab)[2][0].info.status == "KILLED"
+
+    base, away = lab / "mlflow.db", lab / "away.db"
+    base.rename(away)
+    base.mkdir()  # no data base can be opened here
+    with pytest.raises(SystemExit), track.tracked(run):
+        write_history(run.work, 9)
+        sys.exit(143)
+    whole(run, rows=12)
+    done, left = courier.replay(box(lab))
+    assert done == 0 and len(left) == 2 and "pretrain/mae-s0: " in left[0]
+    whole(make_run(lab, "other-s0", "a" * 64), rows=1)
+    base.rmdir()
+    away.rename(base)
+
+    assert courier.replay(box(lab)) == (3, []) and track.entries(box(lab)) == []
+    client, _, [found, other] = runs_of(lab)
+    assert found.info.status == other.info.status == "FINISHED"
+    assert steps(client, found) == list(range(12)) and found.data.metrics["final_loss"] == 0.25
+
+
+def test_an_earlier_attempt_that_arrives_last_changes_nothing(lab):
+    run = make_run(lab)
+    first, kill = start(run)
+    kill()
+    hidden = first.rename(lab / "hidden")
+    whole(run)
+    assert courier.replay(box(lab)) == (1, [])
+    hidden.rename(first)
+    assert courier.replay(box(lab)) == (1, [])
+    assert [r.info.status for r in runs_of(lab)[2]] == ["FINISHED"]
+
+
+@pytest.mark.parametrize("broken", ["log_inputs", "log_batch", "log_artifacts", "set_terminated"])
+def test_an_interrupted_delivery_is_repeated(lab, monkeypatch, broken):
+    from mlflow.tracking import MlflowClient
+
+    whole(make_run(lab))
+    runs_of(lab)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, broken, lambda *args, **more: 1 / 0)
+        done, [reason] = courier.replay(box(lab))
+    assert done == 0 and reason == "pretrain/mae-s0: ZeroDivisionError: division by zero"
+    assert courier.replay(box(lab)) == (1, [])
+    client, _, [found] = runs_of(lab)
+    assert found.info.status == "FINISHED" and steps(client, found) == list(range(20))
+    assert found.data.params and len(found.inputs.dataset_inputs) == 1
+
+
+def test_a_finished_job_whose_process_is_stopped_at_its_very_end_is_finished(tmp_path):
+    run = make_run(tmp_path)
+    with pytest.raises(SystemExit), track.tracked(run):
+        finish(run)
+        sys.exit(143)
+    [entry] = track.entries(box(tmp_path))
+    assert track.read(entry / "note.json")["status"] == "FINISHED"
+
+
+# ------------------------------------------------------------------------- stores that are not well
+
+
+def test_a_dead_server_costs_nothing_and_nothing_is_lost(lab, capsys, monkeypatch):
+    monkeypatch.setattr(track, "WAIT", 0.3)
+    run = make_run(lab, tracking_uri=REFUSED)
+    began = time.monotonic()
+    whole(run)  # nobody delivers
+    assert time.monotonic() - began < 2 and capsys.readouterr().err == ""
+    words = ["--replay", "--work", str(lab / "work")]
+    assert courier.main(words) == 1 and "127.0.0.1:9" in capsys.readouterr().out
+
+    clear(run)  # another job takes the output folder
+    (run.out / "manifest.json").write_text("{}")
+    assert courier.main([*words, "--uri", f"sqlite:///{lab}/mlflow.db"]) == 0
+    assert "1 delivered, 0 left" in capsys.readouterr().out
+    client, _, [found] = runs_of(lab)
+    assert found.info.status == "FINISHED" and steps(client, found) == list(range(20))
+    assert (
+        len(client.list_artifacts(found.info.run_id)) == 4 and found.data.metrics["wall_s"] == 3.5
+    )
+
+
+def test_a_job_says_why_its_delivery_failed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(track, "WAIT", 20.0)
+    monkeypatch.setattr(
+        track, "_start_courier", lambda box: (track.entries(box)[0] / "error").write_text("locked")
+    )
+    began = time.monotonic()
+    whole(make_run(tmp_path))
+    error = capsys.readouterr().err
+    assert "tracking: locked" in error and "courier --replay" in error
+    assert time.monotonic() - began < 10, "no need to wait any longer"
+
+
+def test_one_bad_entry_holds_up_no_other(lab):
+    run = make_run(lab)
+    whole(run)
+    [bad] = track.entries(box(lab))
+    note = track.read(bad / "note.json")
+    (bad / "note.json").write_text(json.dumps(note | {"tags": "no tags"}))
+    torn = box(lab) / "0-torn"
+    torn.mkdir()
+    (torn / "note.json").write_text('{"uri": ')
+    whole(make_run(lab, "dead-s0", "a" * 64, tracking_uri=REFUSED))
+    whole(make_run(lab, "fine-s0", "b" * 64))
+    done, left = courier.replay(box(lab))
+    assert done == 1 and len(left) == 3 and left[0].startswith("0-torn: JSONDecodeError")
+    assert [r.info.run_name for r in runs_of(lab)[2]] == ["pretrain/fine-s0"]
+
+
+def test_what_was_deleted_in_mlflow_is_sent_again(lab):
+    """Runs and the experiment, in MLflow's interface; the file itself, by hand."""
+    run, later = make_run(lab), {}
+    _, kill = start(run)
+    write_history(run.work, 5)
+    courier.send(box(lab), later)
+    client, parent, [found] = runs_of(lab)
+    client.delete_run(found.info.run_id)
+    client.delete_run(parent)
+    kill()
+    courier.send(box(lab), later)
+    client, new_parent, [again] = runs_of(lab)
+    assert again.info.status == "KILLED" and steps(client, again) == list(range(5))
+    assert again.data.tags["mlflow.parentRunId"] == new_parent != parent
+
+    client.delete_experiment(again.info.experiment_id)
+    whole(run)
+    assert courier.replay(box(lab)) == (1, [])
+    ends = {r.info.status for r in runs_of(lab)[2] if r.info.run_name == "pretrain/mae-s0"}
+    assert "FINISHED" in ends, "MLflow has restored the deleted run with its experiment, too"
+
+    whole(run)
+    (lab / "mlflow.db").unlink()
+    done, [reason] = courier.replay(box(lab))
+    assert done == 0 and "no such table" in reason, "left to a process that makes the store anew"
+
+
+# ------------------------------------------------------------------------------------ on and off
+
+
+@pytest.mark.parametrize("how", ["params", "environment"])
 def test_off(tmp_path, monkeypatch, how):
     if how == "environment":
         monkeypatch.setenv("MIMLAB_TRACKING", "off")
-    if how == "rank":
-        monkeypatch.setenv("RANK", "1")
-    run = make_run(tmp_path, tracking=how != "params")
-    track.start(run).close()
-    assert not (tmp_path / "work" / "track").exists() and not (tmp_path / "mlflow.db").exists()
+    whole(make_run(tmp_path, tracking=how != "params"))
+    assert not box(tmp_path).exists()
 
 
 def test_a_broken_outbox_is_a_warning(tmp_path, capsys):
     run = make_run(tmp_path)
-    (tmp_path / "work" / "track").write_text("a file where the folder should be")
-    track.start(run).close()
-    assert "tracking:" in capsys.readouterr().err
+    box(tmp_path).write_text("a file where the folder should be")
+    whole(run)
+    assert "warning: tracking:" in capsys.readouterr().err
 
 
 def test_store_uri(tmp_path, monkeypatch):
@@ -268,70 +428,68 @@ def test_store_uri(tmp_path, monkeypatch):
     assert track.store_uri(tmp_path, "sqlite:////abs/y.db") == "sqlite:////abs/y.db"
 
 
+def test_a_temporary_workspace_of_dvc_leaves_its_entries_in_the_project(tmp_path):
+    whole(make_run(tmp_path / ".dvc" / "tmp" / "exps" / "tmpa1b2"))
+    [entry] = track.entries(box(tmp_path))
+    note = track.read(entry / "note.json")
+    assert note["uri"] == f"sqlite:///{tmp_path}/mlflow.db" and (entry / "files/encoder").is_dir()
+
+
+# ------------------------------------------------------------------------------ in real processes
+
+
+def test_a_second_courier_leaves_at_once(tmp_path):
+    with (tmp_path / "courier.lock").open("a") as lock:
+        courier.fcntl.flock(lock, courier.fcntl.LOCK_EX)
+        courier.serve(tmp_path, 100.0)
+    began = time.monotonic()
+    courier.serve(tmp_path, 0.2)
+    assert 0.2 <= time.monotonic() - began < 5
+
+
 JOB = """
-import sys, signal
-sys.path[:0] = [{root!r}, {tests!r}]
-import test_track
+import sys
 from pathlib import Path
-from stages.kit.job import track
-track.IDLE, track.WAIT = 1.0, {wait}
-run = test_track.make_run(Path({folder!r}), f"mae-s{{sys.argv[1]}}", sys.argv[1] * 64)
-tracker = track.start(run)
-print("started", "mlflow" in sys.modules, flush=True)
-test_track.write_history(run.out / "history.jsonl", 0, 20)
-{then}
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_track as it
+it.track.IDLE, it.track.WAIT = 1.0, 60.0
+number = int(sys.argv[1])
+run = it.make_run(Path({folder!r}) / "ab"[number % 2], f"mae-s{{number}}", sys.argv[1] * 64,
+                  tracking_uri="sqlite:///" + {folder!r} + "/mlflow.db")
+with it.track.tracked(run):
+    it.write_history(run.work, 10)
+    print("mlflow" in sys.modules, flush=True)
+    if number == 7:
+        it.time.sleep(100)
+    it.finish(run)
 """
 
 
-def spawn(folder: Path, number: int, then: str, wait: float = 60.0):
-    code = JOB.format(
-        root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), then=then, wait=wait
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(number)], stdout=subprocess.PIPE, text=True
-    )
-
-
-def test_eight_jobs_on_a_fresh_store(tmp_path):
-    """Eight processes at once, no store yet: every run arrives whole, below one parent."""
-    jobs = [spawn(tmp_path, n, "tracker.close()") for n in range(8)]
-    assert [(job.communicate(timeout=120)[0], job.returncode) for job in jobs] == [
-        ("started False\n", 0)
-    ] * 8
-    mlflow, parent, runs = runs_of(tmp_path)
-    assert sorted(r.info.run_name for r in runs) == [f"pretrain/mae-s{n}" for n in range(8)]
-    assert {(r.info.status, r.data.tags["mlflow.parentRunId"]) for r in runs} == {
-        ("FINISHED", parent)
-    }
-    # 20 steps and the summary
-    assert {len(mlflow.get_metric_history(r.info.run_id, "loss")) for r in runs} == {21}
-
-
-def test_three_processes_create_one_store(tmp_path):
-    """The locked first use itself: without the lock MLflow's migration leaves a broken file."""
-    command = [
-        sys.executable,
-        "-m",
-        "stages.kit.job.track",
-        "--init",
-        "--uri",
-        f"sqlite:///{tmp_path}/mlflow.db",
+def test_eight_jobs_of_two_projects_on_a_fresh_store(tmp_path):
+    """Two couriers create the store at once. Each run arrives whole, a killed job's too."""
+    environment = {k: v for k, v in os.environ.items() if k != "MIMLAB_TRACKING"}
+    code = JOB.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(n)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for n in range(8)
     ]
-    jobs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
-    assert [job.wait(120) for job in jobs] == [0, 0, 0]
-    found, experiment, parent = client(tmp_path)
-    assert [r.info.run_id for r in found.search_runs([experiment])] == [parent]
-
-
-def test_sigkill_is_noticed(tmp_path):
-    job = spawn(tmp_path, 1, "import time; time.sleep(100)")
-    job.stdout.readline()
-    os.kill(job.pid, signal.SIGKILL)
-    job.wait()
-    job.stdout.close()
+    jobs[7].stdout.readline()
+    os.kill(jobs[7].pid, signal.SIGKILL)
+    ends = [(job.communicate(timeout=120)[0], job.returncode) for job in jobs]
+    assert ends == [("False\n", 0)] * 7 + [("", -signal.SIGKILL)]
     end = time.monotonic() + 60
-    sent = {}
-    while time.monotonic() < end and not sent.get("over"):
-        time.sleep(0.2)
-        sent = track.read(outbox(tmp_path)[0].parent / "sent.json")
-    assert runs_of(tmp_path)[2][0].info.status == "KILLED"
+    while any(track.entries(box(tmp_path / name)) for name in "ab"):
+        assert time.monotonic() < end, "the killed job is not delivered"
+        time.sleep(0.1)
+    client, parent, runs = runs_of(tmp_path)
+    found = {r.info.run_name: r for r in runs}
+    assert sorted(found) == [f"pretrain/mae-s{n}" for n in range(8)] and len(runs) == 8
+    assert [found[name].info.status for name in sorted(found)] == ["FINISHED"] * 7 + ["KILLED"]
+    assert {r.data.tags["mlflow.parentRunId"] for r in runs} == {parent}
+    lengths = [len(steps(client, found[name])) for name in sorted(found)]
+    assert lengths == [20] * 7 + [10]

@@ -19,7 +19,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from test_track import make_run, write_history
+from test_track import make_run
 
 from stages.kit.job import track
 
@@ -111,7 +111,7 @@ def server(postgresql, tmp_path):
             stderr=log,
             cwd=tmp_path,
             start_new_session=True,
-            env=os.environ | {**track.QUIET},
+            env=os.environ | courier.SETTINGS,
         )
     try:
         end = time.monotonic() + 300
@@ -139,10 +139,9 @@ def test_a_job_tracked_by_a_server_with_postgresql(server, postgresql, tmp_path,
     monkeypatch.setattr(track, "IDLE", 1.0)
     monkeypatch.setattr(track, "WAIT", 120.0)
     run = make_run(tmp_path)
-    tracker = track.start(run)
-    write_history(run.out / "history.jsonl", 0, 1200)  # more than one batch
-    tracker.close()
-    assert list((tmp_path / "work/track").glob("*/job.json")) == [], "everything is delivered"
+    with track.tracked(run):
+        finish(run, rows=1200)  # more than one batch
+    assert track.entries(box(tmp_path)) == [], "everything is delivered"
     assert not (tmp_path / "mlflow.db").exists()
     with contextlib.closing(psycopg2.connect(postgresql)) as base, base.cursor() as query:
         query.execute(
@@ -155,8 +154,8 @@ def test_a_job_tracked_by_a_server_with_postgresql(server, postgresql, tmp_path,
             (id,),
         )
         rows = dict(query.fetchall())
-        assert rows[0] == 1 and rows[1199] in (pytest.approx(1 / 1200), 0.25) and len(rows) == 1200
+        assert rows[0] == 1 and rows[1199] == pytest.approx(1 / 1200) and len(rows) == 1200
         query.execute("select value from tags where run_uuid = %s and key = 'fingerprint'", (id,))
         assert query.fetchone() == ("f" * 64,)
     stored = {p.name for p in (tmp_path / "artifacts").rglob("*") if p.is_file()}
-    assert stored == {"manifest.json", "masks.png", "config.json"}
+    assert stored == {"manifest.json", "history.jsonl", "masks.png", "config.json"}

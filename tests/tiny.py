@@ -1,10 +1,10 @@
 """The smallest of everything, for tests: a spec, batches, a step's progress, targets, a job's run.
 
-    from tests import tiny
+from tests import tiny
 
-    spec = tiny.spec()                        # 16 px, patches of 4, width 32, two blocks
-    method = tiny.method("mae", spec)
-    out = method(tiny.batch(tiny.module("mae"), spec), tiny.progress())
+spec = tiny.spec()                        # 16 px, patches of 4, width 32, two blocks
+method = tiny.method("mae", spec)
+out = method(tiny.batch(tiny.module("mae"), spec), tiny.progress())
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ def progress(rows=8, step: int = 3, steps: int = 10, epoch: float = 0.5, seed: i
 def module(name: str, kind: str = "method"):
     """The module of a plug-in."""
     return plugins.module(kind, name)
+
+
+def images(rows: int = 4, size: int = 16, seed: int = 0) -> torch.Tensor:
+    """Noise (rows,3,size,size) in [0,1)."""
+    return torch.rand(rows, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def batch(module, spec: Spec, config=None, rows: int = 8) -> dict[str, torch.Tensor]:

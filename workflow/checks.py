@@ -39,9 +39,8 @@ class Optimiser(Settings):
     lr: float = 1e-3  # peak, for batches of lr_per images
     lr_per: int | None = None  # images; None: lr is not scaled by the batch
     min_lr: float = 0.0  # at the end of the cosine
-    lr_drops: tuple[
-        float, ...
-    ] = ()  # shares of the steps at which a constant rate falls to a tenth
+    # shares of the steps at which a constant rate falls to a tenth
+    lr_drops: tuple[float, ...] = ()
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.05
     weight_decay_end: float | None = None  # reached as a cosine; None: constant
@@ -66,12 +65,21 @@ class Crop(Settings):
 
     crop_min: float = 0.2  # smallest share of the image's area in a crop
     flip: float = 0.5  # probability
-    input_size: int | None = None  # side of the crop in pixels; None: image_size of the data
 
     def __post_init__(self):
         super().__post_init__()
         within(self, "(0, 1]", "crop_min")
         within(self, "[0, 1]", "flip")
+
+
+@dataclass(frozen=True)
+class SizedCrop(Crop):
+    """A crop of a size of its own. The encoder is built for it; tasks resize its positions."""
+
+    input_size: int | None = None  # side in pixels; None: image_size of the data
+
+    def __post_init__(self):
+        super().__post_init__()
         within(self, "[4, inf)", "input_size")
 
 
@@ -93,14 +101,14 @@ class Decoder(Settings):
             )
         if self.decoder_dim % self.decoder_heads:
             raise ValueError(
-                f"decoder_heads: found {self.decoder_heads}, which does not divide decoder_dim "
+                f"decoder_heads: found {self.decoder_heads}, expected a divisor of decoder_dim "
                 f"{self.decoder_dim}"
             )
 
 
 @dataclass(frozen=True)
-class SelfDistillation(Settings):
-    """DINO's student, teacher, head and crops (kit/parts/selfdistil.py)."""
+class SelfDistillation(Optimiser):
+    """DINO's student, teacher, head and crops (kit/parts/selfdistil.py), and its optimiser."""
 
     prototypes: int = 2048
     hidden: int = 512  # width of the head
@@ -112,9 +120,8 @@ class SelfDistillation(Settings):
     teacher_temp_end: float | None = None  # reached linearly; None: constant
     teacher_temp_warmup: float = 0.1  # share of the training until teacher_temp_end
     centre_momentum: float = 0.9
-    momentum: float = (
-        0.99  # of the teacher; rises to 1 as a cosine. Fewer steps per epoch want less
-    )
+    # of the teacher; rises to 1 as a cosine. Trainings with few steps per epoch need a lower one
+    momentum: float = 0.99
     drop_path: float = 0.1  # of the student
     n_local: int = 4  # local crops
     local_size: float = 0.5  # side of a local crop, share of the image's, rounded to whole patches
@@ -132,6 +139,14 @@ class SelfDistillation(Settings):
     # least mutual information of prototypes and images, as a share of ln(prototypes); a training
     # that stays below it for long is stopped
     min_information: float = 0.01
+    lr: float = 5e-4
+    lr_per: int | None = 256
+    min_lr: float = 1e-6
+    warmup: float = 0.1
+    weight_decay: float = 0.04
+    weight_decay_end: float | None = 0.4
+    clip: float | None = 3.0
+    clip_mode: Literal["global", "tensor"] = "tensor"
 
     @property
     def views_per_image(self) -> float:
@@ -142,12 +157,29 @@ class SelfDistillation(Settings):
         super().__post_init__()
         within(self, "[2, inf)", "prototypes")
         within(self, "[1, inf)", "hidden", "bottleneck")
-        within(self, "[0, inf)", "n_local", "freeze_last_layer")
+        within(self, "[0, inf)", "n_local", "freeze_last_layer", "jitter")
         within(self, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end")
         within(self, "[0, 1]", "centre_momentum", "momentum", "min_information", "drop_path")
         within(self, "[0, 1]", "teacher_temp_warmup", "flip", "jitter_p", "grey", "solarise")
         within(self, "(0, 1]", "local_size")
         spans(self, "global_scale", "local_scale")
+
+
+@dataclass(frozen=True)
+class MaskedSelfDistillation(SelfDistillation):
+    """Self-distillation that hides patches of the global views, as iBOT (kit/parts/ibot.py)."""
+
+    cls_weight: float = 1.0  # of the loss between class tokens, DINO's
+    patch_weight: float = 1.0  # of the loss at hidden patches
+    shared_head: bool = True  # False: patches have prototypes of their own
+    prototypes: int = 1024
+    teacher_temp_end: float | None = 0.06
+    patch_temp_end: float | None = 0.06  # for patches, which also start at teacher_temp
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[0, inf)", "cls_weight", "patch_weight")
+        within(self, "(0, inf)", "patch_temp_end")
 
 
 @dataclass(frozen=True)
@@ -265,6 +297,6 @@ def hidden_count(patches: int, ratio: float) -> int:
 def _both(patches: int, ratio: float, hidden: int, what: str = "patches") -> None:
     if not (0 < ratio < 1 and 0 < hidden < patches):
         raise ValueError(
-            f"mask_ratio: {ratio} of {patches} {what} hides {hidden}, expected at least one hidden "
-            "and one visible"
+            f"mask_ratio: found {ratio}, which hides {hidden} of {patches} {what}, expected at "
+            "least one hidden and one visible"
         )

@@ -93,15 +93,14 @@ def _packages(path: str) -> list[str]:
     return ["/".join([*parts[:n], "__init__.py"]) for n in range(len(parts), 0, -1)]
 
 
-@lru_cache(maxsize=4096)
-def mentions(path: str, text: str) -> frozenset[str]:
+def mentions(tree: ast.Module) -> frozenset[str]:
     """Names that a file reads as attributes (`config.lr`) or holds as strings ("lr").
 
     What `__post_init__` and `check` of a class named Config say is left out: a setting that is
     only checked is not used.
     """
     names: set[str] = set()
-    waiting: list[ast.AST] = [parse(path, text)]
+    waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

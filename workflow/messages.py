@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+FEW = 12  # names that a message lists beside the nearest one
+
 
 class ParamsError(ValueError):
     """Something in params.yaml, or in a plug-in that it names, is wrong. The message lists all."""
@@ -12,17 +14,19 @@ class ParamsError(ValueError):
     plain = True  # the message is for the user: stages print it without a traceback
 
 
-def did_you_mean(word, words: Iterable[str], cutoff: float = 0.5) -> str:
+def did_you_mean(word, words: Iterable[str], cutoff: float = 0.6) -> str:
     """The nearest of `words`, for the end of a message; nothing if none is near."""
     near = difflib.get_close_matches(str(word), list(words), 1, cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def nearest(word, words: Iterable[str]) -> str:
-    """The nearest of `words` and all of them, for the end of a message."""
+    """The nearest of `words`, and all of them if they are few or none is near."""
     words = sorted(words)
-    allowed = f" (allowed: {', '.join(words)})" if words else " (none is defined)"
-    return did_you_mean(word, words) + allowed
+    near = did_you_mean(word, words)
+    if near and len(words) > FEW:
+        return near
+    return near + (f" (allowed: {', '.join(words)})" if words else " (none is defined)")
 
 
 def shown(value) -> str:

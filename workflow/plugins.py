@@ -85,8 +85,9 @@ def declared(kind: str, name: str, root: Path = ROOT) -> Plugin:
     """
     path = _file(kind, name, root)
     text = (root / path).read_text(encoding="utf-8")
-    plugin, own = _declared(kind, path, text)
-    _refuse_unread(plugin, own, text, root)
+    plugin, unread = _declared(kind, path, text)
+    if unread:
+        _refuse_unread(plugin, unread, root)
     return plugin
 
 
@@ -102,7 +103,7 @@ def _file(kind: str, name: str, root: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _declared(kind: str, path: str, text: str) -> tuple[Plugin, frozenset[str]]:
-    """The plug-in, and the settings that its own Config adds to those which it inherits."""
+    """The plug-in, and the settings that it adds to those which it inherits and does not read."""
     tree = parse(path, text)
     found = literals(kind, path, tree)
     node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"), None)
@@ -117,7 +118,7 @@ def _declared(kind: str, path: str, text: str) -> tuple[Plugin, frozenset[str]]:
     bases = [base for base in config.__bases__ if dataclasses.is_dataclass(base)]
     inherited = {f.name for base in bases for f in dataclasses.fields(base)}
     plugin = Plugin(path, config, found, ast.get_docstring(tree) or "")
-    return plugin, frozenset(fields - inherited)
+    return plugin, frozenset(fields - inherited - mentions(tree))
 
 
 def _config(path: str, node: ast.ClassDef) -> type:
@@ -144,17 +145,14 @@ def _config(path: str, node: ast.ClassDef) -> type:
     return config
 
 
-def _refuse_unread(plugin: Plugin, own: frozenset[str], text: str, root: Path) -> None:
-    """ParamsError for a setting that nothing reads in the plug-in's file or in what it imports."""
-    read = mentions(plugin.path, text)
-    if own <= read:
-        return
+def _refuse_unread(plugin: Plugin, unread: frozenset[str], root: Path) -> None:
+    """ParamsError if no file that the plug-in imports reads one of these settings either."""
+    read: set[str] = set()
     for path in closure([plugin.path], root):
-        # workflow/checks.py only checks
-        if path.startswith("stages/"):
-            read |= mentions(path, (root / path).read_text(encoding="utf-8"))
-    for key in sorted(own - read):
-        near = did_you_mean(key, read - own, 0.75)
+        if path.startswith("stages/"):  # workflow/checks.py only checks
+            read |= mentions(parse(path, (root / path).read_text(encoding="utf-8")))
+    for key in sorted(unread - read):
+        near = did_you_mean(key, read | set(plugin.fields) - unread, 0.75)
         raise ParamsError(
             f"{plugin.path}: nothing reads the setting {key!r} of Config, neither this file nor "
             f"what it imports{near}"

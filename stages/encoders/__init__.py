@@ -10,6 +10,16 @@ of an entry under `models`), and functions that stages/kit/nets/encoders.py call
     attention(encoder, images)            where it CAN "attention"
     fusion(encoder)                       optional: modules that pretraining adds and nobody exports
 
+Abilities in `CAN`:
+
+    "drop"        hidden patches can be dropped before the first layer
+    "mask"        hidden patches can be replaced by a mask token
+    "cls"         it has a class token
+    "taps"        it gives the states after its blocks
+    "attention"   each token may see every other, which gives one map of all tokens
+    "sizes"       images of several sizes in one training (style "timm" or "sincos")
+    "plain"       one width, any patch size: a tokenizer's decoder can be built from it
+
 `style` is what a method asks for: "timm" (timm's own initial weights), "sincos" (MAE's), "beit"
 (BEiT's relative positions and weights). A family that has one kind of encoder gives that one.
 """

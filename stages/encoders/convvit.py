@@ -1,4 +1,4 @@
-"""ConvViT: masked convolutions before a ViT, as in ConvMAE and DMJD; kit/nets/hybrid.py is the model.
+"""ConvViT: masked convolutions before a ViT, as in ConvMAE and DMJD (kit/nets/hybrid.py).
 
     model: {name: convvit_tiny_patch8_64, patch_size: 8, embed_dim: 192, depth: 8, num_heads: 3,
             args: {conv_dims: [48, 96], conv_depths: [1, 1]}}
@@ -36,7 +36,8 @@ class Config(checks.Encoder):
         checks.within(self, "[1, inf)", "depth", "num_heads")
         if self.embed_dim % self.num_heads:
             raise ValueError(
-                f"embed_dim: found {self.embed_dim}, expected a multiple of num_heads {self.num_heads}"
+                f"embed_dim: found {self.embed_dim}, expected a multiple of num_heads "
+                f"{self.num_heads}"
             )
         if self.patch_size % 4:
             raise ValueError(f"patch_size: found {self.patch_size}, expected a multiple of 4")
@@ -71,6 +72,4 @@ def visible(
     encoder: ConvViT, images: torch.Tensor, ids: torch.Tensor, *, taps=(), fusion=None, attend=None
 ) -> tuple[torch.Tensor, dict]:
     """Only the patches `ids` go through the encoder; see kit/nets/encoders.py."""
-    if taps or attend is not None:
-        raise ValueError("taps, attend: a convvit gives its last tokens only")
     return encoder.encode(images, ids, fusion, norm=False), {"taps": {}}

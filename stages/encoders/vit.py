@@ -44,7 +44,8 @@ class Config(checks.Encoder):
         checks.within(self, "[1, inf)", "depth", "num_heads")
         if self.embed_dim % self.num_heads:
             raise ValueError(
-                f"embed_dim: found {self.embed_dim}, expected a multiple of num_heads {self.num_heads}"
+                f"embed_dim: found {self.embed_dim}, expected a multiple of num_heads "
+                f"{self.num_heads}"
             )
 
 
@@ -104,10 +105,12 @@ def masked(
     *,
     taps: tuple = (),
     attend=None,
+    attention: bool = False,
 ) -> tuple[torch.Tensor, dict]:
     """All patches go through the encoder, those of `mask` as `token`; see kit/nets/encoders.py."""
     tokens, bias = patch_tokens(encoder, images, mask, token), shared_bias(encoder)
-    return run_blocks(encoder, with_prefix(encoder, tokens), bias, taps, attend)
+    tokens = with_prefix(encoder, tokens)
+    return run_blocks(encoder, tokens, bias, taps, attend, attention)
 
 
 def patch_tokens(encoder: nn.Module, images: torch.Tensor, mask=None, token=None) -> torch.Tensor:
@@ -117,6 +120,8 @@ def patch_tokens(encoder: nn.Module, images: torch.Tensor, mask=None, token=None
     added to it as to any other.
     """
     tokens = encoder.patch_embed(images)
+    # with images of several sizes timm leaves the patches on their grid
+    tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
     if mask is not None:
         tokens = torch.where(mask[..., None], token, tokens)
     if encoder.pos_embed is not None:
@@ -125,7 +130,7 @@ def patch_tokens(encoder: nn.Module, images: torch.Tensor, mask=None, token=None
 
 
 def with_prefix(encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Puts class and register tokens, with their positions, before patches: (B,n,D) -> (B,P+n,D)."""
+    """Puts class and register tokens, with positions, before the patches: (B,n,D) -> (B,P+n,D)."""
     if encoder.num_prefix_tokens == 0:
         return tokens
     both = (encoder.cls_token, getattr(encoder, "reg_token", None))
@@ -162,15 +167,18 @@ def own_bias(block: nn.Module) -> torch.Tensor | None:
 
 
 def run_blocks(
-    encoder: nn.Module, tokens: torch.Tensor, bias: torch.Tensor | None, taps: tuple, attend
+    encoder: nn.Module,
+    tokens: torch.Tensor,
+    bias: torch.Tensor | None,
+    taps: tuple,
+    attend: torch.Tensor | None,
+    attention: bool = False,
 ) -> tuple[torch.Tensor, dict]:
     """All blocks on tokens (B,P+n,D) -> (output before the last norm, {"taps", "bias"}).
 
-    attend: bool (B,P+n,P+n), which keys a query may see; None: all.
+    attend: bool (B,P+n,P+n), which keys a query may see; None: all. attention: give the last
+    block's "attention", too.
     """
-    count = len(encoder.blocks)
-    if not all(1 <= tap <= count for tap in taps):
-        raise ValueError(f"taps: found {tuple(taps)}, expected block numbers 1..{count}")
     scores = bias
     if attend is not None:
         closed = torch.zeros(attend.shape, dtype=tokens.dtype, device=tokens.device)
@@ -178,22 +186,24 @@ def run_blocks(
         scores = closed if bias is None else bias + closed
     name = "shared_rel_pos_bias" if isinstance(encoder, Beit) else "attn_mask"
     extra = {} if scores is None else {name: scores}
-    tokens, tapped = getattr(encoder, "norm_pre", nn.Identity())(encoder.pos_drop(tokens)), {}
+    tokens = getattr(encoder, "norm_pre", nn.Identity())(encoder.pos_drop(tokens))
+    found = {"taps": {}, "bias": bias}
     for number, block in enumerate(encoder.blocks, start=1):
+        if attention and number == len(encoder.blocks):
+            found["attention"] = block_attention(block, tokens, scores)
         tokens = block(tokens, **extra)
         if number in taps:
-            tapped[number] = tokens
-    return tokens, {"taps": tapped, "bias": bias}
+            found["taps"][number] = tokens
+    return tokens, found
 
 
-@torch.no_grad()
-def attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Attention probabilities of the last block, (B,heads,P+N,P+N): row = query, column = key."""
-    tokens, bias = with_prefix(encoder, patch_tokens(encoder, images)), shared_bias(encoder)
-    block, extra = encoder.blocks[-1], {} if bias is None else {"shared_rel_pos_bias": bias}
-    tokens = getattr(encoder, "norm_pre", nn.Identity())(tokens)
-    for earlier in encoder.blocks[:-1]:
-        tokens = earlier(tokens, **extra)
+def block_attention(
+    block: nn.Module, tokens: torch.Tensor, scores: torch.Tensor | None
+) -> torch.Tensor:
+    """A block's attention probabilities (B,heads,P+n,P+n) for its input (B,P+n,D), in float32.
+
+    Row = query, column = key. scores: what is added to the logits before the softmax.
+    """
     attn, x = block.attn, block.norm1(tokens)
     qkv_bias = attn.qkv.bias
     if qkv_bias is None and getattr(attn, "q_bias", None) is not None:
@@ -207,6 +217,6 @@ def attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
     logits = (q * attn.scale @ k.transpose(-2, -1)).float()
-    for term in (bias, own_bias(block)):
+    for term in (scores, own_bias(block)):
         logits = logits if term is None else logits + term
     return logits.softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Masked-image-modelling methods, one file each; the file's name is the method's name in params.yaml.
+"""Masked-image-modelling methods, one file each; the file's name is its kind in params.yaml.
 
 A method module has: a docstring (paper, idea, every departure), a frozen dataclass `Config`,
 `PUBLISHED` (the paper's recipe), `TARGET` (what it needs of its target), `NEEDS` (of its encoder),

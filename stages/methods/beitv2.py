@@ -48,8 +48,18 @@ PUBLISHED = {
     "min_block": 16,
     "early_layer": 9,
     "head_depth": 2,
-    "lr": 1.5e-3,
+    "shared_head": True,
+    "layer_scale": 0.1,
+    "drop_path": 0.0,
+    "crop_min": 0.2,
+    "jitter": 0.4,
+    "lr": 0.0015,
+    "lr_per": None,
+    "min_lr": 1e-05,
     "warmup": 0.0333,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.98],
+    "clip": 3.0,
 }
 
 
@@ -83,7 +93,7 @@ class Config(checks.Optimiser, checks.Crop):
         count = checks.hidden_count(model.grid(image_size) ** 2, self.mask_ratio)
         if self.min_block > count:
             raise ValueError(
-                f"min_block: found {self.min_block}, but only {count} patches are hidden"
+                f"min_block: found {self.min_block}, expected at most the {count} hidden patches"
             )
         if self.head_depth and self.early(model.depth) >= model.depth:
             raise ValueError(

@@ -1,25 +1,24 @@
-"""dBOT: masked distillation with bootstrapped teachers ("Exploring Target Representations for
-Masked Autoencoders", arXiv 2209.03917).
+"""dBOT: masked knowledge distillation with bootstrapped teachers (arXiv 2209.03917).
 
 MAE's student, which sees a quarter of the patches, regresses the standardised features that a
 frozen teacher has of the whole image, at the hidden patches and at the class token. When a stage
-ends the student becomes the teacher of a new one; the first teacher may be an untrained network. In
-params.yaml a chain is one run:
+ends, the student becomes the teacher of a new one. The first teacher may be an untrained network.
+In params.yaml a chain is one run:
 
     random: {method: random}
     dbot: {method: dbot, target: "run:random", stages: 3}     # runs dbot-1, dbot-2, dbot-3
 
-Any other run's encoder, or any target that produces features, may be the first teacher instead. The
-features are the last block's, before the final norm. A target that gives no class token is learnt
-at the hidden patches alone.
+Any other run's encoder, or any target that gives features, may be the first teacher instead. The
+features of an encoder are the last block's, before the final norm. A target that gives no class
+token is learnt at the hidden patches alone; a target `dino` gives one, so it is learnt, too.
 
 Follows liuxingbin/dbot, main branch, with these departures:
 - a stage is a job: student, optimiser, schedule and randomness all begin anew. The official code
   re-initialises in place, which leaves the bias of the patch projection, and keeps AdamW's moments
-  and step count across the border;
-- with the untrained encoder (`random`, same seed) as first teacher, this is the student's own
-  starting point, as there; later stages draw other initial weights. `random` with depth 0 is the
-  first teacher of the official ViT-L and ViT-H: patch projection and positions only;
+  and step count from one stage to the next;
+- an untrained first teacher (`random`, same seed) is the student's own starting point, as there;
+  later stages draw other initial weights. `random` with depth 0 is the first teacher of the
+  official ViT-L and ViT-H: patch projection and positions only;
 - masks come from keyed random numbers, so that a step can be repeated;
 - defaults are for small images; PUBLISHED is a stage for ImageNet and ViT-B/16, of which there are
   two, or three for dense tasks (ViT-H: drop_path 0.3; ViT-L, ViT-H: no clip).
@@ -51,14 +50,22 @@ TRAINS = True
 PUBLISHED = {
     "epochs": 800,
     "batch_size": 4096,
+    "mask_ratio": 0.75,
+    "norm_target": True,
+    "teacher_norm": False,
+    "beta": 2.0,
     "decoder_dim": 512,
     "decoder_depth": 8,
     "decoder_heads": 16,
     "drop_path": 0.2,
     "crop_min": 0.2,
-    "lr": 1.5e-4,
+    "lr": 0.00015,
     "lr_per": 256,
+    "min_lr": 0.0,
     "warmup": 0.05,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.95],
+    "clip": 3.0,
 }
 
 
@@ -99,15 +106,13 @@ class Method(nn.Module):
         # drawn first: with the seed of an untrained run, its encoder
         self.encoder = encoders.create(spec, "sincos", drop_path=config.drop_path)
         self.with_cls = encoders.has_cls(self.encoder) and "cls" in target.sizes
-        how = {"cls": self.with_cls, "drop_path": config.drop_path}
+        how = {"with_cls": self.with_cls, "drop_path": config.drop_path}
         width, prefix = self.encoder.embed_dim, self.encoder.num_prefix_tokens
         out = target.sizes["patch"]
         self.decoder = Decoder.of(config, width, out, spec.grid, prefix=prefix, **how)
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "cosine"}, both over the class token and the
-        dropped patches.
-        """
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "cosine"} of class token and hidden patches."""
         images = batch["view"]
         target = self.target(images)  # (B,C+N,dim), C = 1 with a class token
         noise = progress.uniform("mask", self.patches)
@@ -123,8 +128,9 @@ class Method(nn.Module):
         }
 
     def target(self, images: torch.Tensor) -> torch.Tensor:
-        """Whole images (B,3,H,W) in [0,1] -> teacher's class token, if used, and patches
-        (B,C+N,dim), standardised.
+        """Whole images (B,3,H,W) in [0,1] -> the teacher's standardised tokens (B,C+N,dim).
+
+        They are its class token, if it is used, and its patches.
         """
         wanted = ("cls", "patch") if self.with_cls else ("patch",)
         found = self.teacher(images, *wanted, norm=self.config.teacher_norm)
@@ -139,8 +145,10 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
-        """Of at most 8 images: original | what the encoder sees | teacher's features | predicted
-        ones, where hidden. Colours are three principal components, the same for both columns.
+        """Of at most 8 images: original | what is seen | the teacher's features | predicted ones.
+
+        Predictions are shown where patches are hidden. Colours are three principal components, the
+        same for both columns.
         """
         images = batch["view"][:8]
         noise = torch.rand(len(images), self.patches, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,6 @@ single-view methods by the crops seen, or by cost.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -36,25 +35,30 @@ PUBLISHED = {
     "hidden": 2048,
     "bottleneck": 256,
     "norm_last": False,
+    "freeze_last_layer": 1.0,
+    "teacher_temp": 0.04,
     "teacher_temp_end": 0.07,
+    "teacher_temp_warmup": 0.1,
     "momentum": 0.996,
+    "drop_path": 0.1,
     "n_local": 8,
     "local_size": 0.43,
+    "global_scale": [0.4, 1.0],
     "local_scale": [0.05, 0.4],
+    "lr": 0.0005,
+    "lr_per": 256,
+    "min_lr": 1e-06,
     "warmup": 0.0333,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "clip": 3.0,
+    "clip_mode": "tensor",
 }
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.SelfDistillation):
-    lr: float = 5e-4
-    lr_per: int | None = 256
-    min_lr: float = 1e-6
-    warmup: float = 0.1
-    weight_decay: float = 0.04
-    weight_decay_end: float | None = 0.4
-    clip: float | None = 3.0
-    clip_mode: Literal["global", "tensor"] = "tensor"
+class Config(checks.SelfDistillation):
+    pass
 
 
 class Method(SelfDistillation):
@@ -63,8 +67,6 @@ class Method(SelfDistillation):
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
-        """Of at most 8 images: image | principal components of the patch tokens | attention of the
-        class token.
-        """
+        """Of at most 8 images: image | principal components of patch tokens | class attention."""
         images = batch["view"][:8]
         return {"features": contact_sheet([images, *feature_columns(self.teacher, images)])}

@@ -1,24 +1,24 @@
 """DMJD: disjoint masking with joint distillation (arXiv 2301.00230).
 
 Every image is encoded under several masks, each of which hides first what the others showed, so
-that one image gives a prediction of (nearly) every patch. Of each view's visible tokens a decoder
-predicts the target of the hidden patches, and a small MLP, without the decoder, the target of the
-visible ones. The target is a run's `target`: hog (as published), pixels, or a teacher's features.
+that one image gives a prediction of (nearly) every patch. From each view's visible tokens a decoder
+predicts the target of the hidden patches, and a small MLP predicts the target of the visible ones.
+The target is a run's `target`: hog (as published), pixels, or a teacher's features.
 
-Follows mx-mark/DMJD, with a ConvViT (model.name: convvit_...) as there; of a plain ViT there is no
-official code: it is MAE's encoder (arXiv 2111.06377), whose class token takes part in the encoder
-and in neither branch. Departures:
+Follows mx-mark/DMJD, with a ConvViT (model.name: convvit_...) as there. There is no official code
+for a plain ViT: here it is MAE's encoder (arXiv 2111.06377), whose class token takes part in the
+encoder and in neither branch. Departures:
 - The official visible branch compares predictions in the order of the list of visible patches with
   targets in raster order, which pairs nearly all with another patch's. Here they are aligned;
   `vis_align: raster` pairs them as there.
-- Any number of views, and masks that are independent of each other for comparison
+- There may be any number of masks, and they may be independent of each other, for comparison
   (kit/nets/masks.py).
-- The official rate counts what `predict_ratio` promises, ours what the masks hide: the same
-  wherever views * mask_ratio reaches it, and MAE's plain rule for one view.
+- The official rate counts what `predict_ratio` promises, ours what the masks hide. The two agree
+  wherever n_masks * mask_ratio reaches it; for one mask ours is MAE's plain rule.
 - A teacher's features are normalised per token (ours; the official code knows HOG only).
 - Defaults are for small images; PUBLISHED is the recipe for ImageNet and ConvViT-B (400 epochs of
   two masks are 800 effective ones; ConvViT-L: clip 3).
-As there, the mask token does get weight decay, and only one-dimensional parameters do not.
+As there, only one-dimensional parameters get no weight decay; the mask token gets it.
 """
 
 from __future__ import annotations
@@ -46,11 +46,21 @@ TRAINS = True
 PUBLISHED = {
     "epochs": 400,
     "batch_size": 512,
+    "n_masks": 2,
+    "mask_ratio": 0.6,
+    "predict_ratio": 1.0,
+    "cell": 2,
+    "vis_weight": 1.0,
     "decoder_dim": 512,
     "decoder_depth": 8,
     "decoder_heads": 16,
     "decoder_mlp_ratio": 8.0,
+    "lr": 0.0006,
+    "lr_per": 256,
+    "min_lr": 0.0,
     "warmup": 0.05,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.95],
 }
 BETA = 2.0  # of the smooth L1 loss of the visible branch
 
@@ -64,9 +74,8 @@ class Config(checks.Optimiser, checks.Crop, checks.Decoder):
     predict_ratio: float = 1.0
     cell: int = 2  # patches along a side of a cell: 2 is the paper's "block" mode, 1 its "rand"
     vis_weight: float = 1.0  # of the visible branch's loss ("theta"); 0: no such branch
-    vis_align: Literal["aligned", "raster"] = (
-        "aligned"  # a visible token's target; raster: released
-    )
+    # which target a visible token learns: its own patch's, or as the released code pairs them
+    vis_align: Literal["aligned", "raster"] = "aligned"
     norm_target: bool | None = None  # each token's target standardised; None: if a network made it
     decoder_mlp_ratio: float = 4.0  # decoder_dim is the width of both branches
     crop_min: float = 0.5
@@ -101,8 +110,10 @@ class Config(checks.Optimiser, checks.Crop, checks.Decoder):
 
     @property
     def lr_factor(self) -> float:
-        """Factor of the rate. "content": the distinct content that a step predicts, in units of
-        what one mask does (the paper's adaptive rule); "views": the number of masks; "images": 1.
+        """Factor of the rate, by `lr_rule`.
+
+        "content": the distinct content that a step predicts, in units of what one mask hides (the
+        paper's adaptive rule); "views": the number of masks; "images": 1.
         """
         content = self.predicted / self.mask_ratio
         return {"content": content, "views": float(self.n_masks), "images": 1.0}[self.lr_rule]
@@ -145,9 +156,7 @@ class Method(nn.Module):
             xavier_init(self.predictor)
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "hidden_loss", "visible_loss" (if there is such
-        a branch)}.
-        """
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "hidden_loss", and perhaps "visible_loss"}."""
         images = batch["view"]
         truth = self.truth(images)
         ids_keep, ids_hide = self.masks(progress.uniform("mask", self.config.n_masks, self.cells))
@@ -170,11 +179,10 @@ class Method(nn.Module):
         return F.layer_norm(truth, truth.shape[-1:], eps=1e-6) if self.norm_target else truth
 
     def masks(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise (B,V,cells) -> visible and hidden patches (V*B,n), row v*B + b mask v of image b."""
+        """Noise (B,V,cells) -> visible, hidden patches (V*B,n); row v*B + b: mask v of image b."""
         predict = self.config.predict_ratio if self.config.disjoint else None
-        ids_keep, ids_hide = disjoint_masking(
-            noise, self.config.mask_ratio, predict, self.config.cell
-        )
+        config = self.config
+        ids_keep, ids_hide = disjoint_masking(noise, config.mask_ratio, predict, config.cell)
         return ids_keep.transpose(0, 1).flatten(0, 1), ids_hide.transpose(0, 1).flatten(0, 1)
 
     def encode(self, images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
@@ -185,9 +193,7 @@ class Method(nn.Module):
     def predict_hidden(
         self, tokens: torch.Tensor, ids_keep: torch.Tensor, ids_hide: torch.Tensor
     ) -> torch.Tensor:
-        """The decoder: encoded visible patches -> predictions (V*B,h,T) of the hidden ones, in the
-        order of ids_hide.
-        """
+        """The decoder: encoded visible patches (V*B,n,D) -> predictions (V*B,h,T) at ids_hide."""
         ids_restore = torch.cat([ids_keep, ids_hide], dim=1).argsort(dim=1)
         return take(self.decoder(tokens, ids_restore), ids_hide)
 
@@ -197,9 +203,11 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
-        """Of at most 8 images. views: image | what each mask leaves | how often a patch is hidden,
-        from white (never) to black (always). predictions: target | for each mask what the decoder
-        says of the hidden patches, and what the visible branch says of the others.
+        """Two contact sheets of at most 8 images.
+
+        views: image | what each mask leaves | how often a patch is hidden, from white (never) to
+        black (always). predictions: target | for each mask the decoder's prediction of the hidden
+        patches, and the visible branch's of the others.
         """
         images, grid = batch["view"][:8], self.spec.grid
         generator = torch.Generator().manual_seed(0)
@@ -227,8 +235,10 @@ class Method(nn.Module):
         }
 
     def draw(self, maps: list[torch.Tensor], images: torch.Tensor) -> list[torch.Tensor]:
-        """Targets or predictions, each (B,N,T), as pictures (B,3,H,W): as the target draws them,
-        else their principal components, with the same colours for all.
+        """Targets or predictions, each (B,N,T), as pictures (B,3,H,W).
+
+        The target draws them if it can; else they are principal components, with the same colours
+        for all.
         """
         if self.teacher.open.render and not self.norm_target:
             return [self.teacher.open.render(x, images) for x in maps]

@@ -40,18 +40,23 @@ TRAINS = True
 PUBLISHED = {
     "epochs": 1600,
     "batch_size": 4096,
+    "mask_ratio": 0.75,
+    "norm_pix": True,
     "decoder_dim": 512,
     "decoder_depth": 8,
     "decoder_heads": 16,
     "crop_min": 0.2,
-    "lr": 1.5e-4,
+    "lr": 0.00015,
     "lr_per": 256,
+    "min_lr": 0.0,
     "warmup": 0.025,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.95],
 }
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.Crop, checks.Decoder):
+class Config(checks.Optimiser, checks.SizedCrop, checks.Decoder):
     mask_ratio: float = 0.75  # share of the patches that is dropped
     norm_pix: bool = True  # each patch's pixels at mean 0 and variance 1 are the target
     crop_min: float = 0.4

@@ -1,9 +1,10 @@
 """The untrained encoder, the floor that every pretraining must beat.
 
 By default it is MAE's encoder at initialisation: a ViT with xavier weights and fixed sin-cos
-positions (arXiv 2111.06377), or a Swin with its own initial weights (arXiv 2103.14030). With `style:
-beit` it is that of BEiT v2 and SimMIM, which has no absolute positions and starts far lower: compare
-those two methods with this one. Nothing is trained, so this file has no views and no loss.
+positions (arXiv 2111.06377), or a Swin with its own initial weights (arXiv 2103.14030). With
+`style: beit` it is that of BEiT v2 and SimMIM, which has no absolute positions and starts far
+lower: compare those two methods with this one. Nothing is trained, so this file has no views and
+no loss.
 
 With `depth` it is the first blocks only; 0 leaves projected patches and positions, which is dBOT's
 first teacher of large students (arXiv 2209.03917).
@@ -40,7 +41,7 @@ class Config(checks.Settings):
         if self.style not in model.styles:
             raise ValueError(f"style: found {self.style!r}, expected {' or '.join(model.styles)}")
         if self.style == "beit" and self.depth is not None:
-            raise ValueError("depth: cuts an encoder of style sincos, found style 'beit'")
+            raise ValueError(f"depth: found {self.depth}, expected none with style 'beit'")
         if self.style == "sincos" and plain:
             checks.sincos(model)
 

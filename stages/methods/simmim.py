@@ -19,8 +19,8 @@ positions; its class token is carried along without a loss of its own. Departure
 - without the final norm (`final_norm: false`) the exported encoder still normalises its tokens,
   with weights 1 and 0;
 - defaults are for small images: mask_unit is a quarter of the image (8 at 32 px, 16 at 64 px).
-  PUBLISHED is the recipe for ImageNet and Swin-B at 192 px over 100 epochs. Over 800 epochs, and for
-  ViT-B/16 at 224 px (drop_path 0.1), lr is 1e-4, min_lr 1e-5, warmup 0.0125, lr_drops [0.875].
+  PUBLISHED is the recipe for ImageNet and Swin-B at 192 px over 100 epochs. Over 800 epochs, and
+  for ViT-B/16 at 224 px (drop_path 0.1), lr is 1e-4, min_lr 1e-5, warmup 0.0125, lr_drops [0.875].
   SwinV2 has local_norm 47.
 """
 
@@ -46,16 +46,21 @@ TRAINS = True
 PUBLISHED = {
     "epochs": 100,
     "batch_size": 2048,
+    "mask_ratio": 0.6,
     "mask_unit": 32,
-    "lr": 2e-4,
+    "crop_min": 0.67,
+    "lr": 0.0002,
     "lr_per": 512,
-    "min_lr": 4e-5,
+    "min_lr": 4e-05,
     "warmup": 0.1,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.999],
+    "clip": 5.0,
 }
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.Crop):
+class Config(checks.Optimiser, checks.SizedCrop):
     mask_ratio: float = 0.6  # share of the units that is hidden, rounded up
     mask_unit: int | None = None  # side of a unit in pixels; None: a quarter of the image's
     masked_only: bool = True  # loss over hidden pixels; False: over all

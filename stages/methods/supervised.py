@@ -39,18 +39,22 @@ PUBLISHED = {
     "batch_size": 1024,
     "mixup": 0.8,
     "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "drop_path": 0.1,
     "crop_min": 0.08,
     "jitter": 0.0,
     "randaugment": "rand-m9-mstd0.5-inc1",
     "erase": 0.25,
-    "lr": 5e-4,
+    "lr": 0.0005,
     "lr_per": 512,
+    "min_lr": 1e-05,
     "warmup": 0.0167,
+    "weight_decay": 0.05,
 }
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.Crop):
+class Config(checks.Optimiser, checks.SizedCrop):
     pool: Literal["token", "avg"] = "token"  # what the head reads: class token or mean of patches
     drop_path: float = 0.1
     label_smoothing: float = 0.1

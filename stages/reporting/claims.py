@@ -130,18 +130,15 @@ def _images_seen(racing: list[Row], costs: Mapping[str, Cost]) -> Iterator[Remar
 
 def _different(racing: list[Row], jobs: Jobs) -> Iterator[Remark]:
     """Runs that differ in more than their method."""
-    first = {row.name: f"pretrain/{row.jobs[0]}" for row in racing}
-    data = {name: jobs.data_of(id) for name, id in first.items()}
-    models = {
-        name: ", ".join(results.encoder(jobs.manifests[id].params["model"]))
-        for name, id in first.items()
-    }
+    data = {row.name: jobs.data_of(f"pretrain/{row.jobs[0]}") for row in racing}
+    models = {row.name: ", ".join(results.encoder(row, jobs)) for row in racing}
     for what, of in (("pretraining data", data), ("encoders", models)):
         if len(set(of.values())) > 1:
+            names = {value: [name for name in of if of[name] == value] for value in of.values()}
+            found = "; ".join(f"{value}: {', '.join(runs)}" for value, runs in names.items())
             yield (
                 f"Different {what}",
-                "; ".join(f"{name}: {value}" for name, value in of.items())
-                + ". A difference between such runs is not one of their methods alone.",
+                f"{found}. A difference between such runs is not one of their methods alone.",
             )
 
 

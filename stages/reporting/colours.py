@@ -30,7 +30,7 @@ def colours(count: int) -> tuple[tuple[str, str], ...]:
 
 
 def candidates() -> dict[tuple[str, str], tuple]:
-    """{(light, dark): their places in OKLab}, of hues, chromas and lightnesses that screens show."""
+    """{(light, dark): their places in OKLab} of all that screens can show."""
     found = {}
     for hue in range(0, 360, 10):
         for chroma in CHROMA:

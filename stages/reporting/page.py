@@ -38,7 +38,7 @@ def gather(params: dict, folders: Mapping[str, Path]) -> dict:
         "cells": cells,
         "verdicts": verdicts,
         "costs": costs,
-        "encoders": {name: encoder(row, jobs) for name, row in rows.items()},
+        "encoders": {name: results.encoder(row, jobs) for name, row in rows.items()},
         "headline": claims.headline(tasks, verdicts),
         "racing": racing,
         "contrasted": params["contrasts"],
@@ -79,14 +79,9 @@ def contrasts(declared: dict, tasks: list[Task], cells: Mapping) -> dict:
     }
 
 
-def encoder(row: Row, jobs: Jobs) -> tuple[str, str]:
-    """(family, sizes) of a run's encoder."""
-    return results.encoder(jobs.manifests[f"pretrain/{row.jobs[0]}"].params["model"])
-
-
 def samples(name: str, jobs: Jobs) -> dict | None:
     """Training images of a data set."""
-    id = next(id for id in jobs.folders if jobs.data_of(id) == name)
+    id = next(id for id in jobs.folders if id.startswith("data") and jobs.data_of(id) == name)
     return pictures.samples(jobs.folders[id], jobs.data[name])
 
 

@@ -206,12 +206,13 @@ def _over_images(values: dict, images: dict) -> stats.Interval | None:
     return stats.image_interval(scores)
 
 
-def encoder(model: dict) -> tuple[str, str]:
-    """(family, sizes) of a model's parameters, such as ("vit", "192 wide, 12 deep, patch 4")."""
-    config = model["config"]
-    depth = config["depth"]
-    depth = "+".join(map(str, depth)) if isinstance(depth, (list, tuple)) else depth
-    return model["kind"], f"{config['embed_dim']} wide, {depth} deep, patch {config['patch_size']}"
+def encoder(row: Row, jobs: Jobs) -> tuple[str, str]:
+    """(family, sizes) of a run's encoder, such as ("vit", "192 × 12, patch 4"): width, depth."""
+    model = jobs.manifests[f"pretrain/{row.jobs[0]}"].params["model"]
+    depth = model["config"]["depth"]
+    depth = "+".join(map(str, depth)) if isinstance(depth, list) else depth
+    width, patch = model["config"]["embed_dim"], model["config"]["patch_size"]
+    return model["kind"], f"{width} × {depth}, patch {patch}"
 
 
 def losses(folder: Path, name: str) -> tuple[str, list[float], list[float]]:

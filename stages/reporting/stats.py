@@ -53,7 +53,7 @@ class Interval:
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Mean and Student-t interval of `values`; ValueError where there are none, or infinite ones."""
+    """Mean and Student-t interval of `values`; ValueError if there are none, or infinite ones."""
     x = np.asarray(values, np.float64)
     if x.size == 0:
         raise ValueError("t_interval: no values")

@@ -177,8 +177,8 @@ def _frame(turn, centre, radius, axis, stretch=None):
     x, y = axis[None] - centre[:, :1], axis[None] - centre[:, 1:]
     u = (cos[:, None] * x)[:, None, :] + (sin[:, None] * y)[:, :, None]
     v = (cos[:, None] * y)[:, :, None] - (sin[:, None] * x)[:, None, :]
-    if stretch is None:
-        return u, v
+    if stretch is None:  # for textures, which are drawn in float64
+        return u.astype(np.float64), v.astype(np.float64)
     return u / stretch[:, None, None], v * stretch[:, None, None]
 
 

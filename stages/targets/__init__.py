@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from stages.kit.nets import attention
+from stages.kit.nets.attention import unfused
 from stages.kit.nets.target import EncoderTarget, Frozen, Target
 from stages.kit.spec import Spec, configure
 from workflow import plugins
@@ -53,21 +53,23 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Target:
         raise ValueError(
             f"{path / WEIGHTS}: does not fit the target described beside it: {error}"
         ) from error
-    if torch.device(device).type == "cpu":
-        attention.multiply_out(target)
-    return target.to(device).requires_grad_(False).eval()
+    return unfused(target, device).to(device).requires_grad_(False).eval()
 
 
 def given(run, role: str, spec: Spec) -> Frozen | None:
     """What a job learns from in this role, frozen: a finished target, or the encoder of a run.
 
-    None where the job has no such input.
+    None where the job has no such input. ValueError if the target has another grid than `spec`.
     """
     if role not in run.job.inputs:
         return None
     folder = run.input(role)
     if (folder / DESCRIPTION).is_file():
-        return Frozen(load(folder, run.device))
+        target = load(folder, run.device)
+        if target.spec.grid != spec.grid:
+            made, here = (f"{grid}x{grid}" for grid in (target.spec.grid, spec.grid))
+            raise ValueError(f"{role}: found a target of {made} patches, expected {here}")
+        return Frozen(target)
     return Frozen(EncoderTarget.load(folder / "encoder", spec, run.device))
 
 

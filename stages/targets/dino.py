@@ -1,10 +1,9 @@
-"""DINO: self-distillation with no labels (arXiv 2104.14294), as a teacher of features that is
-trained in the pipeline.
+"""DINO: self-distillation with no labels (arXiv 2104.14294), as a teacher that is trained here.
 
 A student and its exponential moving average see different crops of an image and map them to
 distributions over learnt prototypes; the student must match the average's centred and sharpened
-distribution for another crop. The average (the teacher) is what is kept: its patch tokens after the
-final norm are the features.
+distribution for another crop. The average (the teacher) is what is kept. It gives its patch tokens
+and its class token, always after the final norm, and the attention of its class token.
 
 The training, and its departures from facebookresearch/dino, are in kit/parts/selfdistil.py, which
 the method of the same name shares. Defaults are for small images; PUBLISHED is the recipe for
@@ -14,7 +13,6 @@ ImageNet and ViT-S/16.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -38,36 +36,32 @@ PUBLISHED = {
     "hidden": 2048,
     "bottleneck": 256,
     "norm_last": False,
+    "freeze_last_layer": 1.0,
     "teacher_temp": 0.04,
     "teacher_temp_end": 0.07,
     "teacher_temp_warmup": 0.1,
     "momentum": 0.996,
+    "drop_path": 0.1,
     "n_local": 8,
     "local_size": 0.43,
+    "global_scale": [0.4, 1.0],
     "local_scale": [0.05, 0.4],
-    "lr": 5e-4,
+    "lr": 0.0005,
     "lr_per": 256,
-    "min_lr": 1e-6,
+    "min_lr": 1e-06,
     "warmup": 0.0333,
     "weight_decay": 0.04,
     "weight_decay_end": 0.4,
     "clip": 3.0,
+    "clip_mode": "tensor",
 }
 
 Target = MomentumTeacher  # head and centre are kept to judge its health
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.SelfDistillation):
+class Config(checks.SelfDistillation):
     min_rank: float = 4.0  # effective rank of the features; below, the stage fails
-    lr: float = 5e-4
-    lr_per: int | None = 256
-    min_lr: float = 1e-6
-    warmup: float = 0.1
-    weight_decay: float = 0.04
-    weight_decay_end: float | None = 0.4
-    clip: float | None = 3.0
-    clip_mode: Literal["global", "tensor"] = "tensor"
 
 
 class Training(SelfDistillation):
@@ -81,8 +75,9 @@ class Training(SelfDistillation):
 
 @torch.no_grad()
 def health(target: MomentumTeacher, images, config: Config) -> dict:
-    """Over the validation images: effective rank and spread of patch and class tokens; entropy of
-    the prototypes' shares (nats, the uniform one has ln K) and what they tell about an image.
+    """Over the validation images: effective rank and spread of patch and class tokens, and of the
+    prototypes' shares the mean entropy (the uniform one has ln K) and the mutual information with
+    the images, in nats.
     """
     patches, tokens, shares = [], [], []
     end = config.teacher_temp_end
@@ -102,8 +97,8 @@ def health(target: MomentumTeacher, images, config: Config) -> dict:
     problems = measure.feature_problems(rank, spread, config.min_rank, ADVICE)
     if not information >= config.min_information * most:
         problems.append(
-            f"the teacher's outputs have collapsed ({kind(entropy, config.prototypes)}): their mutual "
-            f"information with the images is {information:.4f} nats, expected at least "
+            f"the teacher's outputs have collapsed ({kind(entropy, config.prototypes)}): their "
+            f"mutual information with the images is {information:.4f} nats, expected at least "
             f"{config.min_information * most:.4f} (min_information); their entropy is "
             f"{entropy:.3f} of {most:.3f}. {ADVICE}"
         )
@@ -121,5 +116,5 @@ def health(target: MomentumTeacher, images, config: Config) -> dict:
 
 @torch.no_grad()
 def pictures(target: MomentumTeacher, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """features: images | principal components of the patch tokens | attention of the class token."""
+    """features: images | principal components of patch tokens | attention of the class token."""
     return {"features": contact_sheet([images, *feature_columns(target, images)])}

@@ -1,10 +1,10 @@
-"""Histograms of oriented gradients as a target: DMJD's (arXiv 2301.00230), after an idea of
-MaskFeat (arXiv 2112.09133).
+"""Histograms of oriented gradients (HOG) as a target, as DMJD defines them (arXiv 2301.00230).
 
-Each channel of each cell of a few pixels gives a histogram of 9 orientations at zero mean and unit
-variance; a patch's target is those of its cells. Nothing is trained or loaded. kit/parts/hog.py has
-the definition. The official code knows cells of 8 pixels in patches of 16; at other sizes the
-default is half a patch too, or the whole if that half has less than 4 pixels, in which hardly a
+The idea is MaskFeat's (arXiv 2112.09133). Each channel of each cell of a few pixels gives a
+histogram of 9 orientations at zero mean and unit variance; a patch's target is those of its cells.
+Nothing is trained or loaded, and no gradient passes to the images. kit/parts/hog.py has the
+definition. The official code knows cells of 8 pixels in patches of 16. At other sizes the default
+is half a patch, too; it is a whole patch where half of it has less than 4 pixels, in which hardly a
 gradient fits.
 """
 
@@ -21,20 +21,16 @@ from stages.kit.parts import health as measure
 from stages.kit.parts import hog
 from workflow import checks
 
-UPSTREAM = None
 PRODUCES = {"patch"}
+UPSTREAM = None
 LABELS = False
 
 
 @dataclass(frozen=True)
 class Config:
-    cell: int | None = (
-        None  # pixels; None: half a patch, a whole one if it is odd or below 8 pixels
-    )
+    cell: int | None = None  # pixels; None: half a patch, a whole one if odd or below 8 pixels
     bins: int = 9  # orientations in 180 degrees
-    min_rank: float = (
-        2.0  # effective rank of the targets, over the validation images; below, the stage fails
-    )
+    min_rank: float = 2.0  # effective rank over the validation images; below, the stage fails
 
     def __post_init__(self):
         checks.within(self, "[1, inf)", "cell")
@@ -69,32 +65,18 @@ class Target(targets.Target):
         return {"patch": hog.to_tokens(hog.whiten(histograms), self.cells)}
 
     def render(self, features: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Targets or predictions (B,N,dim) -> pictures (B,3,H,W) in [0,1]: each cell's edges,
-        channels as colours.
-        """
+        """Targets or predictions (B,N,D) -> pictures of edges (B,3,H,W) in [0,1], in colours."""
         return hog.strokes(hog.from_tokens(features.float(), self.cells), self.cell)
 
 
 def health(target: Target, images, config: Config) -> dict:
-    """Over the validation images: effective rank and spread of the targets, which tell blank
-    images.
-    """
-    rows = measure.sample_rows(target(batch, "patch")["patch"] for batch in images)
-    rank, spread = measure.effective_rank(rows), measure.spread(rows)
+    """Over the validation images: effective rank and spread of the targets; blank images fail."""
     advice = "Check that the images are not blank or all alike."
-    problems = measure.feature_problems(rank, spread, config.min_rank, advice)
-    return {
-        "rank": rank,
-        "spread": spread,
-        "dim": target.sizes["patch"],
-        "cell": target.cell,
-        "problems": problems,
-    }
+    return {"cell": target.cell, **measure.of_features(target, images, config.min_rank, advice)}
 
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """features: images | the edges that their histograms tell of."""
-    return {
-        "features": contact_sheet([images, target.render(target(images, "patch")["patch"], images)])
-    }
+    """features: images | the edges in their histograms."""
+    edges = target.render(target(images, "patch")["patch"], images)
+    return {"features": contact_sheet([images, edges])}

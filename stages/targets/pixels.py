@@ -1,8 +1,7 @@
-"""The patches' own pixels as a target, each patch at zero mean and unit variance: what MAE
-regresses (arXiv 2111.06377).
+"""The patches' own pixels as a target: what MAE regresses (arXiv 2111.06377).
 
-Nothing is trained or loaded. Pixels are first normalised with the data set's mean and deviation, as
-the student's are.
+Each patch has zero mean and unit variance. Nothing is trained or loaded. Pixels are first
+normalised with the data set's mean and deviation, as the student's are.
 """
 
 from __future__ import annotations
@@ -17,21 +16,19 @@ from stages.kit.nets.patches import normalise_patches, patch_statistics, patchif
 from stages.kit.nets.pictures import contact_sheet
 from stages.kit.parts import health as measure
 
-UPSTREAM = None
 PRODUCES = {"patch"}
+UPSTREAM = None
 LABELS = False
 
 
 @dataclass(frozen=True)
 class Config:
     norm_pix: bool = True  # each patch less its mean, over its deviation
-    min_rank: float = (
-        2.0  # effective rank of the patches, over the validation images; below, the stage fails
-    )
+    min_rank: float = 2.0  # effective rank over the validation images; below, the stage fails
 
 
 class Target(targets.Target):
-    """Images -> patches as vectors of `dim` numbers: row, column, channel, the channel fastest."""
+    """Images -> patches as vectors: row, column, channel, the channel fastest."""
 
     def __init__(self, config: Config, spec):
         super().__init__()
@@ -43,9 +40,9 @@ class Target(targets.Target):
         return {"patch": normalise_patches(patches) if self.config.norm_pix else patches}
 
     def render(self, features: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Targets or predictions (B,N,dim) -> pictures (B,3,H,W) in [0,1].
+        """Targets or predictions (B,N,D) -> pictures (B,3,H,W) in [0,1].
 
-        With norm_pix a patch gets the mean and deviation of the TRUE patch in `images`, which no
+        With norm_pix a patch gets the mean and deviation of the true patch in `images`, which no
         student knows.
         """
         features = features.float()
@@ -59,19 +56,14 @@ class Target(targets.Target):
 
 
 def health(target: Target, images, config: Config) -> dict:
-    """Over the validation images: effective rank and spread of the patches, which tell blank
-    images.
-    """
-    rows = measure.sample_rows(target(batch, "patch")["patch"] for batch in images)
-    rank, spread = measure.effective_rank(rows), measure.spread(rows)
+    """Over the validation images: effective rank and spread of the patches; blank images fail."""
     advice = "Check that the images are not blank or all alike."
-    problems = measure.feature_problems(rank, spread, config.min_rank, advice)
-    return {"rank": rank, "spread": spread, "dim": target.sizes["patch"], "problems": problems}
+    return measure.of_features(target, images, config.min_rank, advice)
 
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """features: images | their normalised patches, mid-grey at the mean, black and white two
+    """features: images | their normalised patches: the mean is grey, black and white are two
     deviations from it.
     """
     shown = unpatchify(target(images, "patch")["patch"] / 4 + 0.5, target.patch)

@@ -10,10 +10,10 @@ says how the codes move and where that departs. Further departures:
 - input must be in [0,1]; the official code guesses from the batch's maximum whether it is 0..1 or
   0..255, and reads normalised images as 0..255;
 - k-means runs after a fifth of the training (`kmeans_after`), and until then nothing is quantised.
-  The official code clusters what the untrained encoder gives; in short trainings the encoder then
-  leaves most codes behind. In 150 steps of batch 64 (512 codes, rendered scenes of 32 pixels) usage
-  over the validation images rose from 36 to 100 % with a DINO teacher and from 12 to 64 % with
-  EfficientNet-Lite0, and the reconstruction improved too;
+  The official code clusters what the untrained encoder gives; in short trainings most codes are
+  then never used. In 150 steps of batch 64 (512 codes, rendered scenes of 32 pixels) usage over the
+  validation images rose from 36 to 100 % with a DINO teacher and from 12 to 64 % with
+  EfficientNet-Lite0, and the reconstruction improved, too;
 - timm's ViT has a bias for keys, which the official one lacks; softmax cancels it;
 - the learning rate's warm-up is a share of the steps (official: 10 of 100 epochs, the same share);
 - defaults are for small images; PUBLISHED is the recipe for ImageNet, with a CLIP ViT-B/16 as
@@ -96,7 +96,7 @@ def views(config: Config, spec) -> dict[str, View]:
 
 
 class Target(targets.Target):
-    """The tokenizer: images -> codes, or the cosines of their vectors with all codes ("logits")."""
+    """The tokenizer: images -> codes ("ids"), or each patch's cosines with all codes ("logits")."""
 
     def __init__(self, config: Config, spec):
         super().__init__()
@@ -156,8 +156,8 @@ class Training(nn.Module):
         }
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss", its two terms, and usage and perplexity of the
-        codes in this batch}.
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "reconstruction", "commitment", "usage",
+        "perplexity"}: the loss, its two terms, and how many codes this batch uses.
         """
         images = batch["view"]
         wanted = self.upstream(images, "patch")["patch"]  # (B,N,dim)
@@ -165,16 +165,14 @@ class Training(nn.Module):
         quantised, commitment, hits = u, u.new_zeros(()), u.new_zeros(self.config.codes)
         if not self.training or self.learner.ready():
             ids, quantised, commitment = self.target.codebook(u)
-            hits = torch.zeros_like(hits).scatter_add_(
-                0, ids.flatten(), torch.ones_like(hits[:1]).expand(ids.numel())
-            )
+            ones = torch.ones_like(hits[:1]).expand(ids.numel())
+            hits = torch.zeros_like(hits).scatter_add_(0, ids.flatten(), ones)
             if self.training:
                 self.learner.count(u, ids)
         elif self.clusters(progress):
             self.learner.collect(u)
-        reconstruction = (
-            1 - F.cosine_similarity(self.decode(quantised).float(), wanted.float(), dim=-1).mean()
-        )
+        rebuilt = self.decode(quantised).float()
+        reconstruction = 1 - F.cosine_similarity(rebuilt, wanted.float(), dim=-1).mean()
         if self.training:
             self._cosines.append(1 - reconstruction.detach())
         return {
@@ -187,9 +185,10 @@ class Training(nn.Module):
 
     @eager  # it reads the step
     def clusters(self, progress) -> bool:
-        """Whether this step's vectors are for k-means. It runs as soon as it has enough of them,
-        and from the middle of the training on with whatever it has; the codes are used from the
-        next step on.
+        """Whether this step's vectors are for k-means.
+
+        It runs as soon as it has enough of them, and from the middle of the training on with all
+        that it has. The codes are used from the next step on.
         """
         return (progress.step + 1) / progress.steps > self.config.kmeans_after
 
@@ -211,7 +210,7 @@ class Training(nn.Module):
 
 
 def _transformer(spec, **kw) -> nn.Module:
-    """A ViT with learnt positions and nothing else, initialised as BEiT v2's tokenizer.
+    """A plain ViT with learnt positions, initialised as BEiT v2's tokenizer.
 
     Weights normal with deviation 0.02; the patch embedding keeps torch's default; what block i
     (from 1) adds to the residual stream is divided by sqrt(2 i).
@@ -241,30 +240,28 @@ def _normal(layer: nn.Linear) -> None:
 
 
 def health(target: Target, images, config: Config) -> dict:
-    """Over the validation images: usage (share of the codes that were hit), perplexity, and how
-    often each code was hit.
-    """
+    """Over the validation images: usage (share of the codes that were hit), perplexity, counts."""
     counts = torch.zeros(target.codes, dtype=torch.int64)
     for batch in images:
-        counts += torch.bincount(
-            target(batch, "ids")["ids"].flatten().cpu(), minlength=target.codes
-        )
+        ids = target(batch, "ids")["ids"].flatten().cpu()
+        counts += torch.bincount(ids, minlength=target.codes)
     used, spread = measure.usage(counts), float(measure.perplexity(counts))
     possible = min(target.codes, int(counts.sum()))
     advice = (
-        "Fewer codes or a smaller code_dim, decoder_depth 1, more or more varied images and longer training all raise "
-        "it; so may `reseed` (steps; not published)."
+        "Fewer codes or a smaller code_dim, decoder_depth 1, more or more varied images and longer "
+        "training all raise it; so may `reseed` (steps; not published)."
     )
     problems = []
     if used < config.min_usage:
         problems.append(
-            f"the codebook has collapsed: {used:.1%} of {possible} codes are used, expected at least "
-            f"{config.min_usage:.0%} (min_usage). {advice}"
+            f"the codebook has collapsed: {used:.1%} of {possible} codes are used, expected at "
+            f"least {config.min_usage:.0%} (min_usage). {advice}"
         )
     if spread < config.min_perplexity * possible:
         problems.append(
-            f"a few codes take almost all patches: perplexity {spread:.1f} of {possible}, expected at least "
-            f"{config.min_perplexity * possible:.1f} (min_perplexity {config.min_perplexity:g}). {advice}"
+            f"a few codes take almost all patches: perplexity {spread:.1f} of {possible}, expected "
+            f"at least {config.min_perplexity * possible:.1f} (min_perplexity "
+            f"{config.min_perplexity:g}). {advice}"
         )
     cosine = float(target.reconstruction)
     if not math.isfinite(cosine):
@@ -282,17 +279,16 @@ def health(target: Target, images, config: Config) -> dict:
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """code_map: images | their codes, a colour each. codebook: a row for each of the codes used
-    most here, with the patches that are nearest to it.
+    """code_map: images | their codes, a colour each. codebook: the codes that are used most here,
+    each with a row of the patches that are nearest to it.
     """
     u = target.encode(images)
     ids = target.codebook.assign(u)
     patch = target.spec.patch
     maps = colour_codes(ids, images.shape[-1])
     cosine = (u * target.codebook.vectors[ids]).sum(dim=-1).flatten()
-    patches = (
-        patchify(images, patch).unflatten(2, (patch, patch, 3)).flatten(0, 1).permute(0, 3, 1, 2)
-    )
+    patches = patchify(images, patch).unflatten(2, (patch, patch, 3))
+    patches = patches.flatten(0, 1).permute(0, 3, 1, 2)
     counts = torch.bincount(ids.flatten(), minlength=target.codes)
     rows = []
     for code in counts.argsort(descending=True, stable=True)[:12].tolist():

@@ -62,37 +62,32 @@ class Trial:
 
 
 def require(name: str, needs: set[str], data: str, info: dict) -> None:
-    """JobError unless a data set has what a task needs.
+    """JobError unless train, val and test have what a task needs.
 
     name: the task's; data: the data set's name in params.yaml; info: the content of its data.json.
     """
-    for need in sorted(needs - {"labels"}):
-        if need not in info.get("fields", ()):
+    source = f"data set {data!r} (source {info['source']!r})"
+    for need in sorted(needs):
+        bare = [split for split in SPLITS if not has(info["splits"].get(split, {}), need)]
+        if len(bare) == len(SPLITS):
+            give = ", or give them (label_column of the data, or one folder per class)"
             raise JobError(
-                f"tasks.{name} needs {need}; data set {data!r} (source {info['source']!r}) has "
-                f"none: name another data set in tasks.{name}.data, or remove the task"
+                f"tasks.{name} needs {need}; {source} has none: name another data set in "
+                f"tasks.{name}.data, or remove the task{give if need == 'labels' else ''}"
             )
-    if "labels" in needs:
-        _require_labels(name, data, info)
+        for split in bare:
+            count = info["splits"].get(split, {}).get("count", 0)
+            found = f"{count} images without {need}" if count else "no images"
+            hint = f"give them {need}" if count else f"set {split}_fraction of the data above 0"
+            raise JobError(
+                f"tasks.{name} needs {need} in train, val and test; the {split} split of {source} "
+                f"has {found}: {hint}"
+            )
 
 
-def _require_labels(name: str, data: str, info: dict) -> None:
-    """JobError unless train, val and test have images with labels."""
-    splits, source = info["splits"], f"data set {data!r} (source {info['source']!r})"
-    bare = [split for split in SPLITS if not splits.get(split, {}).get("labelled")]
-    if len(bare) == len(SPLITS) or not info["classes"]:
-        raise JobError(
-            f"tasks.{name} needs labels; {source} has none: remove the task from params.yaml, "
-            "or give the labels (label_column of the data, or one folder per class)"
-        )
-    for split in bare:
-        count = splits.get(split, {}).get("count", 0)
-        found = f"{count} images and no label" if count else "no images"
-        hint = "label some of them" if count else f"set {split}_fraction of the data above 0"
-        raise JobError(
-            f"tasks.{name} needs labels in train, val and test; the {split} split of {source} "
-            f"has {found}: {hint}"
-        )
+def has(split: dict, need: str) -> bool:
+    """Whether the images of a split have labels, masks, boxes or points; `split`: its facts."""
+    return bool(split.get("labelled")) if need == "labels" else need in split.get("fields", ())
 
 
 def save_scores(trial: Trial, index, score, **arrays) -> None:

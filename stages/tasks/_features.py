@@ -37,13 +37,14 @@ import torch
 from numpy.lib.format import open_memmap
 
 from stages.kit import keyed
-from stages.kit.data import decode, loader, store, views
-from stages.kit.nets import attention, encoders, hybrid
+from stages.kit.data import loader, views
+from stages.kit.nets import attention, encoders
 from stages.tasks import Trial
+from workflow.closure import closure
 from workflow.manifest import Manifest
+from workflow.plugins import ROOT
 
 KEEP_BYTES = 16 << 30
-CODE = (attention, decode, encoders, hybrid, keyed, loader, store, views)
 
 
 def frozen(
@@ -86,7 +87,7 @@ def frozen(
         "device": run.device.type,
         "augment": augment,
         "torch": torch.__version__,
-        "code": _code(),
+        "code": _code(trial.spec.kind),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(run.work).parent / "features"
@@ -100,7 +101,9 @@ def frozen(
             try:
                 workers = run.compute.get("workers", 1)
                 images = _images(trial.open(split), size, batch_size, augment, workers)
-                encoder = _loaded(trial.encoder, size).to(run.device)
+                encoder = encoders.load(trial.encoder, img_size=size).to(run.device).eval()
+                if precision == "bf16":
+                    attention.unfused(encoder, run.device)
                 _extract(encoder, images, part, run.device, precision, **asked)
                 (part / "what.json").write_text(json.dumps(what, indent=1))
                 os.rename(part, entry)
@@ -115,11 +118,6 @@ def frozen(
         }
 
 
-def _loaded(folder: Path, size: int) -> torch.nn.Module:
-    """The encoder in eval mode, for images of `size` pixels."""
-    return encoders.load(folder, img_size=size).eval()
-
-
 @torch.inference_mode()
 def _extract(
     encoder, images, folder: Path, device: torch.device, precision: str, tokens, taps, norm
@@ -131,8 +129,7 @@ def _extract(
     files: dict[str, np.ndarray] = {}
     for place, batch in batches:
         batch = (batch.to(device, non_blocking=True) - mean) / std
-        low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        with low:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             states = _states(encoder, batch, taps, norm)
         for end, state in states.items():
             dense = state["patch"].float()
@@ -155,17 +152,17 @@ def _states(encoder, images: torch.Tensor, taps: tuple, norm: bool) -> dict[str,
     """{"": {"cls", "patch"} after the final norm, ".3": those after block 3, ...}."""
     if not taps:
         return {"": encoders.features(encoder, images)}
-    tokens = encoders.with_prefix(encoder, encoders.patch_tokens(encoder, images))
-    last, tapped = encoders.run_blocks(encoder, tokens, taps=taps)
-    if norm:
-        for tap, state in tapped.items():
-            if state.shape[-1] != last.shape[-1]:
-                raise ValueError(
-                    f"taps: block {tap} is {state.shape[-1]} wide, the final norm {last.shape[-1]}"
-                )
-            tapped[tap] = encoder.norm(state)
-    states = {"": encoder.norm(last)} | {f".{tap}": state for tap, state in tapped.items()}
-    return {end: encoders.split(encoder, state) for end, state in states.items()}
+    last = encoders.masked(encoder, images, None, None, taps=taps)
+    states = {"": last}
+    for tap, state in last["taps"].items():
+        width = last["tokens"].shape[-1]
+        if norm and state.shape[-1] != width:
+            raise ValueError(
+                f"taps: block {tap} is {state.shape[-1]} wide, expected {width} for the final norm"
+            )
+        state = encoder.norm(state) if norm else state
+        states[f".{tap}"] = encoders.split(encoder, state)
+    return states
 
 
 def _images(
@@ -194,10 +191,10 @@ def _images(
     return (passes, len(split)), loader.prefetch(make, tasks, workers)
 
 
-def _code() -> str:
-    """A digest of the code that makes features."""
-    files = [Path(module.__file__) for module in CODE] + [Path(__file__)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def _code(family: str) -> str:
+    """A digest of the code that makes features with a family of encoders."""
+    files = closure(["stages/tasks/_features.py", f"stages/encoders/{family}.py"], ROOT)
+    return hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in files)).hexdigest()
 
 
 def _fingerprint(encoder_dir: Path) -> str:

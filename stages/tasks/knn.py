@@ -34,7 +34,7 @@ BLOCK = 65536  # training images compared at once
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Settings):
     """k: candidates for the number of neighbours, those not below the number of training images are
     left out (and listed); temperature: T of the vote; centred: also try features less the training
     mean; precision: of the feature extraction.
@@ -46,6 +46,7 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.k:
             raise ValueError("k: found [], expected at least one number of neighbours")
         checks.within(self, "[1, inf)", "k")

@@ -42,7 +42,7 @@ ON_DEVICE = 4 << 30  # bytes of features that a GPU holds as a whole; more are f
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Settings):
     """features, norms, lrs: the sweep; lr is absolute, at the batch size; warmup: fraction of the
     steps; head_seeds: how often the chosen heads are trained, from other weights and in another
     order; passes: 1 = features of the evaluation transform, more = that many random crops (area
@@ -63,6 +63,7 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("features", "norms", "lrs"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: found [], expected at least one entry")

@@ -69,10 +69,10 @@ def check(content: dict, path: str = "params.yaml", root: Path = ROOT) -> Experi
     except ValidationError as error:
         problems += sentences(error, str, keys_at)
     entries = data_entries(content.get("data"), problems)
+    sections = model_entries(content, problems)
     if problems:
         raise ParamsError(listing(path, problems))
     problems += contradictions(params, entries)
-    sections = model_entries(params, problems)
     checker = Checker(params, root, problems)
     data, models = data_sets(checker, entries), encoders(checker, sections)
     pairs = Pairs(checker, list(entries), list(sections), data, models)

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from workflow.closure import closure
 from workflow.messages import ParamsError, did_you_mean, listed, nearest, shown
 from workflow.params.messages import sentences
-from workflow.params.sections import Data, ModelWords, Params
-from workflow.params.settings import Checker, Settings, as_json
+from workflow.params.sections import Data, ModelWords
+from workflow.params.settings import Checker, Layer, Settings, as_json
 from workflow.plugins import Plugin, declared
 
 FLAT = "main"  # name of an entry that is written flat
@@ -112,11 +112,12 @@ def data_sets(checker: Checker, entries: dict[str, tuple[str, Data]]) -> dict[st
             checker.problems.append(
                 f"{key}.source: {source} needs something to read, as in {source}:{expected}"
             )
-        if data.image_size is None and plugin.literals["INPUT"] == "images":
+        sized = data.image_size is not None or plugin.literals["INPUT"] != "images"
+        if not sized:
             checker.problems.append(f"{key}.image_size: required, but not given")
         at = f"{key}.options"
-        settings = checker.settings("source", source, plugin, at, [(at, data.options)])
-        if settings is not None:
+        settings = checker.settings("source", source, plugin, at, [Layer(at, data.options)])
+        if settings and sized:
             entry = data.model_dump(exclude={"options"})
             found[name] = DataSet(name, key, entry, source, argument or None, settings)
     return found
@@ -136,18 +137,18 @@ def _forms(checker: Checker, known: list[str]) -> Iterator[str]:
 # models
 
 
-def model_entries(params: Params, problems: list[str]) -> dict[str, tuple[str, dict]]:
+def model_entries(content: dict, problems: list[str]) -> dict[str, tuple[str, dict]]:
     """{name: (dotted key, section)} of `model` or `models`; problems are noted."""
-    flat, named = params.model, params.models
+    flat, named = content.get("model"), content.get("models")
     if flat is not None and named is not None:
         problems.append("models: found beside model, expected one of the two")
     elif flat is None and named is None:
         problems.append("model: required, but not given")
-    elif flat is None:
+    elif isinstance(named, dict):
         return {name: (f"models.{name}", entry or {}) for name, entry in named.items()}
-    elif all(isinstance(v, dict) for k, v in flat.items()) and "args" not in flat:
+    elif isinstance(flat, dict) and set(map(type, flat.values())) == {dict} and "args" not in flat:
         problems.append(f"model: found named entries {listed(flat)}, expected them under models")
-    else:
+    elif isinstance(flat, dict):
         return {FLAT: ("model", flat)}
     return {}
 
@@ -159,13 +160,11 @@ def encoders(checker: Checker, entries: dict[str, tuple[str, dict]]) -> dict[str
         words, given = checker.words(ModelWords, key, section)
         kind = words and (words.kind or _family(checker, name, key, given.get("name")))
         plugin = kind and checker.plugin("encoder", key, kind, words.kind)
-        settings = plugin and checker.settings("encoder", kind, plugin, key, [(key, given)])
-        if not settings:
+        if not plugin:
             continue
-        problem = _name_problem(settings.config.get("name"), plugin, checker)
-        if problem:
+        if problem := _name_problem(given.get("name"), plugin, checker):
             checker.problems.append(f"{key}.name: {problem}")
-        else:
+        elif settings := checker.settings("encoder", kind, plugin, key, [Layer(key, given)]):
             found[name] = Encoder(name, key, kind, settings)
     return found
 
@@ -201,11 +200,11 @@ def _fits(plugin: Plugin, timm_name: str) -> bool:
     return pattern is not None and re.match(pattern, timm_name) is not None
 
 
-def _name_problem(timm_name: str | None, plugin: Plugin, checker: Checker) -> str | None:
+def _name_problem(timm_name: Any, plugin: Plugin, checker: Checker) -> str | None:
     """Why there is no timm model of this name, or none of this family."""
-    known = timm_name and timm_models([plugin], checker.root)
+    known = isinstance(timm_name, str) and timm_models([plugin], checker.root)
     if not known:
-        return None  # a family without timm models, or timm is not installed
+        return None  # not given, another type, or timm is not installed
     plain, pattern = timm_name.split(".")[0], plugin.literals["NAMES"]
     own = [name for name in known if _fits(plugin, name)] or known
     if plain not in known:

@@ -20,7 +20,7 @@ class Method:
 
 
 def check_methods(checker: Checker) -> dict[str, Method]:
-    """The entries of `methods` that are good, used or not; problems go to the checker."""
+    """The entries of `methods` whose file is good, used or not; problems go to the checker."""
     found = {}
     for name, section in checker.params.methods.items():
         key = f"methods.{name}"
@@ -29,8 +29,8 @@ def check_methods(checker: Checker) -> dict[str, Method]:
         if not plugin:
             continue
         kind = words.kind or name
-        layers: list[Layer] = [checker.published(plugin, key)] if words.recipe else []
-        layers.append((key, given))
-        if checker.settings("method", kind, plugin, key, layers):
-            found[name] = Method(kind, plugin, key, layers)
+        layers = [checker.published(plugin, key)] if words.recipe else []
+        layers.append(Layer(key, given))
+        checker.settings("method", kind, plugin, key, layers)
+        found[name] = Method(kind, plugin, key, layers)
     return found

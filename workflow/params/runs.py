@@ -11,7 +11,7 @@ from workflow.params.entries import DataSet, Encoder
 from workflow.params.methods import Method
 from workflow.params.pairs import Pairs
 from workflow.params.sections import Grid, Run
-from workflow.params.settings import Checker, Settings
+from workflow.params.settings import Checker, Layer, Settings
 from workflow.params.targets import Target
 from workflow.params.tasks import Task, run_tasks
 from workflow.params.teachers import (
@@ -146,7 +146,7 @@ def _draft(
         layers = list(method.layers)
         if run.recipe:
             layers.append(checker.published(method.plugin, key))
-        layers.append((f"{key}.set", run.set))
+        layers.append(Layer(f"{key}.set", run.set))
         settings = checker.settings("method", method.kind, method.plugin, method.key, layers)
         pairs.suits(f"method {method.kind}", method.key, settings, data, model)
     return Draft(name, key, run, data, model, method, settings, own_tasks)
@@ -159,14 +159,7 @@ def _learning_problems(
     grid = checker.params.grid
     teachers = Teachers(
         {name: _as_teacher(targets.get(name), pairs) for name in checker.params.targets},
-        {
-            draft.name: Above(
-                run_gives(draft.model),
-                draft.run.seeds or grid.seeds,
-                tokens(draft.data, draft.model),
-            )
-            for draft in drafts.values()
-        },
+        {draft.name: draft.as_teacher(grid) for draft in drafts.values()},
         {name: run.stages for name, run in grid.runs.items() if run.stages},
     )
     learners = [target.learner(pairs) for target in targets.values()]
@@ -189,7 +182,7 @@ def _learning_problems(
                 draft.run.target,
                 needs,
                 draft.run.seeds or grid.seeds,
-                None if _resizes(draft.settings) else tokens(draft.data, draft.model),
+                tokens(draft.data, draft.model, draft.settings),
             )
         )
     yield from filter(None, map(teachers.problem, learners))
@@ -199,11 +192,6 @@ def _as_teacher(target: Target | None, pairs: Pairs) -> Above:
     if target is None:
         return Above(None)
     return Above(target.produces, grid=tokens(pairs.data[target.data], pairs.models[target.model]))
-
-
-def _resizes(settings: Settings | None) -> bool:
-    """Whether a method trains at a size of its own, so that its grid is not that of the data."""
-    return settings is not None and settings.config.get("input_size") is not None
 
 
 def _students(

@@ -41,7 +41,10 @@ class Data(Section):
         0.05, ge=0, le=1, description="stop when a larger share of the files is broken"
     )
     memory_map_gb: float = Field(
-        8, ge=0, description="decode once into a memory map when it is no larger than this"
+        8,
+        ge=0,
+        description="a set no larger than this is decoded once, into squares of store_size from "
+        "which crops are cut; of a larger one, crops are cut from the whole originals",
     )
     image_column: str | None = None
     label_column: str | None = None

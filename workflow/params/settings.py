@@ -6,16 +6,23 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from workflow.messages import ParamsError, nearest
+from workflow import checks
+from workflow.messages import ParamsError, nearest, shown
 from workflow.params.messages import blame, sentences
 from workflow.params.sections import Params, Section, Train
 from workflow.plugins import WORDS, Plugin, declared, names
 
-Layer = tuple[str, dict[str, Any]]  # a dotted key of params.yaml, and the values that stand there
+
+class Layer(NamedTuple):
+    """Values for settings that stand together at one dotted key of params.yaml."""
+
+    key: str
+    values: dict[str, Any]
+    published: bool = False  # the plug-in's recipe, for which `key` asks
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,11 @@ class Settings:
     def config(self) -> dict[str, Any]:
         """The settings as plain values."""
         return {field: getattr(self.values, field) for field in self.plugin.fields}
+
+    @property
+    def input_size(self) -> int | None:
+        """Side in pixels of the crops, where it is not that of the data."""
+        return self.values.input_size if isinstance(self.values, checks.SizedCrop) else None
 
 
 @dataclass
@@ -69,7 +81,7 @@ class Checker:
         recipe = plugin.literals["PUBLISHED"]
         if not recipe:
             self.problems.append(f"{key}.recipe: {plugin.path} declares no PUBLISHED recipe")
-        return f"{key}.recipe", recipe
+        return Layer(f"{key}.recipe", recipe, published=True)
 
     def settings(
         self, kind: str, name: str, plugin: Plugin, key: str, layers: list[Layer]
@@ -82,13 +94,12 @@ class Checker:
         values, origin = {}, {}
         trainable = set(Train.model_fields) if kind in ("method", "target") else set()
         allowed = [*plugin.fields, *trainable, *WORDS[kind]]
-        for prefix, section in layers:
-            recipe = prefix.endswith(".recipe")
-            for field, value in section.items():
+        for layer in layers:
+            for field, value in layer.values.items():
                 if field not in plugin.fields and field not in trainable:
-                    self.problems.append(_unknown(prefix, field, value, allowed, plugin))
+                    self.problems.append(_unknown(layer, field, allowed, plugin))
                 values[field] = value
-                origin[field] = prefix if recipe else f"{prefix}.{field}"
+                origin[field] = layer.key if layer.published else f"{layer.key}.{field}"
         own = {k: v for k, v in values.items() if k in plugin.fields}
         changes = {k: v for k, v in values.items() if k in trainable and k not in own}
         config = self._config(plugin, own, key, origin)
@@ -130,10 +141,19 @@ class Checker:
 
     def suits(self, settings: Settings, key: str, data, model) -> None:
         """Ask a plug-in's Config whether it can work with a data set's images and an encoder."""
+        encoder, size = model.settings.values, settings.input_size
+        if size is not None and hasattr(encoder, "check"):
+            try:
+                encoder.check(size)
+            except ValueError as error:
+                at = settings.origin.get("input_size", f"{key}.input_size")
+                said = str(error).replace("image_size", "input_size")
+                self.problems.append(f"{at}: found {size}; {model.key}.{said}")
+                return
         if not hasattr(settings.values, "check"):
             return
         try:
-            settings.values.check(data.image_size, model.settings.values)
+            settings.values.check(size or data.image_size, encoder)
         except ValueError as error:
             origin = {"image_size": f"{data.key}.image_size"} | settings.origin
             said = blame(error, key, settings.config, origin)
@@ -144,10 +164,11 @@ class Checker:
         return names(kind, self.root)
 
 
-def _unknown(prefix: str, key: str, value, allowed: list[str], plugin: Plugin) -> str:
-    if prefix.endswith(".recipe"):
-        return f"{plugin.path}: PUBLISHED has {key!r}, which is no setting{nearest(key, allowed)}"
-    return f"{prefix}.{key}: unknown key (found {value!r}){nearest(key, allowed)}"
+def _unknown(layer: Layer, key: str, allowed: list[str], plugin: Plugin) -> str:
+    near = nearest(key, allowed)
+    if layer.published:
+        return f"{plugin.path}: PUBLISHED has {key!r}, which is no setting{near}"
+    return f"{layer.key}.{key}: unknown key (found {shown(layer.values[key])}){near}"
 
 
 def in_place(said: str, data: str, model: str) -> str:

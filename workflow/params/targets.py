@@ -50,7 +50,7 @@ def check_targets(checker: Checker, pairs: Pairs) -> dict[str, Target]:
         if not plugin:
             continue
         kind = words.kind or name
-        layers: list[Layer] = [(key, given)]
+        layers = [Layer(key, given)]
         if words.recipe:
             layers.insert(0, checker.published(plugin, key))
         settings = checker.settings("target", kind, plugin, key, layers)

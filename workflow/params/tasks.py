@@ -27,7 +27,7 @@ def check_tasks(checker: Checker, pairs: Pairs) -> dict[str, Task]:
     """The good tasks, each after the one whose model it tests; problems go to the checker."""
     found = {}
     for name, section in checker.params.tasks.items():
-        if task := _task(checker, pairs, name, [(f"tasks.{name}", section or {})]):
+        if task := _task(checker, pairs, name, [Layer(f"tasks.{name}", section or {})]):
             found[name] = task
     return _in_order(checker, found)
 
@@ -48,7 +48,7 @@ def run_tasks(
                 f"{at}.kind: a run cannot change it (it is that of tasks.{name})"
             )
         else:
-            layers = [(f"tasks.{name}", sections[name] or {}), (at, changes)]
+            layers = [Layer(f"tasks.{name}", sections[name] or {}), Layer(at, changes)]
             if task := _task(checker, pairs, name, layers):
                 found[name] = task
     left_out = {name for name, changes in run.tasks.items() if changes is None}
@@ -63,8 +63,8 @@ def run_tasks(
 
 def _task(checker: Checker, pairs: Pairs, name: str, sections: list[Layer]) -> Task | None:
     """A task from its section, and perhaps a run's changes of it."""
-    key, words, layers = sections[0][0], {}, []
-    for at, section in sections:
+    key, words, layers = sections[0].key, {}, []
+    for at, section, _ in sections:
         told, given = checker.words(TaskWords, at, section)
         if told is None:
             return None
@@ -73,7 +73,7 @@ def _task(checker: Checker, pairs: Pairs, name: str, sections: list[Layer]) -> T
         if plugin is None:
             return None
         layers += [checker.published(plugin, at)] if told.recipe else []
-        layers.append((at, given))
+        layers.append(Layer(at, given))
     kind, data = words.get("kind") or name, words.get("data")
     settings = checker.settings("task", kind, plugin, key, layers)
     if settings is None or (data is not None and not pairs.data_set(f"{at}.data", data)):

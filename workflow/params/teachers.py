@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from workflow.messages import listed, nearest
 from workflow.params.entries import DataSet, Encoder
+from workflow.params.settings import Settings
 
 RUN = "run:"  # before the name of a run where the name of a target may stand
 RUN_GIVES = frozenset({"patch", "layers"})  # the encoder of any run
@@ -54,7 +55,7 @@ class Teachers:
         if needs is None:
             found = f"{key}: {who} takes no {learner.what} (found {given!r})"
             return None if given is None else found
-        fit = self.such_as(needs, but=key.split(".")[1])
+        fit = self.such_as(needs, but=key)
         if given is None:
             return f"{key}: {who} needs {a(learner.what)} that produces {listed(needs)}{fit}"
         run = run_name(given)
@@ -92,11 +93,13 @@ class Teachers:
         return None
 
     def such_as(self, needs: frozenset[str], but: str) -> str:
-        """What produces all of `needs`, for the end of a message."""
+        """What produces all of `needs`, for the end of a message about the key `but`."""
         names = [
             repr(name)
             for name, above in self.targets.items()
-            if above.gives is not None and needs <= above.gives and name != but
+            if above.gives is not None
+            and needs <= above.gives
+            and but != f"targets.{name}.upstream"
         ]
         found = f", such as {', '.join(names)}" if names else ", and none is defined under targets"
         if self.a_run_may_give(needs):
@@ -113,9 +116,16 @@ def run_gives(model: Encoder | None) -> frozenset[str] | None:
     return None if model is None else RUN_GIVES | (RUN_MAY_GIVE & model.can)
 
 
-def tokens(data: DataSet | None, model: Encoder | None) -> int | None:
-    """Tokens along a side that an encoder gives for a data set; None where there is no grid."""
+def tokens(
+    data: DataSet | None, model: Encoder | None, settings: Settings | None = None
+) -> int | None:
+    """Tokens along a side that an encoder gives for a data set; None where that is not known.
+
+    `settings`: of a method, which may train at a size of its own.
+    """
     if data is None or model is None or data.image_size is None:
+        return None
+    if settings is not None and settings.input_size is not None:
         return None
     grid = getattr(model.settings.values, "grid", None)
     return grid and grid(data.image_size)

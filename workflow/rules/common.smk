@@ -1,6 +1,4 @@
 # The plan and what the rules share. No science here: params.yaml says what, workflow/plan how it hangs together.
-import os
-import subprocess
 import warnings
 from pathlib import Path
 
@@ -70,30 +68,6 @@ def pretrain_inputs(wildcards):
 
 def transfer_inputs(wildcards):
     return manifests(f"transfer/{wildcards.run}/{wildcards.task}")
-
-
-def start_tracking():
-    """Create the MLflow store before jobs compete for it. Tracking never stops a run."""
-    if plan.compute["tracking"] and os.environ.get("MIMLAB_TRACKING") != "off":
-        try:
-            command = [
-                PYTHON,
-                "-m",
-                "stages.kit.job.track",
-                "--init",
-                "--experiment",
-                plan.experiment,
-            ]
-            if plan.compute["tracking_uri"]:
-                command += ["--uri", plan.compute["tracking_uri"]]
-            beside = plan.results.resolve().parent  # where the store lies by default
-            beside.mkdir(parents=True, exist_ok=True)
-            path = os.pathsep.join(filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")]))
-            subprocess.run(
-                command, cwd=beside, env=os.environ | {"PYTHONPATH": path}, timeout=300, check=True
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            print(f"warning: the MLflow store could not be prepared: {error}", file=sys.stderr)
 
 
 def record_in_dvc():

@@ -44,7 +44,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from stages.kit.data.decode import decode, decode_mask, square
-from stages.kit.data.threads import cores, ordered_map
+from stages.kit.data.threads import ordered_map
+from workflow.machine import cores
 from workflow.plugins import did_you_mean
 
 if TYPE_CHECKING:

@@ -1,282 +1,284 @@
-"""The courier: the background process that brings the outbox of kit/job/track.py to MLflow.
+"""The courier: the background process that brings an outbox of kit/job/track.py to MLflow.
 
-    python -m stages.kit.job.courier OUTBOX [IDLE]      (started by kit/job/track.py; ends by
-    itself)
+    python -m stages.kit.job.courier --replay     sends now what is left in work/track
 
-Nothing else imports mlflow. Delivery can be repeated: it continues after the last step sent, and
-finds its MLflow run by a tag. A killed job's run is closed as KILLED but its entry stays while its
-checkpoints do, so that the resumed job continues the same run. First use of a fresh SQLite file is
-locked, as MLflow's schema migration breaks the file for good when two processes start it (measured
-with 3.17).
+A job starts the courier, one per outbox. It follows the history of every job that runs, delivers
+what jobs leave, and goes when no job has been running for a while. Nothing else imports mlflow.
+
+What has arrived is known by MLflow alone: a run is found by its tag `entry`, and its tag `step` is
+the last step of the history that was sent. So a delivery can be broken off and repeated at any
+point, by any process and into any store. An entry is removed when all of it has arrived.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from stages.kit.job.track import IDLE, QUIET, held, mlflow_name, now, numbers, read, take, write
+from stages.kit.job.track import entries, flat, held, now, read, store_uri
 
-EVERY = 5.0  # seconds between two looks at a running job's history
-RETRY = 30.0  # seconds until a store that failed is asked again
-BATCH = 1000  # metrics per request, MLflow's limit
-ARTIFACTS = (
-    "manifest.json",
-    "metrics.json",
-    "health.json",
-    "target.json",
-    "data.json",
-    "quarantine.jsonl",
-    "index.html",
-    "summary.*",
-    "pictures/*",
-    "figures/*",
-    "encoder/*",
-)
+EVERY = 5.0  # seconds between two looks at the history of a running job
+RETRY = 4.0  # seconds until what failed is tried again
+BATCH = 1000  # metrics in one request, MLflow's limit
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",  # else a deleted file is written to for ever
+}
 
 
-def courier(outbox: Path, idle: float = IDLE) -> None:
-    """Delivers until no job has been running, and nothing could be sent, for `idle` seconds."""
-    lock = take(outbox / "courier.lock", once=True)
-    if lock is None:
-        return
+# ------------------------------------------------------------------------------------ when to send
+
+
+def serve(outbox: Path, idle: float) -> None:
+    """Sends until no job has been running, and nothing could be sent, for `idle` seconds."""
     os.nice(5)
-    stores, failed, looked, quiet = {}, {}, {}, time.monotonic()
-    while outbox.is_dir() and time.monotonic() - quiet < idle:
-        busy = False
-        for entry in entries(outbox):
-            clock, job, alive = time.monotonic(), read(entry / "job.json"), held(entry / "lock")
-            busy |= alive
-            if clock - failed.get(job["uri"], -RETRY) < RETRY or (
-                alive and clock - looked.get(entry, -EVERY) < EVERY
-            ):
-                continue
-            looked[entry] = clock
-            try:
-                busy |= deliver(entry, stores)
-                (outbox / "error").unlink(missing_ok=True)
-            except Exception as error:
-                failed[job["uri"]] = time.monotonic()
-                stores.pop((job["uri"], job["experiment"]), None)
-                text = f"{job['uri']}: {error.__class__.__name__}: {str(error)[:300]}"
-                print(job["name"], text, flush=True)
-                (outbox / "error").write_text(text)
-        quiet = time.monotonic() if busy else quiet
-        time.sleep(0.1)
-    os.close(lock)
+    later: dict = {}
+    with (outbox / "courier.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # another courier is at work
+        quiet = time.monotonic()
+        while outbox.is_dir() and (began := time.monotonic()) - quiet < idle:
+            busy = send(outbox, later)
+            time.sleep(min(1.0, max(0.1, 5 * (time.monotonic() - began))))
+            quiet = time.monotonic() if busy else quiet
+    # a job that saw the lock a moment ago has started no courier
+    if any((entry, held(entry / "note.json")) not in later for entry in entries(outbox)):
+        serve(outbox, idle)
 
 
-def deliver(entry: Path, stores: dict, uri: str | None = None) -> bool:
-    """Sends what the entry has and MLflow lacks, removes it when its job is over. True if there was
-    something.
+def send(outbox: Path, later: dict, uri: str | None = None) -> bool:
+    """One round through the outbox. True if a job is running or something was sent.
 
-    stores: open stores by (uri, experiment), kept by the caller. Raises whatever the store raises;
-    call it again.
+    later: when to try each entry again; the caller keeps it from round to round. uri: a store for
+    what jobs that are over have left, instead of the noted ones. Why an entry could not be sent is
+    written to its file `error`; it holds up no other.
     """
-    # the lock of a running job is its own; of any other, ours meanwhile
-    lock = take(entry / "lock", once=True)
-    try:
-        job, sent = read(entry / "job.json"), read(entry / "sent.json")
-        status = (job.get("status") or "KILLED") if lock is not None else None
-        if not job or (status and sent.get("over")):
-            if not Path(job.get("work", "")).is_dir() or not job:
-                shutil.rmtree(
-                    entry, ignore_errors=True
-                )  # it was interrupted and now will not be resumed
-            return False
-        uri = uri or job["uri"]
-        client, experiment, parent = stores.get((uri, job["experiment"])) or stores.setdefault(
-            (uri, job["experiment"]), connect(uri, job["experiment"])
-        )
-        if sent.get("uri") != uri:
-            sent = {"uri": uri, "step": -1}
-        if "run" not in sent:
-            sent["run"] = _create(client, experiment, parent, entry, job)
-        if sent.pop("over", None):
-            client.update_run(sent["run"], "RUNNING")
-        write(entry / "sent.json", sent)
-        news = _metrics(client, entry, job, sent)
-        if status is None:
-            return news
-        _finish(client, job, sent, status)
-        if status == "KILLED" and Path(job["work"]).is_dir():
-            # kept, so that the resumed job continues this run
-            write(entry / "sent.json", sent | {"over": True})
-        else:
-            shutil.rmtree(entry)
-        return True
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def connect(uri: str, experiment: str):
-    """(client, experiment id, parent run id) of a store, each created if missing; one process at a
-    time.
-    """
-    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from mlflow.tracking import MlflowClient
-
-    artifacts = None
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"mimlab-{os.getuid()}"
-    if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent / "mlruns"
-        # else MLflow takes the working directory of the moment
-        artifacts = f"{folder.as_uri()}/{experiment}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock"):
-        client = MlflowClient(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            number = client.create_experiment(experiment, artifact_location=artifacts)
-        else:
-            number = found.experiment_id
-            if found.lifecycle_stage != "active":
-                client.restore_experiment(number)
-        parents = client.search_runs(
-            [number],
-            "tags.stage = 'experiment'",
-            order_by=["attributes.start_time ASC"],
-            max_results=1,
-        )
-        if not parents:
-            tags = {"stage": "experiment", "experiment": experiment}
-            parents = [client.create_run(number, run_name=experiment, tags=tags)]
-            client.set_terminated(parents[0].info.run_id)
-        return client, number, parents[0].info.run_id
-
-
-def _create(client, experiment: str, parent: str, entry: Path, job: dict) -> str:
-    """The id of the entry's MLflow run: found by its tag after an interrupted delivery, else
-    created.
-    """
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
-
-    mark = f"{entry.name}@{job['start']}"
-    found = client.search_runs([experiment], f"tags.entry = '{mark}'", max_results=1)
-    if found:
-        return found[0].info.run_id
-    tags = job["tags"] | {"mlflow.parentRunId": parent, "entry": mark}
-    run = client.create_run(
-        experiment, start_time=job["start"], tags=tags, run_name=job["name"]
-    ).info.run_id
-    params = [Param(mlflow_name(key), str(value)[:6000]) for key, value in job["params"].items()]
-    for at in range(0, len(params), 100):
-        client.log_batch(run, params=params[at : at + 100])
-    if "data_hash" in job["tags"]:
-        source = job["tags"]["data_source"]
-        data = Dataset(
-            source[:500], job["tags"]["data_hash"][:36], "local", json.dumps({"uri": source})
-        )
-        client.log_inputs(
-            run, [DatasetInput(data, [InputTag("mlflow.data.context", job["tags"]["stage"])])]
-        )
-    return run
-
-
-def _metrics(client, entry: Path, job: dict, sent: dict) -> bool:
-    """Sends the history's rows after the last step sent, in batches; notes each batch in sent.json."""
-    from mlflow.entities import Metric
-
-    path = next(
-        (p for p in map(Path, [str(entry / "history.jsonl"), *job["history"]]) if p.is_file()), None
-    )
-    rows, moment, batch = rows_after(path, sent["step"]) if path else [], now(), []
-    for row in rows:
-        step = int(row["step"])
-        new = [
-            Metric(mlflow_name(key), value, moment, step)
-            for key, value in numbers(row).items()
-            if key != "step"
-        ]
-        if batch and len(batch) + len(new) > BATCH:
-            client.log_batch(sent["run"], metrics=batch)
-            write(entry / "sent.json", sent)
-            batch = []
-        batch, sent["step"] = batch + new[:BATCH], step
-    if batch:
-        client.log_batch(sent["run"], metrics=batch)
-        write(entry / "sent.json", sent)
-    return bool(rows)
-
-
-def _finish(client, job: dict, sent: dict, status: str) -> None:
-    """Summary metrics, tags, artifacts (if the output is still this job's), final status."""
-    from mlflow.entities import Metric, RunTag
-
-    moment, step, run = now(), max(sent["step"], 0), sent["run"]
-    metrics = [
-        Metric(mlflow_name(key), value, moment, step)
-        for key, value in job.get("metrics", {}).items()
-    ]
-    client.log_batch(
-        run,
-        metrics=metrics[:BATCH],
-        tags=[RunTag(key, value[:5000]) for key, value in job["tags"].items()],
-    )
-    out = Path(job["out"])
-    if (
-        status == "FINISHED"
-        and read(out / "manifest.json").get("fingerprint") == job["fingerprint"]
-    ):
-        for pattern in ARTIFACTS:
-            for path in sorted(out.glob(pattern)):
-                if path.is_file():
-                    folder = path.parent.relative_to(out).as_posix()
-                    client.log_artifact(run, str(path), None if folder == "." else folder)
-    client.set_terminated(run, status, job.get("end") or moment)
+    busy, down = False, set()
+    for entry in entries(outbox):
+        began, alive = time.monotonic(), held(entry / "note.json")
+        busy |= alive
+        if later.get((entry, alive), 0) > began or (alive and uri):
+            continue
+        try:
+            note = json.loads((entry / "note.json").read_text())
+            store = uri or note["uri"]
+            if store in down:
+                raise ConnectionError(f"{store} has failed a moment ago")
+            with _alone(store):
+                if entry.is_dir():  # else another process has sent it meanwhile
+                    down.add(store)  # until it has answered
+                    connection = connect(store, note["experiment"])
+                    down.remove(store)
+                    _deliver(entry, note, connection, alive)
+            (entry / "error").unlink(missing_ok=True)
+            # reading a long history may take a twentieth of the time
+            wait, busy = max(EVERY, 20 * (time.monotonic() - began)), True
+        except Exception as error:
+            wait = RETRY
+            with suppress(OSError):
+                (entry / "error").write_text(f"{type(error).__name__}: {str(error)[:500]}")
+        later[entry, alive] = time.monotonic() + wait
+    return busy
 
 
 def replay(outbox: Path, uri: str | None = None) -> tuple[int, list[str]]:
-    """Delivers everything left by jobs that are over; (how many were delivered, one line per
-    failure).
-    """
-    stores, done, failures = {}, 0, []
-    for entry in entries(outbox):
-        try:
-            done += not held(entry / "lock") and deliver(entry, stores, uri)
-        except Exception as error:
-            name = read(entry / "job.json")["name"]
-            failures.append(f"{name}: {error.__class__.__name__}: {str(error)[:300]}")
-    return done, failures
+    """Sends what jobs that are over have left: how many arrived, and why each other one did not."""
+    waiting = [entry for entry in entries(outbox) if not held(entry / "note.json")]
+    names = {entry: read(entry / "note.json").get("name", entry.name) for entry in waiting}
+    send(outbox, {}, uri)
+    left = [entry for entry in waiting if entry.exists()]
+    reasons = [f"{names[entry]}: {(entry / 'error').read_text()}" for entry in left]
+    return len(waiting) - len(left), reasons
+
+
+# ------------------------------------------------------------------------------------ what to send
+
+
+def connect(uri: str, experiment: str):
+    """(client, experiment id, parent run id) of a store, each created if missing."""
+    os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    from mlflow.tracking import MlflowClient
+
+    artifacts = None
+    if (base := _file(uri)) is not None:  # MLflow would take the working directory of the moment
+        artifacts = (base.parent / "mlruns" / experiment).as_uri()
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found and found.lifecycle_stage != "active":
+        client.restore_experiment(found.experiment_id)
+    number = found.experiment_id if found else client.create_experiment(experiment, artifacts)
+    parents = client.search_runs([number], "tags.stage = 'experiment'", max_results=1)
+    if not parents:
+        tags = {"stage": "experiment", "experiment": experiment}
+        parents = [client.create_run(number, run_name=experiment, tags=tags)]
+        client.set_terminated(parents[0].info.run_id)
+    return client, number, parents[0].info.run_id
+
+
+def _deliver(entry: Path, note: dict, store: tuple, alive: bool) -> None:
+    """Sends what the entry has and MLflow lacks; removes the entry when its job is over."""
+    client, run = store[0], _run(note, *store)
+    number, files, work = run.info.run_id, entry / "files", Path(note["work"])
+    if "step" not in run.data.tags:
+        _describe(client, number, note)
+    step = int(run.data.tags.get("step", -1))
+    rows = rows_after(files / "history.jsonl", step) or rows_after(work / "history.jsonl", step)
+    step = _send_history(client, number, rows, step)
+    if alive:
+        if run.info.status != "RUNNING":  # it was killed and goes on
+            client.update_run(number, "RUNNING")
+        return
+    if files.is_dir():
+        _send_results(client, number, files, max(step, 0))
+        client.log_artifacts(number, str(files))
+    status = note.get("status", "KILLED")
+    if status == "FINISHED" or run.info.status != "FINISHED":  # a later attempt may have arrived
+        client.set_terminated(number, status, note.get("end", now()))
+    shutil.rmtree(entry)
+
+
+def _run(note: dict, client, experiment: str, parent: str):
+    """The MLflow run of an entry: that of an earlier attempt or delivery, else a new one."""
+    found = client.search_runs([experiment], f"tags.entry = '{note['mark']}'", max_results=1)
+    if found:
+        return found[0]
+    tags = {"mlflow.parentRunId": parent, "entry": note["mark"]}
+    tags |= {key: _text(value) for key, value in note["tags"].items()}
+    return client.create_run(experiment, note["start"], tags, run_name=note["name"])
+
+
+def _describe(client, run: str, note: dict) -> None:
+    """Parameters and data set of a new run."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+    params = {_key(key): _text(value) for key, value in note["params"].items()}
+    params = [Param(key, value) for key, value in params.items()]
+    for at in range(0, len(params), 100):
+        client.log_batch(run, params=params[at : at + 100])
+    tags = note["tags"]
+    if "data_hash" in tags:
+        source = _text(tags.get("data_source"))
+        data = Dataset(source[:500], tags["data_hash"][:36], "local", json.dumps({"uri": source}))
+        use = InputTag("mlflow.data.context", tags["stage"])
+        client.log_inputs(run, [DatasetInput(data, [use])])
+    client.set_tag(run, "step", -1)
+
+
+def _send_history(client, run: str, rows: list[dict], step: int) -> int:
+    """Sends rows in batches, each of which notes how far it goes; the last step, `step` if none."""
+    from mlflow.entities import Metric, RunTag
+
+    moment = now()
+    metrics = [
+        Metric(_key(key), value, moment, int(row["step"]))
+        for row in rows
+        for key, value in numbers(row).items()
+        if key != "step"
+    ]
+    for at in range(0, len(metrics), BATCH):
+        batch, rest = metrics[at : at + BATCH], metrics[at + BATCH :]
+        # a row that is cut in two counts as sent with its second half
+        step = rest[0].step - 1 if rest else batch[-1].step
+        client.log_batch(run, metrics=batch, tags=[RunTag("step", str(step))])
+    return step
+
+
+def _send_results(client, run: str, files: Path, step: int) -> None:
+    """The numbers and tags in the files of a finished job."""
+    from mlflow.entities import Metric, RunTag
+
+    manifest, data = read(files / "manifest.json"), read(files / "data.json")
+    found = numbers(manifest.get("summary"))
+    found |= numbers({key: manifest.get(key) for key in ("wall_s", "peak_memory_mb")})
+    found |= numbers(read(files / "metrics.json")) | numbers(read(files / "health.json"))
+    metrics = [Metric(_key(key), value, now(), step) for key, value in found.items()]
+    tags = {"device": manifest.get("device"), "data_hash": data.get("hash")}
+    tags = [RunTag(key, _text(value)) for key, value in tags.items() if value]
+    client.log_batch(run, metrics=metrics[: BATCH - len(tags)], tags=tags)
 
 
 def rows_after(path: Path, after: int) -> list[dict]:
-    """Rows of a history after a step; the last line may be half written and then waits for the next
-    look.
-    """
-    rows = []
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError, KeyError, TypeError):
+    """Rows of a history after a step; a line that is half written waits for the next look."""
+    rows, text = [], path.read_text() if path.is_file() else ""
+    for line in text.splitlines():
+        with suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
             if int(row["step"]) > after:
                 rows.append(row)
     return rows
 
 
-def entries(outbox: Path) -> list[Path]:
-    return sorted(
-        (path.parent for path in outbox.glob("*/job.json")),
-        key=lambda entry: read(entry / "job.json").get("start", 0),
-    )
+def numbers(value) -> dict[str, float]:
+    """The finite numbers in nested dicts, by dotted key."""
+    found = flat(value) if isinstance(value, dict) else {}
+    kinds = (int, float)
+    return {key: float(x) for key, x in found.items() if isinstance(x, kinds) and math.isfinite(x)}
+
+
+def _key(key: str) -> str:
+    """A key as MLflow allows it: letters, digits, _ - . and space, and at most 250 of them."""
+    return re.sub(r"[^\w\-. ]", "_", key).strip(".")[:250] or "_"
+
+
+def _text(value) -> str:
+    """A value as MLflow allows it: without the lone surrogates of odd file names, not too long."""
+    return str(value).encode(errors="replace").decode()[:5000]
+
+
+def _file(uri: str) -> Path | None:
+    """The file of a SQLite store."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 @contextmanager
-def _locked(path: Path):
-    """Waits for a lock and holds it."""
-    with path.open("a") as file:
+def _alone(uri: str):
+    """One process of this machine at a time talks to a store.
+
+    When two start on a fresh SQLite file, MLflow's migration breaks it for good (seen with 3.17).
+    """
+    base = _file(uri) or Path(tempfile.gettempdir()) / f"mimlab-{os.getuid()}"
+    base.parent.mkdir(parents=True, exist_ok=True)
+    with base.with_name(f"{base.name}.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
+def main(argv: list[str] | None = None) -> int:
+    """--replay: send what jobs could not send, and say what is left. 1 if something is."""
+    parser = argparse.ArgumentParser("python -m stages.kit.job.courier", description=main.__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--replay", action="store_true", help="send what jobs could not send")
+    what.add_argument("--serve", nargs=2, metavar=("OUTBOX", "IDLE"), help="as a job starts it")
+    parser.add_argument("--uri", help="another store than those that the jobs have noted")
+    parser.add_argument("--work", type=Path, default="work", help="work folder (default: work)")
+    given = parser.parse_args(argv)
+    if given.serve:
+        serve(Path(given.serve[0]), float(given.serve[1]))
+        return 0
+    work = given.work.resolve()
+    done, left = replay(work / "track", given.uri and store_uri(work.parent, given.uri))
+    print(f"tracking: {done} delivered, {len(left)} left", *left, sep="\n  ")
+    return 1 if left else 0
+
+
 if __name__ == "__main__":
-    courier(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else IDLE)
+    sys.exit(main())

@@ -15,17 +15,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from stages.kit.job.device import choose_device, locked
 from stages.kit.job.process import barrier, rank, set_threads, terminable, threads
 from stages.kit.job.provenance import environment, git_state, peak_mb
+from stages.kit.job.track import tracked
 from workflow.engines import dvc
 from workflow.files import JobError, disk_full, is_full, sha256, write_atomic, write_json
 from workflow.manifest import Manifest
@@ -48,7 +47,6 @@ class Run:
     work: Path
     compute: dict
     summary: dict = field(default_factory=dict)
-    tracker: Any = None
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @cached_property
@@ -104,20 +102,12 @@ def running(job: Job, plan: Plan):
         barrier()
         set_threads(run.compute["threads"])
         if main:
-            run.tracker = _start_tracking(run)
-        status = "FAILED"
-        try:
-            with _told_if_full(run.out, empty=main):
-                yield run
-                barrier()
-                if main:
-                    _finish(run, began, time.monotonic() - clock)
-            status = "FINISHED"
-        except (SystemExit, KeyboardInterrupt):
-            status = "KILLED"
-            raise
-        finally:
-            _stop_tracking(run, status)
+            held.enter_context(tracked(run))
+        with _told_if_full(run.out, empty=main):
+            yield run
+            barrier()
+            if main:
+                _finish(run, began, time.monotonic() - clock)
 
 
 def _finish(run: Run, began: datetime, wall: float) -> None:
@@ -194,24 +184,3 @@ def _alone(job: Job, plan: Plan):
         )
     with file:
         yield
-
-
-def _start_tracking(run: Run):
-    """MLflow watches when it can. Whatever happens to it is a warning, never the end of a job."""
-    if not run.compute["tracking"]:
-        return None
-    try:
-        from stages.kit.job import track
-
-        return track.start(run)
-    except Exception as error:
-        print(f"warning: not tracked: {error}", file=sys.stderr)
-        return None
-
-
-def _stop_tracking(run: Run, status: str) -> None:
-    if run.tracker is not None:
-        try:
-            run.tracker.close(status)
-        except Exception as error:
-            print(f"warning: tracking ended early: {error}", file=sys.stderr)

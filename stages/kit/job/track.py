@@ -1,346 +1,216 @@
-"""Tracking in MLflow that training neither waits for nor dies of.
+"""Tracking in MLflow that training neither waits for nor dies of: the side of the job.
 
-A job never talks to MLflow. It keeps an entry in an outbox, `work/track/<fingerprint>-<n>/`, and
-one small background process per outbox, kit/job/courier.py, delivers: it follows every running
-job's history.jsonl, sends metrics in batches, closes runs, logs artifacts, and leaves when nothing
-has been running for a while. So a dead server, a locked database or MLflow's own start-up (seconds)
-cost a job nothing, and what could not be sent stays in the outbox until the next job's start or
+A job never talks to MLflow. It leaves an entry in an outbox, `work/track/<time>-<fingerprint>/`,
+and a background process, kit/job/courier.py, delivers it. So a dead server, a locked data base and
+MLflow's own start of some seconds cost a job nothing. What could not be sent stays in the outbox.
+The courier of a later job sends it, or `python -m stages.kit.job.courier --replay`.
 
-    python -m stages.kit.job.track --replay     # send what is left (--uri URI: to another store
-    than recorded) python -m stages.kit.job.track --init       # create the store now
+An entry holds:
+- note.json: what there is to say about the job. The job's process holds a lock on it while it
+  lives. A note without a status that nobody holds is therefore a killed job's.
+- files/: what is kept of a job that is over, as hard links. They arrive even when the output folder
+  holds another job by then.
+- error: why the last delivery failed.
 
-An entry holds job.json (what to say, written by the job), sent.json (how much has been said,
-written by the courier), lock (held by the job's process while it lives: a killed job is thereby
-known as killed) and, once the job is over, a copy of history.jsonl. A job that is killed and
-resumed continues its MLflow run; one that is run again gets a new run with the same fingerprint.
-
-One MLflow experiment per `experiment` of params.yaml; its runs hang below one parent run. The
-default store is SQLite, mlflow.db beside the results; `compute.tracking_uri` or MLFLOW_TRACKING_URI
-name another one. `compute.tracking: false` or MIMLAB_TRACKING=off turn everything off. This file
-must not import anything slow.
+A job that is killed and resumed leaves two entries for the same MLflow run: its mark lies in
+work/<fingerprint>/, which lives until the job has finished. A finished job that is run again gets a
+new run with the same fingerprint. This file must not import anything slow.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
-import math
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from stages.kit.job.provenance import git_state
+from workflow.files import write_json
+
 IDLE = 10.0  # seconds without a running job after which the courier leaves
-# seconds that a finished job waits for its delivery at most; the courier goes on without it
-WAIT = 2.0
-QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-}
+WAIT = 2.0  # seconds that a finished job waits for its delivery at most
+FILES = ("*.json*", "*.html", "summary.*", "pictures/*", "figures/*", "encoder/*")
 
 
-# --------------------------------------------------------------------------------------------- the
-# job's side
-
-
-class Tracker:
-    """One job's entry in the outbox; `close` it with "FINISHED", "FAILED" or "KILLED". Never
-    raises.
-    """
-
-    def __init__(
-        self, entry: Path | None = None, lock: int | None = None, job: dict | None = None, run=None
-    ):
-        self.entry, self._lock, self._job, self._run = entry, lock, job, run
-
-    def close(self, status: str = "FINISHED") -> None:
-        """Hands over what is left and waits at most `WAIT` seconds for its delivery; again: does
-        nothing.
-        """
-        if self.entry is None:
-            return
-        entry, self.entry = self.entry, None
-        try:
-            for path in map(Path, self._job["history"]):
-                if path.is_file():
-                    shutil.copyfile(path, entry / "history.jsonl")
-                    break
-            facts = _results(self._run)
-            self._job["tags"].update(facts.pop("tags"))
-            write(entry / "job.json", self._job | facts | {"status": status, "end": now()})
-            os.close(self._lock)
-            if status == "FINISHED":  # who is told to stop has no time
-                _await(entry)
-        except (
-            Exception
-        ) as error:  # whatever goes wrong here, the job's result is on disk and stands
-            _warn(f"{error.__class__.__name__}: {error}")
-
-
-def start(run) -> Tracker:
-    """Opens the entry of a job (`run` as given by kit/job/job.py) and sees to it that a courier is
-    there.
-    """
-    off = os.environ.get("MIMLAB_TRACKING", "").lower() in ("off", "0", "false", "no")
-    if off or not run.compute.get("tracking", True) or int(os.environ.get("RANK", 0)):
-        return Tracker()
+@contextmanager
+def tracked(run):
+    """Lets MLflow know of the job inside; never raises itself. `run`: a Run of kit/job/job.py."""
+    opened, status = None, "FAILED"
+    with _harmless():
+        opened = _open(run)
     try:
-        project = run.work.resolve().parent.parent
-        outbox = run.work.resolve().parent / "track"
-        outbox.mkdir(parents=True, exist_ok=True)
-        entry, lock = _open(outbox, run.job.fingerprint)
-        history = [str(folder.resolve() / "history.jsonl") for folder in (run.work, run.out)]
-        job = {
-            "name": run.job.id,
-            "experiment": run.plan.experiment,
-            "uri": store_uri(project, run.compute.get("tracking_uri")),
-            "fingerprint": run.job.fingerprint,
-            "tags": _tags(run, project),
-            "params": _flat(run.job.params),
-            "start": now(),
-            "out": str(run.out.resolve()),
-            "work": str(run.work.resolve()),
-            "history": [*history, str(entry / "history.jsonl")],
-        }
-        write(entry / "job.json", job)
-        _courier(outbox)
-        return Tracker(entry, lock, job, run)
-    except Exception as error:  # no tracking is better than no training
-        _warn(f"{error.__class__.__name__}: {error}")
-        return Tracker()
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        if opened:
+            with _harmless():
+                _close(run, *opened, "FINISHED" if run.job.manifest.is_file() else status)
 
 
-def store_uri(project: Path, configured: str | None = None) -> str:
-    """The store to use: `configured`, else MLFLOW_TRACKING_URI, else <project>/mlflow.db; absolute."""
-    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        uri = f"sqlite:///{(project / uri.removeprefix('sqlite:///')).resolve()}"
-    return uri
+def _open(run):
+    """The job's new entry, its note and the file whose lock it holds; None if tracking is off."""
+    off = os.environ.get("MIMLAB_TRACKING", "").lower() in ("off", "0", "false", "no")
+    if off or not run.compute.get("tracking", True):
+        return None
+    work = run.work.resolve()
+    project = home(work.parents[1])
+    entry = project / "work" / "track" / f"{time.time_ns()}-{run.job.fingerprint[:16]}"
+    entry.mkdir(parents=True)
+    mark = work / "mlflow"
+    if not mark.is_file() or not mark.read_text():
+        mark.write_text(entry.name)
+    note = {
+        "mark": mark.read_text(),
+        "name": run.job.id,
+        "experiment": run.plan.experiment,
+        "uri": store_uri(project, run.compute.get("tracking_uri")),
+        "tags": _tags(run),
+        "params": flat(run.job.params),
+        "start": now(),
+        "work": str(work),
+    }
+    write_json(entry / "new", note)
+    lock = (entry / "new").open("r+")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(entry / "new", entry / "note.json")
+    _start_courier(entry.parent)
+    return entry, note, lock
 
 
-def _open(outbox: Path, fingerprint: str) -> tuple[Path, int]:
-    """The entry of this fingerprint that was interrupted, else a new one; with its lock held."""
-    taken = sorted(outbox.glob(f"{fingerprint[:16]}-*"))
-    for entry in taken:
-        interrupted = read(entry / "job.json").get("status") in (None, "KILLED")
-        if interrupted and (lock := take(entry / "lock")) is not None:
-            return entry, lock
-    number = max((int(entry.name.rpartition("-")[2]) for entry in taken), default=0)
-    while True:
-        number += 1
-        entry = outbox / f"{fingerprint[:16]}-{number}"
-        with suppress(FileExistsError):
-            entry.mkdir()
-            return entry, take(entry / "lock")
+def _close(run, entry: Path, note: dict, lock, status: str) -> None:
+    """Adds the files to the entry and puts the last note in the place of the locked one."""
+    folder, patterns = (run.out, FILES) if status == "FINISHED" else (run.work, ["history.jsonl"])
+    for path in (path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+        place = entry / "files" / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, place)
+        except OSError:  # another disk
+            shutil.copyfile(path, place)
+    write_json(entry / "note.json", note | {"status": status, "end": now()})
+    lock.close()
+    _start_courier(entry.parent)
+    end = time.monotonic() + WAIT
+    # who is told to stop does not wait
+    while status == "FINISHED" and entry.exists() and time.monotonic() < end:
+        if (entry / "error").exists():
+            raise RuntimeError((entry / "error").read_text())
+        time.sleep(0.05)
 
 
-def _tags(run, project: Path) -> dict[str, str]:
-    params, job = run.job.params, run.job
-    method, task, target = params.get("method"), params.get("task"), params.get("target")
+def _tags(run) -> dict[str, str]:
+    job, params = run.job, run.job.params
+    git = git_state(run.plan.root) or {}
     tags = {
         "job": job.id,
         "stage": job.stage,
         "run": params.get("run") or job.name,
         "fingerprint": job.fingerprint,
         "seed": params.get("seed"),
-        "method": method["name"] if isinstance(method, dict) else method,
-        "task": task["name"] if isinstance(task, dict) else task,
-        "target": target.get("name") if isinstance(target, dict) else target,
+        "git_commit": git.get("commit"),
+        "git_dirty": git.get("dirty"),
+        "mlflow.source.git.commit": git.get("commit"),
         "mlflow.source.name": f"stages/{job.stage}.py",
         "mlflow.source.type": "LOCAL",
         "mlflow.user": os.environ.get("USER"),
     }
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(project), "rev-parse", "HEAD"]
-        git = subprocess.run(command, capture_output=True, text=True, timeout=3)
-        tags |= {"git_commit": git.stdout.strip(), "mlflow.source.git.commit": git.stdout.strip()}
-    tags |= _data(run)
+    for kind in ("method", "task", "target"):
+        value = params.get(kind)
+        tags[kind] = value.get("name") if isinstance(value, dict) else value
+    data = job.inputs.get("data") if isinstance(job.inputs, dict) else "data"
+    if data in run.plan.jobs:
+        info = read(Path(run.plan.jobs[data].output) / "data.json")
+        tags |= {"data_hash": info.get("hash"), "data_source": info.get("source")}
     return {key: str(value) for key, value in tags.items() if value not in (None, "")}
 
 
-def _data(run) -> dict[str, str]:
-    """The data set's hash, as a tag; nothing before the data stage has ended."""
-    job = run.plan.jobs.get("data")
-    info = read(Path(job.output) / "data.json") if job else {}
-    return (
-        {"data_hash": str(info["hash"]), "data_source": str(info.get("source"))}
-        if "hash" in info
-        else {}
-    )
-
-
-def _results(run) -> dict:
-    """What is known once a job is over: numbers of its summary, metrics, health and manifest."""
-    manifest = read(run.out / "manifest.json")
-    found = numbers(run.summary) | numbers(
-        {key: manifest.get(key) for key in ("wall_s", "peak_memory_mb")}
-    )
-    for name in ("metrics.json", "health.json"):
-        found |= numbers(read(run.out / name))
-    tags = _data(run) | {"device": str(manifest.get("device", "unknown"))}
-    if manifest.get("git"):
-        tags["git_dirty"] = str(manifest["git"]["dirty"])
-    return {"metrics": found, "tags": tags}
-
-
-def _await(entry: Path) -> None:
-    """Until the entry is delivered or cannot be, at most `WAIT` seconds."""
-    for tick in range(int(WAIT / 0.05)):
-        if not entry.exists() or read(entry / "sent.json").get("over"):
-            return
-        if (entry.parent / "error").exists():
-            _warn((entry.parent / "error").read_text())
-            return
-        if tick % 20 == 0:
-            _courier(entry.parent)
-        time.sleep(0.05)
-
-
-def _courier(outbox: Path) -> None:
-    """Starts the courier unless one is at work. It outlives the job, so it has its own session and
-    no GPU.
-    """
+def _start_courier(outbox: Path) -> None:
+    """Starts the courier unless one is at work. It outlives the job, so its session is its own."""
     if held(outbox / "courier.lock"):
         return
-    log = outbox / "courier.log"
-    fresh = not log.exists() or log.stat().st_size > 1_000_000
-    path = os.pathsep.join(
-        [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    )
-    env = {
-        **QUIET,
-        **os.environ,
-        "PYTHONPATH": path,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    with log.open("w" if fresh else "a") as stream:
-        command = [sys.executable, "-m", "stages.kit.job.courier", str(outbox), str(IDLE)]
+    path = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH")]
+    with (outbox / "courier.log").open("a") as log:
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", "stages.kit.job.courier", "--serve", str(outbox), str(IDLE)],
             cwd=outbox,
-            env=env,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
             stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
+            stdout=log,
+            stderr=log,
             start_new_session=True,
         )
 
 
-# ------------------------------------------------------------------------- small things, also for
-# the courier
-
-
-def now() -> int:
-    """Milliseconds, as MLflow counts."""
-    return int(time.time() * 1000)
-
-
-def _warn(text: str) -> None:
-    hint = "the job is not affected; `python -m stages.kit.job.track --replay` sends it later"
-    print(f"tracking: {text.strip()} ({hint})", file=sys.stderr, flush=True)
-
-
-def mlflow_name(key: str) -> str:
-    """A key as MLflow allows it: letters, digits, _ - . space / and at most 250 of them."""
-    return re.sub(r"[^\w\-. /]", "_", key)[:250]
-
-
-def _flat(value, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay one value."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    found = {}
-    for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found
-
-
-def numbers(value) -> dict[str, float]:
-    """The finite numbers in nested dicts, by dotted key."""
-    flat = _flat(value) if isinstance(value, dict) and value else {}
-    return {
-        key: float(x) for key, x in flat.items() if isinstance(x, (int, float)) and math.isfinite(x)
-    }
-
-
-def read(path: Path) -> dict:
-    """The object in a JSON file; empty when there is none."""
+@contextmanager
+def _harmless():
+    """Makes a warning of an error: no tracking is better than no training."""
     try:
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        yield
+    except Exception as error:
+        hint = "the job is not affected; `python -m stages.kit.job.courier --replay` sends it later"
+        print(f"warning: tracking: {error} ({hint})", file=sys.stderr, flush=True)
 
 
-def write(path: Path, value: dict) -> None:
-    """A JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)
+# ---------------------------------------------------------------------------------- for both sides
 
 
-def take(path: Path, once: bool = False) -> int | None:
-    """The file's exclusive lock as a descriptor (close it to let go), or None if somebody holds it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    for attempt in range(1 if once else 5):  # who only looks whether it is held lets go at once
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            time.sleep(0 if once else 0.01 * attempt)
-    os.close(handle)
-    return None
+def store_uri(project: Path, configured: str | None = None) -> str:
+    """The store to use: `configured`, else MLFLOW_TRACKING_URI, else mlflow.db in the project."""
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///"):
+        uri = f"sqlite:///{(project / uri.removeprefix('sqlite:///')).resolve()}"
+    return uri
+
+
+def home(project: Path) -> Path:
+    """The project; around a workspace of `dvc exp run --temp`, which will vanish, the real one."""
+    above = (folder for folder in project.parents if folder.parts[-3:] == (".dvc", "tmp", "exps"))
+    return next((folder.parents[2] for folder in above), project)
+
+
+def entries(outbox: Path) -> list[Path]:
+    """The entries of an outbox, in the order in which their jobs started."""
+    return sorted(note.parent for note in outbox.glob("*/note.json"))
 
 
 def held(path: Path) -> bool:
-    """Does a living process hold this lock?"""
-    lock = take(path, once=True)
-    if lock is not None:
-        os.close(lock)
-    return lock is None
+    """Whether a living process holds the lock of this file."""
+    try:
+        with path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
-def main(argv: list[str] | None = None) -> int:
-    """--init: create the store; --replay: send what jobs could not send."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.kit.job.track", description="MLflow tracking"
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--init", action="store_true", help="create the store and leave")
-    what.add_argument("--replay", action="store_true", help="send what jobs could not send")
-    parser.add_argument(
-        "--uri", help="default: MLFLOW_TRACKING_URI, else mlflow.db; --replay: as recorded"
-    )
-    parser.add_argument("--experiment", default="demo", help="experiment to create with --init")
-    parser.add_argument(
-        "--work", type=Path, default=Path("work"), help="work folder that holds the outbox"
-    )
-    given = parser.parse_args(argv)
-    from stages.kit.job import courier
-
-    if given.init:
-        uri = store_uri(Path.cwd(), given.uri)
-        if not Path(uri.removeprefix("sqlite:///")).is_file():
-            courier.connect(uri, given.experiment)
-        print(f"tracking: store {uri} is ready")
-        return 0
-    uri = store_uri(Path.cwd(), given.uri) if given.uri else None
-    done, failures = courier.replay(given.work.resolve() / "track", uri)
-    print(
-        f"tracking: {done} delivered, {len(failures)} left"
-        + "".join(f"\n  {line}" for line in failures)
-    )
-    return 1 if failures else 0
+def read(path: Path) -> dict:
+    """The object in a JSON file; an empty one where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def flat(value, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay one value."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value} if prefix else {}
+    found = {}
+    for key, inner in value.items():
+        found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def now() -> int:
+    """Milliseconds since 1970, as MLflow counts."""
+    return int(time.time() * 1000)

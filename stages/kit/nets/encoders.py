@@ -7,9 +7,11 @@ spec names, and the two forward passes that masked image modelling knows work on
     masked(encoder, images, mask, token)     hidden patches are replaced by a mask token
 
 Both give the same dict: "tokens" (B,P+n,D), prefix first; "cls" (B,D), the class token or, without
-one, the mean of the patches; "patch" (B,n,D); "taps" {block: tokens there}. An exported folder is a
-plain timm folder: `timm.create_model("local-dir:FOLDER", pretrained=True)` gives bit-equal features
-and carries the data set's mean and std in `pretrained_cfg`.
+one, the mean of the patches; "patch" (B,n,D); "taps" {block: tokens there}, before the last norm;
+"bias", the relative positions that all blocks share, for blocks that a method adds, or None.
+
+An exported folder is a plain timm folder: `timm.create_model("local-dir:FOLDER", pretrained=True)`
+gives bit-equal features and carries the data set's mean and std in `pretrained_cfg`.
 """
 
 from __future__ import annotations
@@ -67,10 +69,15 @@ def visible(
     Row v*B + b of ids is view v of image b, so several views of an image go through at once. No
     token depends on a patch that is not in its row. norm: apply the encoder's last norm. taps:
     numbers of blocks, 1 is the first, whose output is wanted. attend: bool (V*B,P+n,P+n), which
-    keys a query may see.
+    keys (columns) a query (row) may see, at least one. ValueError for what the encoder cannot do.
     """
+    family = _able(encoder, "drop", taps, attend)
+    if len(ids) % len(images):
+        raise ValueError(
+            f"ids: found {len(ids)} rows, expected a multiple of the {len(images)} images"
+        )
     given = {"taps": taps, "fusion": fusion, "attend": attend}
-    return _result(encoder, *_family(encoder).visible(encoder, images, ids, **given), norm)
+    return _result(encoder, *family.visible(encoder, images, ids, **given), norm)
 
 
 def masked(
@@ -82,26 +89,52 @@ def masked(
     norm: bool = True,
     taps: tuple = (),
     attend: torch.Tensor | None = None,
+    attention: bool = False,
 ) -> dict:
-    """Normalised images (B,3,H,W) with token (1,1,D) in the place of the patches where the bool mask
-    (B,N) is True; positions are added to it as to any other. None: nothing is hidden.
+    """Normalised images (B,3,H,W) with token (1,1,D) in the place of their hidden patches.
 
-    The mask lies on the grid of the patch embedding. Other arguments as for `visible`; "bias" of
-    the result is the relative-position bias that all blocks share, for blocks that a method adds.
+    mask: bool (B,N) on the grid of the patch embedding, True is hidden; None: nothing is. Positions
+    are added to the token as to any other. attention: give the last block's probabilities as
+    "attention", too, as the function of that name does. Other arguments as for `visible`.
     """
+    family = _able(encoder, "mask", taps, attend, attention)
     given = {"taps": taps, "attend": attend}
-    return _result(encoder, *_family(encoder).masked(encoder, images, mask, token, **given), norm)
+    if attention:
+        given["attention"] = True
+    return _result(encoder, *family.masked(encoder, images, mask, token, **given), norm)
+
+
+def can(encoder: nn.Module, ability: str) -> bool:
+    """Whether the encoder's family declares the ability, see stages/encoders."""
+    return ability in _family(encoder).CAN
+
+
+def _able(encoder: nn.Module, ability: str, taps: tuple, attend=None, attention: bool = False):
+    """The encoder's family. ValueError unless it can do all that is asked."""
+    family, wanted = _family(encoder), {ability}
+    if taps:
+        wanted.add("taps")
+    if attention or attend is not None:
+        wanted.add("attention")
+    if missing := sorted(wanted - family.CAN):
+        can, cannot = ", ".join(sorted(family.CAN)), ", ".join(missing)
+        raise ValueError(f"encoder: found a {encoder.family} ({can}), expected one with {cannot}")
+    count = sum(depths(encoder))
+    if not all(1 <= tap <= count for tap in taps):
+        raise ValueError(f"taps: found {tuple(taps)}, expected block numbers 1..{count}")
+    return family
 
 
 def _result(encoder: nn.Module, tokens: torch.Tensor, more: dict, norm: bool) -> dict:
     tokens = encoder.norm(tokens) if norm else tokens
-    return {"tokens": tokens, **split(encoder, tokens), **more}
+    return {"tokens": tokens, **split(encoder, tokens), "bias": None, **more}
 
 
 def _family(encoder: nn.Module):
     if not hasattr(encoder, "family"):
-        raise ValueError("encoder: expected one made by `create` or `load`, found another module")
-    return plugins.module("encoder", encoder.family)
+        raise ValueError("encoder: found another module, expected one made by `create` or `load`")
+    # `create` and `load` have imported it; a finder here would break compiled graphs
+    return sys.modules[f"stages.encoders.{encoder.family}"]
 
 
 def split(encoder: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -119,10 +152,20 @@ def has_cls(encoder: nn.Module) -> bool:
     return getattr(encoder, "cls_token", None) is not None
 
 
-def features(encoder: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Normalised images (B,3,H,W) -> {"cls": (B,D), "patch": (B,N,D)} after the last norm, by timm's
-    own forward_features; D = num_features.
+def features(
+    encoder: nn.Module, images: torch.Tensor, *, taps: tuple = (), attention: bool = False
+) -> dict:
+    """Normalised images (B,3,H,W) -> {"cls": (B,D), "patch": (B,N,D)}, D = num_features.
+
+    After the last norm; by timm's own forward_features. With taps or attention the same pass gives
+    "taps", as `masked` does, and "attention" (B,heads,N), the class token's to the patches in the
+    last block.
     """
+    if taps or attention:
+        found = masked(encoder, images, None, None, taps=taps, attention=attention)
+        if attention:
+            found["attention"] = found["attention"][:, :, 0, encoder.num_prefix_tokens :]
+        return found
     tokens = encoder.forward_features(images)
     # a Swin gives (B,h,w,D)
     return split(encoder, tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)
@@ -133,10 +176,7 @@ def attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
     ValueError for a family whose patches do not all see each other.
     """
-    family = _family(encoder)
-    if "attention" not in family.CAN:
-        raise ValueError(f"attention: a {encoder.family} has no map between all of its tokens")
-    return family.attention(encoder, images)
+    return masked(encoder, images, None, None, attention=True)["attention"]
 
 
 def depths(encoder: nn.Module) -> tuple[int, ...]:
@@ -145,8 +185,7 @@ def depths(encoder: nn.Module) -> tuple[int, ...]:
     return tuple(len(stage.blocks) for stage in stages)
 
 
-# --- export, import, fine-tuning
-# ----------------------------------------------------------------------------
+# --- export, import, fine-tuning ----------------------------------------------------------------
 
 
 def save(encoder: nn.Module, folder: str | Path, spec) -> None:
@@ -160,9 +199,8 @@ def save(encoder: nn.Module, folder: str | Path, spec) -> None:
         "crop_pct": 1.0,
         "crop_mode": "center",
     }
-    provenance = {
-        "pretrained_cfg": {"tag": "mimlab", "license": None}
-    }  # not those of timm's own weights
+    # not those of timm's own weights
+    provenance = {"pretrained_cfg": {"tag": "mimlab", "license": None}}
     timm.models.save_for_hf(
         encoder,
         str(folder),
@@ -173,8 +211,10 @@ def save(encoder: nn.Module, folder: str | Path, spec) -> None:
 
 
 def load(folder: str | Path, **kw) -> nn.Module:
-    """The exported encoder with its weights; **kw goes to timm.create_model (img_size,
-    drop_path_rate).
+    """The exported encoder with its weights.
+
+    **kw goes to timm.create_model; another img_size resizes its positions. FileNotFoundError if
+    there is none.
     """
     kind = _kind(folder)
     encoder = timm.create_model(f"local-dir:{_checked(folder)}", pretrained=True, **kw)

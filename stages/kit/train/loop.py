@@ -60,8 +60,8 @@ class _Fit:
         module.to(self.device).train()
         refuse_cuts(module, batches.accumulate, dist.world())
         self.precision = precision.choose(recipe.precision, self.device, module)
-        if (self.device.type, self.precision.name) == ("cpu", "bf16"):
-            attention.multiply_out(module)
+        if self.precision.name == "bf16":
+            attention.unfused(module, self.device)
         # FLOP/s of large matrix products on all devices of the job
         self.peak = dist.world() * flops.matrix_rate(self.device, self.precision.name)
         self.updates = Updates(module, recipe, self.device, self.precision.scaler())
