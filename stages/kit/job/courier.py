@@ -114,10 +114,10 @@ def replay(outbox: Path, uri: str | None = None) -> tuple[int, list[str]]:
 def connect(uri: str, experiment: str):
     """(client, experiment id, parent run id) of a store, each created if missing."""
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     from mlflow.tracking import MlflowClient
 
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     artifacts = None
     if (base := _file(uri)) is not None:  # MLflow would take the working directory of the moment
         artifacts = (base.parent / "mlruns" / experiment).as_uri()
