@@ -16,9 +16,10 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from stages.kit.nets.teacher import Teacher  # noqa: E402
+
 from stages import methods, targets  # noqa: E402
 from stages.kit.nets import encoders as encoder  # noqa: E402
-from stages.kit.nets.teacher import Teacher  # noqa: E402
 from stages.kit.spec import Spec  # noqa: E402
 
 OUT = Path(os.environ.get("MIMLAB_BENCH", ROOT / "docs" / "benchmarks"))

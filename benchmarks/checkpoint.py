@@ -35,7 +35,7 @@ def main() -> None:
         optimizer.step()
         state = {"step": 1, "model": method.state_dict(), "optimizer": optimizer.state_dict()}
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = Checkpoint(Path(folder), "checkpoint")
+            checkpoint = Checkpoint(Path(folder))
             save = seconds(partial(checkpoint.save, state), args.times)
             load = seconds(checkpoint.load, args.times)
             size_mb = max(p.stat().st_size for p in Path(folder).iterdir()) / 2**20

@@ -25,7 +25,8 @@ from PIL import Image
 from step import ours
 
 from stages.kit.data.loader import Batches
-from stages.kit.data.store import Split, SplitWriter
+from stages.kit.data.store import Split
+from stages.kit.data.writer import SplitWriter
 from stages.kit.train import malloc
 
 

@@ -1,15 +1,16 @@
 """A training step of every method with its data: mimlab's ingredients against the same method
 written plainly.
 
-    python benchmarks/step.py [--methods mae beitv2] [--size small large] [--steps 12] [--threads N]
-    [--device cpu] python benchmarks/step.py --device cuda --methods mae beitv2 --size base
-    --published --ours --steps 30
+    python benchmarks/step.py [--methods mae beitv2] [--size small large] [--steps 12]
+        [--threads N] [--device cpu]
+    python benchmarks/step.py --device cuda --methods mae beitv2 --size base
+        --published --ours --steps 30
 
 Plain: eager fp32, unfused AdamW, one image after the other through PIL and torchvision. mimlab:
 batched views in a loader thread, precision `auto`, fused AdamW. Both run alternately in this one
 process on the same images, so that a noisy machine disturbs both; medians. Utilisation: FLOPs
 counted in an eager fp32 step, per second of it, over what large bf16 products reach here
-(kit/flops.matrix_rate). `--ours` leaves the plain side out.
+(kit/train/flops.matrix_rate). `--ours` leaves the plain side out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from PIL import Image
 from torchvision import transforms
 
 from stages.kit.data.loader import Batches
-from stages.kit.nets.attention import multiplied_out
+from stages.kit.nets.attention import unfused
 from stages.kit.train import flops, malloc, optim, precision
 from stages.kit.train.recipe import Progress, Recipe
 
@@ -47,13 +48,14 @@ def advance(method, batch, progress, optimizer, arithmetic=None) -> None:
 def ours(method, batches: Batches, steps: int, device: torch.device):
     """Takes the steps of the loop's own ingredients, one at each `next`."""
     arithmetic = precision.choose("auto", device, method)
+    if arithmetic.name == "bf16":
+        unfused(method, device)
     recipe = Recipe(1, batches.batch_size, steps, 1e-4)
     optimizer = optim.build(recipe, optim.groups(method, 0.05), device)
     for step, micros in enumerate(batches.stream(0, steps)):
         batch = {key: value.to(device, non_blocking=True) for key, value in micros[0].items()}
         progress = Progress(step, steps, 0.0, 0, batch["row"], device)
-        with multiplied_out(device):
-            advance(method, batch, progress, optimizer, arithmetic)
+        advance(method, batch, progress, optimizer, arithmetic)
         yield
 
 

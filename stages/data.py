@@ -1,66 +1,65 @@
 """Stage data: a source becomes splits on disk that every later stage reads.
 
-    python -m stages.data [--params params.yaml] [--results results]
+    python -m stages.data [--name main] [--params params.yaml] [--results results]
 
-Writes results/data/ (layout: stages/kit/data/store.py). In one pass over the source every image is
-decoded once, in threads: broken ones go to quarantine.jsonl with their reason, the others are
-hashed, counted, and written. Memory does not grow with the data but for about 50 bytes per image
-(label, split and pixel hash).
+Writes results/data/<name>/ (layout: stages/kit/data/store.py). In one pass over the source every
+image is decoded once, in threads. Broken ones go to quarantine.jsonl with their reason, the others
+are hashed, counted and written. Memory does not grow with the data but for about 50 bytes per image
+(label, split and pixel hash), and 20 per box.
 
-* Splits the source gives are kept. A missing test split is `test_fraction` of train, a missing val
-  split `val_fraction` of what then remains: stratified by class, chosen by a hash of (seed, name),
-  the same every time. val is always there to select on, so that test is read once. A val or test
-  split without labels beside a labelled train is not used.
-* `max_train` keeps so many of train, equally many per class as far as they reach; a smaller one is
+* Splits that the source gives are kept. A missing test split is `test_fraction` of train, a missing
+  val split `val_fraction` of what then remains: stratified by class, chosen by a hash of (seed,
+  name), the same every time. So there is always a val split to select on, and test is read once. A
+  val or test split without labels beside a labelled train is not used.
+* `max_train` keeps so many of train, equally many per class as far as they reach. A smaller one is
   a subset of a larger one. It is applied before decoding, so broken images make it smaller.
 * `hash` covers classes, splits, labels, masks, boxes and all decoded pixels in order: what can be
-  learnt from, not how it was packed. Duplicates are images whose decoded pixels are exactly equal;
-  they are reported, never removed.
+  learnt from, not how it was packed. Duplicates are images whose decoded pixels are exactly equal.
+  They are reported, never removed.
 * mean and std are those of the stored squares of train alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from stages.kit.data.decode import Broken, Pixels, cores, ordered_map, prepare, square
-from stages.kit.data.store import Split, SplitWriter, Tally, duplicates
-from stages.kit.job.job import running, write_atomic, write_json
-from stages.sources import SPLITS, Found, Sample, SourceError, assign
-from workflow.plan import load
+from stages.kit.data.decode import Broken, Pixels, prepare
+from stages.kit.data.store import Split
+from stages.kit.data.tally import Tally, duplicates
+from stages.kit.data.threads import ordered_map
+from stages.kit.data.writer import SplitWriter
+from stages.kit.job import process
+from stages.kit.job.command import command
+from stages.sources import SPLITS, Found, Listing, Sample, SourceError
+from stages.sources._splits import assign
+from workflow import plugins
+from workflow.files import write_atomic, write_json
+from workflow.machine import cores
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+FIELDS = ("masks", "boxes")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the data job; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.data", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--results", default="results")
-    args = parser.parse_args(argv)
-    plan = load(args.params, args.results)
-    with running(plan.jobs["data"], plan) as run:
-        params = run.job.params
-        if int(os.environ.get("RANK", 0)):
-            return 0  # under torchrun one process reads and writes
-        run.summary.update(
-            build(params["data"], params["source"], run.out, run.work, run.compute["threads"])
-        )
-    return 0
+    """Runs one data job; returns the exit status."""
+    return command("data", __doc__, make, argv)
+
+
+def make(run) -> None:
+    """The work of the stage, for a job.Run."""
+    if process.rank():
+        return  # under torchrun one process reads and writes
+    params, threads = run.job.params, run.compute["threads"]
+    run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
 
 
 def build(data: dict, source: dict, out: Path, work: Path, threads: int | None = None) -> dict:
@@ -71,120 +70,119 @@ def build(data: dict, source: dict, out: Path, work: Path, threads: int | None =
     found = find(data, source)
     size = data["store_size"] or data["image_size"]
     chosen = assign(found, data)
-    warnings = [*found.warnings, *chosen.warnings]
     total = sum(int((part >= 0).sum()) for part in chosen.parts.values())
     mode = "memmap" if total * size * size * 3 <= data["memory_map_gb"] * 1e9 else "shards"
 
-    kinds = {
-        kind: any(getattr(s, kind) for s in found.splits.values()) for kind in ("masks", "boxes")
-    }
-    names = [
-        s for s in SPLITS if any((part == SPLITS.index(s)).any() for part in chosen.parts.values())
-    ]
+    fields = _fields(found, chosen.parts)
     writers = {
-        s: SplitWriter(out, s, size, found.classes, memmap=mode == "memmap", **kinds) for s in names
+        split: SplitWriter(
+            out, split, size, found.classes, memmap=mode == "memmap", **dict.fromkeys(kinds, True)
+        )
+        for split, kinds in fields.items()
     }
-    tally = {s: Tally() for s in names}
+    tallies = {split: Tally() for split in writers}
     broken: list[dict] = []
-    with tqdm(total=total, desc="data", unit="image", disable=None) as bar:
-        for split, label, sample, pixels in _images(
-            found, chosen.parts, size, threads or min(cores(), 8)
-        ):
-            bar.update()
-            if isinstance(pixels, Broken):
-                why = {"reason": pixels.reason, "detail": pixels.detail}
-                broken.append({"split": split, "name": sample.name, **why})
-                _check_quarantine(broken, total, data["quarantine_limit"], work)
-                continue
-            mask = None if sample.mask is None else square(sample.mask, size, nearest=True)
-            writers[split].add(
-                sample.name, pixels.encoded, label, pixels.square, mask, sample.boxes
-            )
-            tally[split].add(pixels, label, mask, sample.boxes)
-    labels = {s: writer.close() for s, writer in writers.items()}
+    threads = threads or min(cores(), 8)
+    images = _images(found, chosen.parts, size, threads)
+    for split, label, sample, pixels in tqdm(images, "data", total, unit="image", disable=None):
+        if isinstance(pixels, Broken):
+            why = {"reason": pixels.reason, "detail": pixels.detail}
+            broken.append({"split": split, "name": sample.name, **why})
+            _check_quarantine(broken, total, data["quarantine_limit"], work)
+            continue
+        mask = sample.mask if "masks" in fields[split] else None
+        boxes = sample.boxes if "boxes" in fields[split] else ()
+        writers[split].add(
+            sample.name, pixels.encoded, label, pixels.square, mask, boxes, pixels.shape
+        )
+        tallies[split].add(pixels, label, mask, boxes)
+    labels = {split: writer.close() for split, writer in writers.items()}
     write_atomic(out / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in broken))
     if not len(labels["train"]):
         raise SourceError(f"data.source: {data['source']} has no usable image in train")
 
-    repeats = duplicates({s: t.digests for s, t in tally.items()})
-    statistics = tally["train"].statistics()
+    statistics = tallies["train"].statistics()
+    argument = f":{Path(source['argument']).name}" if source["argument"] else ""
     facts = {
-        "source": source["name"]
-        + (f":{Path(source['argument']).name}" if source["argument"] else ""),
-        "hash": _hash(found.classes, {s: t.hasher.hexdigest() for s, t in tally.items()}),
+        "source": source["name"] + argument,
+        "hash": _hash(found.classes, {s: tally.hasher.hexdigest() for s, tally in tallies.items()}),
         "mode": mode,
         "image_size": data["image_size"],
         "store_size": size,
         "classes": found.classes,
+        "fields": sorted(set().union(*fields.values())),
         **(IMAGENET if data["normalise"] == "imagenet" else statistics),
         "statistics": statistics,
-        "splits": {s: _facts(part, found.classes) for s, part in labels.items()},
-        "duplicates": repeats,
+        "splits": {s: _facts(part, found.classes, fields[s]) for s, part in labels.items()},
+        "duplicates": duplicates({s: tally.digests for s, tally in tallies.items()}),
         "quarantine": {
             "count": len(broken),
-            "reasons": _sorted(Counter(r["reason"] for r in broken)),
+            "reasons": _sorted(Counter(row["reason"] for row in broken)),
         },
-        "converted": _sorted(sum((t.converted for t in tally.values()), Counter())),
-        "upscaled": sum(t.upscaled for t in tally.values()),
+        "converted": _sorted(sum((tally.converted for tally in tallies.values()), Counter())),
+        "upscaled": sum(tally.upscaled for tally in tallies.values()),
         "ignored": found.ignored,
     }
-    if repeats["groups"]:
-        known = {s: Split(out, s, facts).names() for s in labels}
-        name = {
-            (s, i): f"{s}/{known[s][i].removeprefix(s + '/')}"
-            for group in repeats["groups"]
-            for s, i in group
-        }
-        repeats["groups"] = [[name[place] for place in group] for group in repeats["groups"]]
-    facts["warnings"] = warnings + _complaints(facts)
+    _name_duplicates(facts, out)
+    facts["warnings"] = [*found.warnings, *chosen.warnings, *_complaints(facts)]
     write_json(out / "data.json", facts)
     for text in facts["warnings"]:
         print(f"warning: {text}", file=sys.stderr)
-    return {
-        **{s: len(part) for s, part in labels.items()},
-        "classes": len(found.classes),
-        "mode": mode,
-        "hash": facts["hash"][:12],
-        "quarantined": len(broken),
-        "duplicates": sum(repeats["within"].values()),
-        **{f"in_{pair.replace('-', '_and_')}": n for pair, n in repeats["across"].items() if n},
-        "warnings": len(facts["warnings"]),
-        "images_per_s": round(total / (time.monotonic() - began), 1),
-    }
+    return _summary(facts, total / (time.monotonic() - began))
 
 
 def find(data: dict, source: dict) -> Found:
     """Ask the source what it holds. SourceError when a size or a column makes no sense for it."""
+    module = plugins.module("source", source["name"])
     if data["store_size"] and data["store_size"] < data["image_size"]:
         raise SourceError(
-            f"data.store_size: {data['store_size']} is smaller than data.image_size ({data['image_size']})"
+            f"data.store_size: {data['store_size']} is smaller than data.image_size "
+            f"({data['image_size']})"
         )
     for key in ("image_column", "label_column"):
-        if data[key] is not None and source["name"] not in ("parquet", "hub"):
+        if data[key] is not None and not getattr(module, "COLUMNS", False):
             raise SourceError(
                 f"data.{key}: found {data[key]!r}, but the source {source['name']} has no columns"
             )
-    module = import_module(f"stages.sources.{source['name']}")
     return module.read(source["argument"], module.Config(**source["config"]), data)
+
+
+def _fields(found: Found, parts: dict[str, np.ndarray]) -> dict[str, list[str]]:
+    """Split -> those of FIELDS that all images have which go to it; no entry for an empty split."""
+    fields = {}
+    for k, split in enumerate(SPLITS):
+        given = [found.splits[name] for name, part in parts.items() if (part == k).any()]
+        if given:
+            fields[split] = [field for field in FIELDS if all(getattr(g, field) for g in given)]
+    return fields
 
 
 def _images(found: Found, parts: dict[str, np.ndarray], size: int, threads: int) -> Iterator[tuple]:
     """(split, label, Sample, Pixels or Broken) of every assigned row, in the source's order."""
-
-    def work(item: tuple[int, Sample]) -> tuple[int, Sample, Pixels | Broken]:
-        row, sample = item
-        try:
-            if sample.problem:
-                raise Broken("unreadable", sample.problem)
-            return row, sample, prepare(sample.image, size)
-        except Broken as error:
-            return row, sample, error
-
     for given, listing in found.splits.items():
         rows = np.flatnonzero(parts[given] >= 0)
         samples = zip(rows.tolist(), listing.read(rows), strict=True)
-        for row, sample, pixels in ordered_map(work, samples, threads):
+
+        def work(item: tuple[int, Sample], listing: Listing = listing) -> tuple:
+            row, sample = item
+            return row, sample, _prepared(sample, listing, size)
+
+        for row, sample, pixels in ordered_map(work, samples, threads if threads > 1 else 0):
             yield SPLITS[parts[given][row]], int(listing.labels[row]), sample, pixels
+
+
+def _prepared(sample: Sample, listing: Listing, size: int) -> Pixels | Broken:
+    """The image ready to be stored, or what is wrong with it or its mask."""
+    try:
+        if sample.problem:
+            raise Broken("unreadable", sample.problem)
+        pixels = prepare(sample.image, size)
+        if listing.masks and (sample.mask is None or sample.mask.shape != pixels.shape):
+            found = "no mask" if sample.mask is None else f"a mask of shape {sample.mask.shape}"
+            raise Broken("wrong mask", f"found {found}, expected shape {pixels.shape}")
+        return pixels
+    except Broken as error:
+        return error
 
 
 def _check_quarantine(broken: list[dict], total: int, limit: float, work: Path) -> None:
@@ -192,9 +190,8 @@ def _check_quarantine(broken: list[dict], total: int, limit: float, work: Path) 
     if len(broken) <= limit * total:
         return
     write_atomic(work / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in broken))
-    reasons = ", ".join(
-        f"{n} {reason}" for reason, n in Counter(row["reason"] for row in broken).most_common()
-    )
+    counts = Counter(row["reason"] for row in broken).most_common()
+    reasons = ", ".join(f"{n} {reason}" for reason, n in counts)
     first = "; ".join(f"{row['name']} ({row['reason']}: {row['detail']})" for row in broken[:3])
     raise SourceError(
         f"data.quarantine_limit: {len(broken)} of {total} images cannot be used ({reasons}), "
@@ -203,12 +200,42 @@ def _check_quarantine(broken: list[dict], total: int, limit: float, work: Path) 
     )
 
 
-def _facts(labels: np.ndarray, classes: list[str]) -> dict:
+def _facts(labels: np.ndarray, classes: list[str], fields: list[str]) -> dict:
+    """What data.json says of a split. `fields`: those of FIELDS that its images have."""
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     return {
         "count": len(labels),
         "class_counts": counts.tolist(),
         "labelled": bool(len(labels) and (labels >= 0).all()),
+        "fields": fields,
+    }
+
+
+def _name_duplicates(facts: dict, out: Path) -> None:
+    """Puts names of images, such as "train/cats/1.jpg", in the place of their rows."""
+    groups = facts["duplicates"]["groups"]
+    if not groups:
+        return
+    names = {split: Split(out, split, facts).names() for split in facts["splits"]}
+    facts["duplicates"]["groups"] = [
+        [f"{split}/{names[split][row].removeprefix(split + '/')}" for split, row in group]
+        for group in groups
+    ]
+
+
+def _summary(facts: dict, images_per_s: float) -> dict:
+    repeats = facts["duplicates"]
+    across = {f"in_{pair.replace('-', '_and_')}": n for pair, n in repeats["across"].items() if n}
+    return {
+        **{split: about["count"] for split, about in facts["splits"].items()},
+        "classes": len(facts["classes"]),
+        "mode": facts["mode"],
+        "hash": facts["hash"][:12],
+        "quarantined": facts["quarantine"]["count"],
+        "duplicates": sum(repeats["within"].values()),
+        **across,
+        "warnings": len(facts["warnings"]),
+        "images_per_s": round(images_per_s, 1),
     }
 
 
@@ -227,7 +254,8 @@ def _complaints(facts: dict) -> list[str]:
         if n:
             one, other = pair.split("-")
             texts.append(
-                f"{n} of {splits[other]['count']} images of {other} are also in {one} (exactly equal pixels)"
+                f"{n} of {splits[other]['count']} images of {other} are also in {one} "
+                "(exactly equal pixels)"
             )
     for split in SPLITS:
         if split not in splits:
@@ -237,11 +265,13 @@ def _complaints(facts: dict) -> list[str]:
         missing = [name for name, n in zip(facts["classes"], counts, strict=True) if not n]
         if missing:
             texts.append(
-                f"{split} has no image of {len(missing)} of {len(counts)} classes ({', '.join(missing[:5])})"
+                f"{split} has no image of {len(missing)} of {len(counts)} classes "
+                f"({', '.join(missing[:5])})"
             )
     if facts["upscaled"]:
         texts.append(
-            f"{facts['upscaled']} images are smaller than {facts['store_size']} px and were enlarged"
+            f"{facts['upscaled']} images are smaller than {facts['store_size']} px and were "
+            "enlarged"
         )
     return texts
 

@@ -10,57 +10,34 @@ with the same bytes.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
-from PIL import Image
 
-from stages import methods, targets
+from stages import targets
 from stages.kit import dist, keyed
 from stages.kit.data import store
-from stages.kit.data.loader import Batches
-from stages.kit.job.job import running
-from stages.kit.job.launch import spread
-from stages.kit.nets import encoders as encoder
-from stages.kit.nets.teacher import Teacher
+from stages.kit.data.batches import shown_batch, training_batches, write_pictures
+from stages.kit.job.command import command
+from stages.kit.nets import encoders
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe, fit
-from workflow.plan import load
-
-SHOWN = 8  # validation images in the pictures
+from workflow import plugins
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one pretraining job; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.pretrain", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--run", required=True, help="a run of params.yaml with its seed, such as mae-s0"
-    )
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--results", default="results")
-    args = parser.parse_args(argv)
-    plan = load(args.params, args.results)
-    job = plan.job(f"pretrain/{args.run}")
-    spread(plan, job, argv)
-    with running(job, plan) as run:
-        pretrain(run)
-    return 0
+    return command("pretrain", __doc__, pretrain, argv)
 
 
 def pretrain(run) -> None:
     """The work of the stage, for a job.Run."""
     params, seed = run.job.params, run.job.params["seed"]
-    module = methods.find(params["method"]["name"])
+    module = plugins.module("method", params["method"]["kind"])
     config = configure(module.Config, params["method"]["config"])
     data = run.input("data")
     spec = Spec.of(store.info(data), params["image_size"], params["model"])
-    target = teaching(run, spec)
-    if (
-        stage := params.get("stage", 1)
-    ) > 1:  # of a chain: other weights, masks and order of images
+    spec = spec.at(getattr(config, "input_size", None))
+    target = targets.given(run, "target", spec)
+    if (stage := params.get("stage", 1)) > 1:  # other weights, masks and order of images
         seed = keyed.key(seed, "stage", stage)
     torch.manual_seed(keyed.key(seed, "init"))
     method = module.Method(config, spec, target).to(run.device)
@@ -70,67 +47,10 @@ def pretrain(run) -> None:
     run.summary["parameters"] = sum(p.numel() for p in method.encoder.parameters())
     if dist.is_main():
         method.eval()
-        encoder.save(method.encoder, run.out / "encoder", spec)
+        encoders.save(method.encoder, run.out / "encoder", spec)
         if hasattr(method, "pictures"):
-            write_pictures(
-                run.out / "pictures", method.pictures(shown_batch(data, spec, run.device))
-            )
-
-
-def teaching(run, spec: Spec) -> torch.nn.Module | None:
-    """What a run learns from, frozen: a finished target, or the encoder of another run; None for
-    neither.
-    """
-    for id in run.job.inputs:
-        if id.startswith("target/"):
-            return targets.load(run.input(id), run.device)
-        if id.startswith("pretrain/"):
-            return Teacher.load(run.input(id) / "encoder", spec, run.device)
-    return None
-
-
-def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> Batches:
-    """The batches of a plug-in module with `views` and `LABELS`, as this job's train section and
-    process want them.
-    """
-    train = run.job.params["train"]
-    return Batches(
-        store.Split.open(data, "train"),
-        module.views(config, spec),
-        train["batch_size"],
-        seed,
-        micro=train["micro_batch"],
-        labels=bool(module.LABELS),
-        workers=run.compute["workers"],
-        rank=dist.rank(),
-        world=dist.world(),
-    )
-
-
-def held_out(data: Path) -> store.Split:
-    """The validation split, or the train split where there are no validation images."""
-    return store.Split.open(
-        data, "val" if store.info(data)["splits"].get("val", {}).get("count") else "train"
-    )
-
-
-def shown_batch(data: Path, spec: Spec, device: torch.device) -> dict[str, torch.Tensor]:
-    """The first images of the validation split (of the train split if that is empty), as a batch
-    with one view.
-    """
-    split = held_out(data)
-    index = torch.arange(min(SHOWN, len(split)))
-    images = split.square(index.numpy(), spec.image_size).permute(0, 3, 1, 2).float().div(255)
-    labels = torch.as_tensor(split.labels[index.numpy()], dtype=torch.int64)
-    batch = {"view": images, "index": index, "row": index, "label": labels}
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-def write_pictures(folder: Path, pictures: dict) -> None:
-    """{name: uint8 (H,W,3)} -> folder/<name>.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, pixels in pictures.items():
-        Image.fromarray(pixels).save(folder / f"{name}.png")
+            shown = shown_batch(data, spec, run.device)
+            write_pictures(run.out / "pictures", method.pictures(shown))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ collapsed fails the stage: no manifest, so nothing can be trained on it.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 import torch
@@ -17,89 +16,59 @@ import torch
 from stages import targets
 from stages.kit import dist, keyed
 from stages.kit.data import store
+from stages.kit.data.batches import held_out, shown_batch, training_batches, write_pictures
 from stages.kit.data.loader import evaluation
-from stages.kit.job.job import JobError, running, write_json
-from stages.kit.job.launch import spread
+from stages.kit.job.command import command
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe, fit
-from stages.pretrain import held_out, shown_batch, training_batches, write_pictures
-from workflow.plan import load
+from workflow import plugins
+from workflow.files import JobError, write_json
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one target job; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.target", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--name", required=True, help="a target of params.yaml, such as vqkd")
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--results", default="results")
-    args = parser.parse_args(argv)
-    plan = load(args.params, args.results)
-    job = plan.job(f"target/{args.name}")
-    spread(plan, job, argv)
-    with running(job, plan) as run:
-        make(run)
-    return 0
+    return command("target", __doc__, make, argv)
 
 
 def make(run) -> None:
     """The work of the stage, for a job.Run. JobError when the finished target is not healthy."""
     params, seed = run.job.params, run.job.params["seed"]
-    kind = params["target"]["kind"]
-    module = targets.find(kind)
+    module = plugins.module("target", params["target"]["kind"])
     config = configure(module.Config, params["target"]["config"])
     data = run.input("data")
     spec = Spec.of(store.info(data), params["image_size"], params["model"])
-    upstream = next(
-        (
-            targets.load(run.input(id), run.device)
-            for id in run.job.inputs
-            if id.startswith("target/")
-        ),
-        None,
-    )
+    upstream = targets.given(run, "upstream", spec)
     torch.manual_seed(keyed.key(seed, "init"))
     if hasattr(module, "Training"):
         training = module.Training(config, spec, upstream).to(run.device)
         batches = training_batches(run, module, config, spec, data, seed)
-        fit(
-            training,
-            batches,
-            Recipe.of(config, params["train"], batches.steps_per_epoch),
-            run,
-            seed,
-        )
+        recipe = Recipe.of(config, params["train"], batches.steps_per_epoch)
+        fit(training, batches, recipe, run, seed)
         target = training.target
     else:
         target = module.Target(config, spec).to(run.device)
         if hasattr(target, "prepare"):
             target.prepare()
     if dist.is_main():
-        finish(run, module, config, spec, targets.pin(target.to(run.device)), data)
+        finish(run, module, config, spec, target.to(run.device).requires_grad_(False).eval(), data)
 
 
 def finish(run, module, config, spec: Spec, target, data) -> None:
     """Writes the target and its pictures, and examines it."""
     kind, train = run.job.params["target"]["kind"], run.job.params["train"]
     labels = module.labels(config) if hasattr(module, "labels") else bool(module.LABELS)
-    described = targets.save(
-        target, run.out, kind, config, spec, labels=labels, produces=module.PRODUCES
-    )
-    health = module.health(
-        target, validation_images(data, spec, train["batch_size"], run.device), config
-    )
+    targets.save(target, run.out, kind, config, spec, labels=labels)
+    images = validation_images(data, spec, train["batch_size"], run.device)
+    health = module.health(target, images, config)
     problems = health.pop("problems", [])
     write_json(run.out / "health.json", {**health, "problems": problems})
     numbers = {name: value for name, value in health.items() if isinstance(value, (int, float))}
     run.summary.update(numbers)
-    run.summary.update({name: described[name] for name in ("codes", "dim") if name in described})
+    run.summary["sizes"] = target.sizes
     run.summary["parameters"] = sum(p.numel() for p in target.parameters())
     if hasattr(module, "pictures"):
-        write_pictures(
-            run.out / "pictures",
-            module.pictures(target, shown_batch(data, spec, run.device)["view"]),
-        )
+        shown = shown_batch(data, spec, run.device)["view"]
+        write_pictures(run.out / "pictures", module.pictures(target, shown))
     if problems:
         found = "\n".join(f"  - {problem}" for problem in problems)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())

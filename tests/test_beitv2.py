@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,74 +11,46 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.kit import keyed
 from stages.kit.nets.masks import exact_block_masks, hidden_ids
-from stages.kit.nets.patches import paint
-from stages.kit.spec import Spec
-from stages.methods.beitv2 import Config, Method, views
+from stages.kit.nets.pictures import paint
+from stages.kit.train.recipe import Recipe
+from stages.methods.beitv2 import PUBLISHED, Config, Method, views
+from tests import tiny
 
 SMALL = Config(early_layer=2, head_depth=2, min_block=2)
+SIZES = {"embed_dim": 16, "depth": 3, "mlp_ratio": 4.0}
+SPEC = tiny.spec(**SIZES)
+BASE = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0}
 
 
-class Tokenizer(nn.Module):
-    """A stand-in for a frozen tokenizer: the code of a patch is a function of its mean colour."""
-
-    def __init__(self, codes=16, grid=4):
-        super().__init__()
-        self.codes, self.grid = codes, grid
-        self.weight = nn.Parameter(torch.tensor([31.0, 47.0, 101.0]))
-        self.seen = []
-
-    def forward(self, images):
-        self.seen.append(images)
-        colour = F.adaptive_avg_pool2d(images, self.grid).flatten(2)
-        return (colour * self.weight[:, None]).sum(1).long() % self.codes
+def spec(**changes):
+    return tiny.spec(**{**SIZES, **changes})
 
 
-def spec(size=16, patch=4, width=16, depth=3, heads=2):
-    model = {
-        "name": "vit_tiny_patch16_224",
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "mlp_ratio": 4.0,
-        "args": {},
-    }
-    return Spec(
-        image_size=size,
-        model=model,
-        mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.25, 0.3),
-        num_classes=5,
-        images=100,
-    )
+def tokenizer(given=SPEC, codes=16):
+    return tiny.target(given, "ids", codes=codes)
 
 
-def progress(rows=6, step=0, seed=0):
-    """As much of kit/train/loop.py's Progress as a method may use."""
-    index = torch.arange(rows)
-
-    def uniform(name, *shape):
-        return keyed.uniform(keyed.key(seed, step, name), index, *shape)
-
-    return SimpleNamespace(uniform=uniform, step=step, rows=index)
+def codes_of(images):
+    return tokenizer()(images, "ids")["ids"]
 
 
 def batch(rows=6):
     return {"view": torch.rand(rows, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
 
 
-def build(config=SMALL, **kw):
+def build(config=SMALL, **changes):
     torch.manual_seed(0)
-    method = Method(config, spec(**kw), Tokenizer())
+    method = Method(config, spec(**changes), tokenizer())
     # it starts at zero: make it matter
     nn.init.normal_(method.encoder.rel_pos_bias.relative_position_bias_table)
     return method
 
 
 def mask_of(method, rows=6):
-    mask = exact_block_masks(progress(rows).uniform, (4, 4), method.count, method.config.min_block)
+    mask = exact_block_masks(
+        tiny.progress(rows).uniform, (4, 4), method.count, method.config.min_block
+    )
     return mask, hidden_ids(mask, method.count)
 
 
@@ -88,10 +59,10 @@ def test_losses_are_cross_entropies_at_the_hidden_patches():
     images = batch()["view"]
     mask, ids = mask_of(method)
     assert mask.sum(1).tolist() == [6] * 6  # 0.39 of 16
-    out = method(batch(), progress())
-    codes = Tokenizer()(images)
+    out = method(batch(), tiny.progress(6))
+    codes = codes_of(images)
     total = 0.0
-    for name, logits in method.predict(spec().normalise(images), mask, ids).items():
+    for name, logits in method.predict(SPEC.normalise(images), mask, ids).items():
         expected = F.cross_entropy(logits.flatten(0, 1), codes[mask])
         assert out[f"{name}_loss"].item() == pytest.approx(expected.item(), rel=1e-6)
         right = (logits.flatten(0, 1).argmax(1) == codes[mask]).float().mean()
@@ -110,7 +81,7 @@ def test_losses_are_cross_entropies_at_the_hidden_patches():
 def test_logits_are_the_official_forward():
     """Written plainly: full sequences, multiplicative mask, selection at the very end."""
     method = build().eval()
-    encoder, images = method.encoder, spec().normalise(batch()["view"])
+    encoder, images = method.encoder, SPEC.normalise(batch()["view"])
     mask, ids = mask_of(method)
     m = mask[..., None].float()
     x = encoder.patch_embed(images) * (1 - m) + method.mask_token * m
@@ -138,36 +109,36 @@ def test_hidden_pixels_change_labels_but_not_one_bit_of_the_logits():
         images, mask, torch.rand(images.shape, generator=torch.Generator().manual_seed(9))
     )
     assert not torch.equal(other, images)
-    assert not torch.equal(Tokenizer()(images)[mask], Tokenizer()(other)[mask])
-    assert torch.equal(Tokenizer()(images)[~mask], Tokenizer()(other)[~mask])
-    first, second = (method.predict(spec().normalise(x), mask, ids) for x in (images, other))
+    assert not torch.equal(codes_of(images)[mask], codes_of(other)[mask])
+    assert torch.equal(codes_of(images)[~mask], codes_of(other)[~mask])
+    first, second = (method.predict(SPEC.normalise(x), mask, ids) for x in (images, other))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_tokenizer_sees_the_same_view_and_never_learns():
     method = build()
-    tokenizer = method.tokenizer[0]
-    before = tokenizer.weight.clone()
+    teacher = method.tokenizer.open
+    before = teacher.weight.clone()
     optimiser = torch.optim.SGD(method.parameters(), lr=0.1)
     for step in range(10):
-        method(batch(), progress(step=step))["loss"].backward()
+        method(batch(), tiny.progress(6, step=step))["loss"].backward()
         optimiser.step()
-    assert tokenizer.weight.grad is None
-    assert torch.equal(tokenizer.weight, before)
-    assert torch.equal(tokenizer.seen[0], batch()["view"])  # the view itself, in [0, 1]
+    assert teacher.weight.grad is None
+    assert torch.equal(teacher.weight, before)
+    assert torch.equal(teacher.seen[0], batch()["view"])  # the view itself, in [0, 1]
     assert not any("tokenizer" in name for name in method.state_dict())
-    assert not any(parameter is tokenizer.weight for parameter in method.parameters())
+    assert not any(parameter is teacher.weight for parameter in method.parameters())
 
 
 def test_late_patch_tokens_reach_the_first_loss_only():
     method = build().eval()
-    clean = method(batch(), progress())
+    clean = method(batch(), tiny.progress(6))
 
     def disturb(module, args, out):  # of the block behind the early one: patches, not cls
         return torch.cat([out[:, :1], out[:, 1:] + torch.randn_like(out[:, 1:])], dim=1)
 
     method.encoder.blocks[2].register_forward_hook(disturb)
-    disturbed = method(batch(), progress())
+    disturbed = method(batch(), tiny.progress(6))
     assert disturbed["mim_loss"] != clean["mim_loss"]
     assert disturbed["aggregation_loss"] == clean["aggregation_loss"]
 
@@ -183,7 +154,7 @@ def test_early_states_are_not_detached():
     method.encoder.blocks[1].register_forward_hook(keep)
     # cut the way through the class token: what is left can only come through the early patch tokens
     method.encoder.blocks[2].register_forward_hook(lambda module, args, out: out.detach())
-    method(batch(), progress())["aggregation_loss"].backward()
+    method(batch(), tiny.progress(6))["aggregation_loss"].backward()
     assert (seen["early"].grad[:, 1:].abs().sum(-1) > 0).all()
     assert (seen["early"].grad[:, 0] == 0).all()
 
@@ -191,10 +162,9 @@ def test_early_states_are_not_detached():
 @pytest.fixture
 def base():
     def count(**config):
+        given = tiny.spec(224, **BASE)
         with torch.device("meta"):
-            method = Method(
-                Config(early_layer=9, **config), spec(224, 16, 768, 12, 12), Tokenizer(8192, 14)
-            )
+            method = Method(Config(early_layer=9, **config), given, tokenizer(given, 8192))
         return sum(parameter.numel() for parameter in method.parameters()), method
 
     return count
@@ -212,10 +182,10 @@ def test_published_parameter_counts(base):
 
 
 def test_small_parameter_counts():
+    sizes = {"patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0}
+    given = tiny.spec(32, **sizes)
     with torch.device("meta"):
-        method = Method(
-            Config(early_layer=9, head_depth=2), spec(32, 4, 192, 12, 3), Tokenizer(1024, 8)
-        )
+        method = Method(Config(early_layer=9, head_depth=2), given, tokenizer(given, 1024))
     count = {
         name: sum(p.numel() for p in part.parameters()) for name, part in method.named_children()
     }
@@ -226,17 +196,15 @@ def test_small_parameter_counts():
 
 def test_at_the_start_each_loss_is_the_logarithm_of_the_codebook_size():
     torch.manual_seed(0)
-    method = Method(SMALL, spec(width=32), Tokenizer(512))
-    out = method(batch(), progress())
+    method = Method(SMALL, spec(embed_dim=32), tokenizer(codes=512))
+    out = method(batch(), tiny.progress(6))
     for name in ("mim_loss", "aggregation_loss"):
         assert out[name].item() == pytest.approx(math.log(512), abs=0.05)
 
 
 def test_initialisation():
     torch.manual_seed(0)
-    method = Method(
-        dataclasses.replace(SMALL, shared_head=False), spec(width=64, depth=3), Tokenizer()
-    )
+    method = Method(dataclasses.replace(SMALL, shared_head=False), spec(embed_dim=64), tokenizer())
     encoder = method.encoder
     assert encoder.pos_embed is None
     assert (encoder.rel_pos_bias.relative_position_bias_table == 0).all()
@@ -280,13 +248,13 @@ def test_initialisation():
 
 def test_without_aggregation_there_is_one_loss():
     method = build(dataclasses.replace(SMALL, head_depth=0, early_layer=3))
-    assert set(method(batch(), progress())) == {"loss", "mim_loss", "mim_accuracy"}
+    assert set(method(batch(), tiny.progress(6))) == {"loss", "mim_loss", "mim_accuracy"}
     assert len(method.aggregation) == 0
 
 
 def test_separate_heads_are_used():
     method = build(dataclasses.replace(SMALL, shared_head=False))
-    out = method(batch(), progress())
+    out = method(batch(), tiny.progress(6))
     shared = [method.head.weight, method.encoder.norm.weight]
     own = [method.aggregation_head.weight, method.aggregation_norm.weight]
     for loss, unused in (("mim_loss", own), ("aggregation_loss", shared)):
@@ -298,7 +266,7 @@ def test_separate_heads_are_used():
 
 def test_drop_path_of_the_aggregation_continues_the_line():
     """Entries l .. l+1 of a line of length max(depth, l+2)."""
-    method = Method(dataclasses.replace(SMALL, drop_path=0.3), spec(), Tokenizer())
+    method = Method(dataclasses.replace(SMALL, drop_path=0.3), SPEC, tokenizer())
     blocks = [*method.encoder.blocks, *method.aggregation]
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
     assert rates == pytest.approx([0.0, 0.15, 0.3, 0.2, 0.3])
@@ -315,7 +283,7 @@ def test_early_layer_by_default_is_at_three_quarters():
 
 
 def test_view_is_the_papers():
-    view = views(Config(), spec())["view"]
+    view = views(Config(), SPEC)["view"]
     assert tuple(view.jitter) == (0.4, 0.4, 0.4, 0.0)
     assert (tuple(view.scale), view.flip) == ((0.2, 1.0), 0.5)
 
@@ -328,7 +296,7 @@ def test_pictures():
     target = sheet[:96, 300:396]
     cells = target.reshape(4, 24, 4, 24, 3)
     assert (cells == cells[:, :1, :, :1]).all()  # one flat colour per patch
-    codes = Tokenizer()(batch(10)["view"])[0].view(4, 4)
+    codes = codes_of(batch(10)["view"])[0].view(4, 4)
     colours = {
         code: {tuple(cells[y, 0, x, 0]) for y, x in (codes == code).nonzero()}
         for code in codes.unique()
@@ -337,11 +305,29 @@ def test_pictures():
     assert len(set.union(*colours.values())) == len(colours)
 
 
-def test_targets_of_another_kind_are_refused():
-    with pytest.raises(ValueError, match="tokenizer"):
-        Method(SMALL, spec(), None)
-    with pytest.raises(ValueError, match="target"):
-        Method(SMALL, spec(), Tokenizer(grid=2))(batch(), progress())
+def test_a_target_on_another_grid_is_refused(monkeypatch):
+    given = tokenizer()
+    coarse = {"ids": torch.zeros(6, 4, dtype=torch.int64)}
+    monkeypatch.setattr(given.open, "look", lambda *how: coarse)
+    with pytest.raises(ValueError, match="target: found ids .* expected 6 rows of 16 patches"):
+        Method(SMALL, SPEC, given)(batch(), tiny.progress(6))
+
+
+def test_the_published_recipe():
+    """lr 1.5e-3 of batches of 2048, 10 of 300 epochs of warm-up, gradients clipped at 3."""
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in PUBLISHED.items()}
+    train = {key: settings.pop(key) for key in ("epochs", "batch_size")}
+    config = Config(**settings)
+    recipe = Recipe.of(config, train, steps_per_epoch=625)
+    assert (recipe.epochs, recipe.clip, recipe.lr) == (300, 3.0, pytest.approx(1.5e-3))
+    assert recipe.warmup == pytest.approx(10 * 625, rel=2e-3)
+    assert recipe.lr_at(recipe.steps - 1) == pytest.approx(1e-5, rel=1e-3)
+    assert (config.betas, config.weight_decay, config.layer_scale) == ((0.9, 0.98), 0.05, 0.1)
+    assert (config.crop_min, config.jitter, config.early(12)) == (0.2, 0.4, 9)
+    given = tiny.spec(224, **BASE)
+    config.check(224, given.model)
+    with torch.device("meta"):
+        assert Method(config, given, tokenizer(given)).count == 75
 
 
 @pytest.mark.parametrize(
@@ -357,7 +343,7 @@ def test_targets_of_another_kind_are_refused():
     ],
 )
 def test_bad_config(values, key):
-    with pytest.raises(ValueError, match=f"^{key}"):
+    with pytest.raises(ValueError, match=f"^{key}: found "):
         Config(**values)
 
 
@@ -371,7 +357,7 @@ def test_bad_config(values, key):
     ],
 )
 def test_config_must_fit_the_model(values, key):
-    model = {"patch_size": 4, "depth": 6}
+    model = tiny.model(depth=6)
     Config().check(32, model)
     Config(early_layer=6, head_depth=0).check(32, model)
     with pytest.raises(ValueError, match=f"^{key}"):

@@ -14,7 +14,6 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_module_simplified
 
-from stages.kit.nets import attention
 from stages.kit.train import compiled, droppath
 from stages.kit.train.loop import fit
 from stages.methods import beitv2, dino, mae
@@ -40,17 +39,14 @@ def made(name: str) -> nn.Module:
     return METHODS[name]().train()
 
 
-def steps(
-    module: nn.Module, name: str, forward, count: int = 3, low: bool = False
-) -> tuple[list[float], list[int]]:
+def steps(module: nn.Module, name: str, forward, count: int = 3) -> tuple[list[float], list[int]]:
     """A few steps of plain gradient descent: losses, and how many graphs there are after each."""
     losses, graphs = [], []
-    with attention.multiplied_out("cpu"), droppath.keyed(module) as drop_by:
+    with droppath.keyed(module) as drop_by:
         for step in range(count):
             now = progress(step=step)
             drop_by(now)
-            with torch.autocast("cpu", torch.bfloat16, enabled=low, cache_enabled=False):
-                loss = forward(batch(name), now)["loss"]
+            loss = forward(batch(name), now)["loss"]
             loss.backward()
             with torch.no_grad():
                 for p in module.parameters():
@@ -81,14 +77,6 @@ def test_a_compiled_method_trains_as_it_does_and_is_compiled_once(name, backend)
         graphs[0]
     }  # the step, the draws, drop path: nothing is compiled again
     assert list(module.state_dict()) == keys and not said
-
-
-def test_attention_in_bf16_is_multiplied_out_in_a_graph_too(monkeypatch):
-    plain, module = made("mae"), made("mae")
-    expected, _ = steps(plain, "mae", plain, low=True)
-    monkeypatch.setattr(attention, "FUSED", None)  # to be called by nobody
-    found, graphs = steps(module, "mae", compiled.forward(module, print, "aot_eager"), low=True)
-    assert found == pytest.approx(expected, rel=5e-3) and graphs == [1, 1, 1]
 
 
 def broken(graph, inputs):

@@ -4,6 +4,7 @@ read.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,9 +19,13 @@ from PIL import Image, ImageFile
 from torchvision import transforms
 
 from stages import data as stage
-from stages.kit.data.decode import Broken, decode, ordered_map, square
-from stages.kit.data.store import NpyWriter, Split, SplitWriter, duplicates, info
-from stages.sources import Found, Listing, SourceError, assign
+from stages.kit.data.decode import Broken, decode, decode_mask, encode_png, square, square_boxes
+from stages.kit.data.store import Split, info
+from stages.kit.data.tally import duplicates
+from stages.kit.data.threads import ordered_map
+from stages.kit.data.writer import NpyWriter, SplitWriter
+from stages.sources import Found, Listing, Sample, SourceError
+from stages.sources._splits import assign
 
 DATA = {
     "image_size": 16,
@@ -224,9 +229,31 @@ def test_ordered_map_keeps_order_bounds_what_is_in_flight_and_passes_errors():
     assert list(results) == [i * i for i in range(3, 1000)]
     with pytest.raises(ZeroDivisionError):
         list(ordered_map(lambda x: 1 // x, [1, 0, 1], threads=2))
+    assert list(ordered_map(str, range(3), threads=0)) == ["0", "1", "2"]
 
 
-# ----------------------------------------------------------------------------------------------------
+def test_a_mask_as_a_file_is_the_same_mask():
+    mask = np.random.default_rng(0).integers(0, 256, (13, 7), np.uint8)
+    np.testing.assert_array_equal(decode_mask(encode_png(mask)), mask)
+
+
+@pytest.mark.parametrize(
+    "height, width, size", [(20, 24, 16), (31, 17, 8), (16, 16, 16), (4, 80, 6)]
+)
+def test_boxes_move_with_the_pixels_of_the_square(height, width, size):
+    """A bright block of the image lies in the square where its box is said to lie."""
+    image, top, left = np.zeros((height, width), np.uint8), height // 4, width // 2 - 2
+    image[top : top + height // 2, left : left + 4] = 255
+    box = np.array([[left, top, 4, height // 2, 3]], np.float64)
+    x, y, w, h, kind = square_boxes(box, height, width, size)[0]
+    assert kind == 3
+    small = square(np.kron(image, np.ones((8, 8), np.uint8)), 8 * size, nearest=True)
+    rows, columns = np.flatnonzero(small.any(1)), np.flatnonzero(small.any(0))
+    found = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / 8
+    assert np.abs(found - np.clip([x, y, x + w, y + h], 0, size)).max() < 0.6
+
+
+# --------------------------------------------------------------------------------------------------
 # splits
 
 
@@ -303,7 +330,7 @@ def test_no_train_left_is_an_error():
         assign(Found({"train": listing([])}, []), DATA)
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # stage
 
 
@@ -388,6 +415,106 @@ def test_hash_follows_content_not_packing(tmp_path):
     path.write_bytes(encode(picture(103)))
     (root / "class1").rename(root / "other")
     assert build(root, tmp_path / "e")[1]["hash"] != plain
+
+
+class Drawn:
+    """A source of pictures with masks and boxes, which may be changed before they are stored."""
+
+    def __init__(self, monkeypatch, masks: bool = True, boxes: bool = True):
+        self.samples = [
+            Sample(
+                f"{i}.png",
+                picture(i),
+                picture(i)[..., 0] // 64 if masks else None,
+                tuple((1.0 * k, 2, 3.5, 4, k) for k in range(i % 3)) if boxes else (),
+            )
+            for i in range(12)
+        ]
+        self.labels = np.arange(12) % 2
+        self.fields = {"masks": masks, "boxes": boxes}
+        monkeypatch.setattr(stage, "find", self.find)
+
+    def find(self, data: dict, source: dict) -> Found:
+        read = lambda rows: (self.samples[row] for row in rows)  # noqa: E731
+        return Found({"train": Listing(self.labels, read, **self.fields)}, ["a", "b"])
+
+    def build(self, out: Path, **changes) -> dict:
+        out.mkdir(parents=True, exist_ok=True)
+        source = {"name": "drawn", "argument": None, "config": {}}
+        data = {**DATA, "source": "drawn", **changes}
+        stage.build(data, source, out, out.parent / "work", threads=1)
+        return info(out)
+
+    def change(self, row: int, **fields) -> None:
+        self.samples[row] = dataclasses.replace(self.samples[row], **fields)
+
+
+def test_labels_enter_the_hash(tmp_path, monkeypatch):
+    drawn = Drawn(monkeypatch, masks=False, boxes=False)
+    plain = drawn.build(tmp_path / "a")["hash"]
+    drawn.labels = np.roll(drawn.labels, 1)
+    assert drawn.build(tmp_path / "b", test_fraction=0.25)["hash"] != plain
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_boxes_enter_the_hash_with_and_without_masks(tmp_path, monkeypatch, masks):
+    drawn = Drawn(monkeypatch, masks=masks)
+    plain = drawn.build(tmp_path / "a")["hash"]
+    assert drawn.build(tmp_path / "b", memory_map_gb=0, image_size=8)["hash"] == plain
+    found = {plain}
+    for k, boxes in enumerate([((0, 2, 3.5, 4, 1),), ((0, 2, 3, 4, 0),), ((1, 2, 3.5, 4, 0),), ()]):
+        drawn.change(1, boxes=boxes)  # has the box (0, 2, 3.5, 4, 0)
+        found.add(drawn.build(tmp_path / str(k))["hash"])
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("boxes", [True, False])
+def test_masks_enter_the_hash_with_and_without_boxes(tmp_path, monkeypatch, boxes):
+    drawn = Drawn(monkeypatch, boxes=boxes)
+    plain = drawn.build(tmp_path / "a")["hash"]
+    assert drawn.build(tmp_path / "b", memory_map_gb=0, image_size=8)["hash"] == plain
+    mask = drawn.samples[1].mask.copy()
+    mask[0, 0] ^= 1  # which the small square may not even show
+    drawn.change(1, mask=mask)
+    assert drawn.build(tmp_path / "c")["hash"] != plain
+
+
+@pytest.mark.parametrize("gigabytes", [8, 0])
+def test_masks_and_boxes_belong_to_what_decode_gives(tmp_path, monkeypatch, gigabytes):
+    drawn = Drawn(monkeypatch)
+    facts = drawn.build(tmp_path / "out", memory_map_gb=gigabytes)
+    given = {sample.name: sample for sample in drawn.samples}
+    assert all(part["fields"] == ["masks", "boxes"] for part in facts["splits"].values())
+    seen = 0
+    for name in facts["splits"]:
+        split = Split.open(tmp_path / "out", name)
+        for i, path in enumerate(split.names()):
+            sample, mask, boxes = given[path], split.mask(i), split.boxes(i)
+            assert mask.shape == split.decode(i).shape[:2] and mask.dtype == np.uint8
+            expected = np.array(sample.boxes, np.float64).reshape(-1, 5)
+            if gigabytes:
+                expected = square_boxes(expected, 20, 24, 16)
+                np.testing.assert_array_equal(mask, square(sample.mask, 16, nearest=True))
+            else:
+                np.testing.assert_array_equal(mask, sample.mask)
+            np.testing.assert_array_equal(boxes, expected.astype(np.float32))
+            seen += len(boxes)
+        assert split.most_boxes <= 2
+    assert seen == 12
+
+
+def test_an_image_without_its_mask_is_put_aside(tmp_path, monkeypatch):
+    drawn = Drawn(monkeypatch)
+    drawn.change(3, mask=None)
+    drawn.change(5, mask=np.zeros((20, 20), np.uint8))
+    facts = drawn.build(tmp_path / "out")
+    assert facts["quarantine"] == {"count": 2, "reasons": {"wrong mask": 2}}
+
+
+def test_without_masks_and_boxes_there_are_none(tmp_path, monkeypatch):
+    facts = Drawn(monkeypatch, masks=False, boxes=False).build(tmp_path / "out")
+    assert facts["splits"]["train"]["fields"] == []
+    assert {p.name for p in (tmp_path / "out" / "train").iterdir()} == {"images.npy", "labels.npy"}
 
 
 def test_memmap_and_shards_agree(tmp_path):
@@ -509,7 +636,7 @@ def test_wrong_settings_name_their_key(tmp_path):
         build(root, tmp_path / "b", image_column="image")
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # store
 
 
@@ -566,8 +693,8 @@ def test_unlabelled_images_have_no_label_column(tmp_path):
 def test_the_stage_as_a_command(tmp_path, tiny_params, capsys):
     params = tiny_params(tmp_path)
     assert stage.main(["--params", str(params), "--results", str(tmp_path / "results")]) == 0
-    out = tmp_path / "results" / "data"
+    out = tmp_path / "results" / "data" / "main"
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["summary"]["train"] == 48 and manifest["summary"]["mode"] == "memmap"
-    assert "train/images.npy" in manifest["outputs"] and "data: " in capsys.readouterr().out
+    assert "train/images.npy" in manifest["outputs"] and "data/main: " in capsys.readouterr().out
     assert len(Split.open(out, "val")) == 16

@@ -1,52 +1,79 @@
-"""Encoders: the forward pass in pieces, export as a timm folder, fine-tuning; positions and
-patches.
+"""Encoders of every family: abilities, forward passes, export, fine-tuning; positions and patches.
+
+Families are swept: a new file in stages/encoders is tested as soon as it exists.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 
-from stages.kit.nets import encoders, patches
+from stages import encoders as families
+from stages.encoders import vit
+from stages.kit.nets import encoders, patches, pictures
+from stages.kit.nets.masks import take
 from stages.kit.nets.positions import sincos_2d
 from stages.kit.spec import Spec
+from tests import tiny
 from tests.conftest import tiny_content
+from workflow import plugins
 from workflow.params import ParamsError, check
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+KINDS = plugins.names("encoder")
+STYLES = [(kind, style) for kind in KINDS for style in tiny.model(kind).styles]
+MODULES = {kind: tiny.module(kind, "encoder") for kind in KINDS}
+SWINS = {1: "swin_tiny_patch4_window7_224", 2: "swinv2_tiny_window8_256"}
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def spec(size=16, patch=4, width=16, depth=2, heads=2, name="vit_tiny_patch16_224", **args):
-    model = {
-        "name": name,
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "mlp_ratio": 4.0,
-        "args": args,
-    }
-    return Spec(image_size=size, model=model, mean=MEAN, std=STD, num_classes=5, images=100)
+def able(ability):
+    return [pair for pair in STYLES if ability in MODULES[pair[0]].CAN]
 
 
-def build(family):
+def build(kind="vit", style="timm", size=32, changes=None, **kw):
+    """An encoder in which nothing is zero or one that could hide a mistake, and its spec."""
     torch.manual_seed(0)
-    if family == "vit":
-        return encoders.sincos_vit(spec()).eval()
-    encoder = encoders.create(spec(), "beit").eval()
-    torch.nn.init.normal_(encoder.rel_pos_bias.relative_position_bias_table)
-    return encoder
+    spec = tiny.spec(size, kind, **(changes or {}))
+    encoder = encoders.create(spec, style, **kw).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return encoder, spec
 
 
-@pytest.fixture(params=["vit", "beit"])
+def small(style, **kw):
+    """A ViT of 16 patches."""
+    return build("vit", style, 16, **kw)[0]
+
+
+def some(encoder, rows, keep=5, seed=2):
+    """Patches of each row, in random order: ids (rows,keep)."""
+    count = encoder.patch_embed.num_patches
+    noise = torch.rand(rows, count, generator=torch.Generator().manual_seed(seed))
+    return noise.argsort(1)[:, :keep]
+
+
+def drawn_mask(encoder, rows=3, seed=3):
+    count = encoder.patch_embed.num_patches
+    return torch.rand(rows, count, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+@pytest.fixture(params=["sincos", "beit"])
 def encoder(request):
-    return build(request.param)
+    return small(request.param)
 
 
 @pytest.fixture
@@ -54,66 +81,427 @@ def images():
     return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def test_export_is_bit_equal_without_extra_arguments(encoder, images, tmp_path):
-    encoders.save(encoder, tmp_path, spec())
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert torch.equal(loaded.forward_features(images), encoder.forward_features(images))
-    assert tuple(loaded.pretrained_cfg["mean"]) == MEAN
-    assert tuple(loaded.pretrained_cfg["std"]) == STD
-    assert tuple(loaded.pretrained_cfg["input_size"]) == (3, 16, 16)
-    assert loaded.pretrained_cfg["tag"] == "mimlab"  # not the provenance of timm's own weights
+# --- every family -------------------------------------------------------------------------------
+
+
+def test_there_are_families():
+    assert {"vit", "swin", "convvit"} <= set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_plan_reads_is_what_the_module_has(kind):
+    declared, module = plugins.declared("encoder", kind), MODULES[kind]
+    assert declared.literals["CAN"] == module.CAN
+    assert declared.literals["NAMES"] == module.NAMES
+    assert dataclasses.asdict(declared.config()) == dataclasses.asdict(module.Config())
+    assert set(re.findall(r'^    "(\w+)"  ', families.__doc__, re.M)) >= module.CAN
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_timm_names_are_its_own(kind):
+    """The name in a tiny model, and that of what it builds, belong to this family alone."""
+    for style in tiny.model(kind).styles:
+        encoder, spec = build(kind, style)
+        built = encoder.pretrained_cfg["architecture"]
+        assert type(encoder).__name__ in MODULES[kind].CLASSES or style == "beit"
+        for name in (spec.model.name, built):
+            assert [k for k in KINDS if re.match(MODULES[k].NAMES, name)] == [kind], name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spec_survives_json(kind):
+    spec = tiny.spec(32, kind)
+    again = Spec.from_json(json.loads(json.dumps(spec.to_json())))
+    assert again == spec
+    assert type(again.model) is MODULES[kind].Config
+    assert (again.grid, again.stride, again.patch) == (spec.grid, spec.stride, spec.patch)
+    info = {"mean": list(spec.mean), "std": list(spec.std), "classes": ["a"] * spec.num_classes}
+    info["splits"] = {"train": {"count": spec.images}}
+    entry = {"kind": kind, "config": json.loads(json.dumps(spec.to_json()))["model"]}
+    assert Spec.of(info, 32, entry) == spec
+
+
+@pytest.mark.parametrize(("kind", "style"), STYLES)
+def test_the_grid_is_that_of_the_spec(kind, style):
+    encoder, spec = build(kind, style)
+    found = encoders.features(encoder, IMAGES)
+    assert found["patch"].shape == (3, spec.grid**2, encoder.num_features)
+    assert found["cls"].shape == (3, encoder.num_features)
+    assert spec.grid == 32 // spec.stride
+    assert not [m for m in encoder.modules() if getattr(m, "drop_prob", 0)]  # timm's Swin has 0.1
+
+
+@pytest.mark.parametrize(("kind", "style"), STYLES)
+def test_both_forward_passes_give_the_same_dict(kind, style):
+    """All keys, whatever the family, with a class token or the patches' mean in its place."""
+    encoder, spec = build(kind, style)
+    found = {}
+    if "drop" in MODULES[kind].CAN:
+        found["visible"] = encoders.visible(encoder, IMAGES, some(encoder, 6))
+        assert found["visible"]["patch"].shape == (6, 5, encoder.num_features)
+    if "mask" in MODULES[kind].CAN:
+        token = torch.randn(1, 1, spec.model.embed_dim)
+        found["masked"] = encoders.masked(encoder, IMAGES, drawn_mask(encoder), token)
+        assert found["masked"]["patch"].shape == (3, spec.grid**2, encoder.num_features)
+    assert found, "a family that methods can use"
+    for seen in found.values():
+        assert set(seen) == {"tokens", "cls", "patch", "taps", "bias"}
+        assert seen["taps"] == {}
+        prefix = getattr(encoder, "num_prefix_tokens", 0)
+        assert torch.equal(seen["tokens"][:, prefix:], seen["patch"])
+        cls = seen["tokens"][:, 0] if encoders.has_cls(encoder) else seen["patch"].mean(1)
+        assert torch.equal(seen["cls"], cls)
+        assert encoders.has_cls(encoder) == ("cls" in MODULES[kind].CAN)
+        assert (seen["bias"] is not None) == (kind == "vit" and style == "beit")
+
+
+@pytest.mark.parametrize(("kind", "style"), STYLES)
+@torch.no_grad()
+def test_nothing_hidden_is_timms_forward(kind, style):
+    encoder, _ = build(kind, style)
+    expected = encoders.features(encoder, IMAGES)
+    found = []
+    if "mask" in MODULES[kind].CAN:
+        none = torch.zeros(3, encoder.patch_embed.num_patches, dtype=torch.bool)
+        found.append(encoders.masked(encoder, IMAGES, None, None))
+        found.append(encoders.masked(encoder, IMAGES, none, torch.full((1, 1, 32), 1e3)))
+    if "drop" in MODULES[kind].CAN:
+        every = torch.arange(encoder.patch_embed.num_patches).expand(3, -1)
+        found.append(encoders.visible(encoder, IMAGES, every))
+    for seen in found:
+        for key in ("cls", "patch"):
+            torch.testing.assert_close(seen[key], expected[key], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "style"), STYLES)
+@torch.no_grad()
+def test_without_the_last_norm(kind, style):
+    encoder, _ = build(kind, style)
+    passes = {"drop": lambda **kw: encoders.visible(encoder, IMAGES, some(encoder, 3), **kw)}
+    passes["mask"] = lambda **kw: encoders.masked(encoder, IMAGES, None, None, **kw)
+    for ability in {"drop", "mask"} & MODULES[kind].CAN:
+        before, after = passes[ability](norm=False), passes[ability]()
+        assert torch.equal(encoder.norm(before["tokens"]), after["tokens"])
+        assert not torch.allclose(before["tokens"], after["tokens"], atol=0.1)
+        prefix = getattr(encoder, "num_prefix_tokens", 0)
+        assert torch.equal(before["patch"], before["tokens"][:, prefix:])
+
+
+@pytest.mark.parametrize(("kind", "style"), able("taps"))
+@torch.no_grad()
+def test_taps_are_the_blocks_outputs(kind, style):
+    encoder, _ = build(kind, style)
+    stages = [encoder] if hasattr(encoder, "blocks") else encoder.layers
+    blocks = [block for stage in stages for block in stage.blocks]
+    count, seen = len(blocks), {}
+    assert sum(encoders.depths(encoder)) == count == 2
+    for number, block in enumerate(blocks, start=1):
+        block.register_forward_hook(lambda m, args, out, n=number: seen.update({n: out}))
+    passes = {"drop": lambda **kw: encoders.visible(encoder, IMAGES, some(encoder, 6), **kw)}
+    passes["mask"] = lambda **kw: encoders.masked(encoder, IMAGES, None, None, **kw)
+    for ability in {"drop", "mask"} & MODULES[kind].CAN:
+        found = passes[ability](taps=(1, count), norm=False)
+        assert set(found["taps"]) == {1, count}
+        for number, tokens in found["taps"].items():
+            states = seen[number]
+            states = states.flatten(1, 2) if states.ndim == 4 else states
+            assert torch.equal(tokens, states), number
+        assert torch.equal(found["taps"][count], found["tokens"])
+        assert set(passes[ability](taps=(2,))["taps"]) == {2}
+        for wrong in (0, count + 1, -1):
+            with pytest.raises(ValueError, match=rf"taps: found \({wrong},\), .* 1\.\.{count}"):
+                passes[ability](taps=(wrong,))
+
+
+@pytest.mark.parametrize(("kind", "style"), able("drop"))
+def test_only_visible_patches_count(kind, style):
+    """Views of one batch: each row is as if alone, and no gradient reaches a pixel it hides."""
+    encoder, spec = build(kind, style)
+    ids = some(encoder, 6)
+    together = encoders.visible(encoder, IMAGES, ids)["tokens"]
+    for row in range(6):
+        alone = encoders.visible(encoder, IMAGES[row % 3][None], ids[row][None])["tokens"][0]
+        torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-5)
+    one = IMAGES.clone().requires_grad_()
+    encoders.visible(encoder, one, ids)["tokens"][4].square().sum().backward()
+    reached = patches.patchify(one.grad, spec.patch).abs().sum(-1) > 0  # (3, N)
+    expected = torch.zeros_like(reached)
+    expected[1, ids[4]] = True
+    assert torch.equal(reached, expected)
+    with pytest.raises(ValueError, match="ids: found 4 rows, expected a multiple of the 3 images"):
+        encoders.visible(encoder, IMAGES, ids[:4])
+
+
+@pytest.mark.parametrize(("kind", "style"), able("mask"))
+@torch.no_grad()
+def test_hidden_patches_are_the_token(kind, style):
+    encoder, spec = build(kind, style)
+    mask, token = drawn_mask(encoder), torch.randn(1, 1, 32)
+    before = encoders.masked(encoder, IMAGES, mask, token)["tokens"]
+    other = pictures.paint(IMAGES, mask, torch.randn_like(IMAGES) * 5)
+    assert torch.equal(encoders.masked(encoder, other, mask, token)["tokens"], before)
+    other = pictures.paint(IMAGES, ~mask, torch.randn_like(IMAGES) * 5)
+    assert not torch.allclose(encoders.masked(encoder, other, mask, token)["tokens"], before)
+    assert not torch.allclose(encoders.masked(encoder, IMAGES, mask, -token)["tokens"], before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_family_claims_works_and_the_rest_is_refused(kind, tmp_path):
+    encoder, spec = build(kind)
+    every = torch.ones(3, 65, 65, dtype=torch.bool)
+
+    def visible(**kw):
+        return encoders.visible(encoder, IMAGES, some(encoder, 3, keep=64), **kw)
+
+    def masked(**kw):
+        return encoders.masked(encoder, IMAGES, None, None, **kw)
+
+    asked = [("drop", visible), ("mask", masked)]
+    asked += [("attention", lambda: encoders.attention(encoder, IMAGES))]
+    for ability, run in asked[:2]:
+        if encoders.can(encoder, ability):
+            asked += [("taps", functools.partial(run, taps=(1,)))]
+            asked += [("attention", functools.partial(run, attend=every))]
+    for ability, run in asked:
+        if encoders.can(encoder, ability):
+            run()
+            continue
+        with pytest.raises(ValueError, match=f"found a {kind} .* expected one with {ability}"):
+            run()
+    encoders.save(encoder, tmp_path, spec)
+    if encoders.can(encoder, "cls"):
+        assert encoders.classifier(tmp_path, 3, pool="token")(IMAGES).shape == (3, 3)
+    else:
+        with pytest.raises(ValueError, match="no class token"):
+            encoders.classifier(tmp_path, 3, pool="token")
+    if encoders.can(encoder, "sizes"):
+        several = encoders.create(spec, dynamic_img_size=True).eval()
+        for size in (16, 32):
+            patch = encoders.features(several, torch.randn(2, 3, size, size))["patch"]
+            assert patch.shape[1] == (size // spec.stride) ** 2
+    if encoders.can(encoder, "plain"):
+        plain = encoders.create(tiny.spec(4, kind, patch_size=1), in_chans=7, depth=1)
+        assert encoders.features(plain, torch.randn(2, 7, 4, 4))["patch"].shape == (2, 16, 32)
+
+
+def test_an_encoder_of_somebody_else_is_refused():
+    with pytest.raises(ValueError, match="encoder: found another module, expected one made by"):
+        encoders.masked(timm.create_model("vit_tiny_patch16_224"), IMAGES, None, None)
+
+
+def test_a_style_that_a_family_has_not_is_named():
+    with pytest.raises(ValueError, match="style: found 'beit', expected 'timm' or 'sincos' of a"):
+        encoders.create(tiny.spec(32, "convvit"), "beit")
+    with pytest.raises(ValueError, match="style: found 'vit', expected 'timm' or 'sincos' or"):
+        encoders.create(tiny.spec(), "vit")
+
+
+@pytest.mark.parametrize(("kind", "style"), STYLES)
+def test_export_is_bit_equal_and_its_family_is_found(kind, style, tmp_path):
+    encoder, spec = build(kind, style)
+    for name in ("a", "b"):
+        encoders.save(encoder, tmp_path / name, spec)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True).eval()
+    expected = encoder.forward_features(IMAGES)
+    assert torch.equal(loaded.forward_features(IMAGES), expected)
+    described = loaded.pretrained_cfg
+    assert (tuple(described["mean"]), tuple(described["std"])) == (spec.mean, spec.std)
+    assert tuple(described["input_size"]) == (3, 32, 32)
+    assert described["tag"] == "mimlab"  # not the provenance of timm's own weights
     assert loaded.num_classes == 0
-    ours = encoders.load(tmp_path).eval()
-    assert torch.equal(
-        encoders.features(ours, images)["patch"], encoders.features(encoder, images)["patch"]
+    ours, same = encoders.load(tmp_path / "a"), encoders.load(tmp_path / "a", img_size=32)
+    assert ours.family == same.family == kind
+    for found in (ours, same):
+        assert torch.equal(found.eval().forward_features(IMAGES), expected)
+    assert encoders.classifier(tmp_path / "a", 3).family == kind
+    ability = min({"drop", "mask"} & MODULES[kind].CAN)
+    assert encoders.can(ours, ability)
+
+
+@pytest.mark.parametrize(("kind", "style"), STYLES)
+def test_an_encoder_of_another_size_of_image_can_be_used_at_the_datas(kind, style, tmp_path):
+    """A method's input_size: trained at 48 pixels, exported, then loaded for images of 32."""
+    data = tiny.spec(32, kind)
+    spec = data.at(48)
+    assert (spec.image_size, data.at(None)) == (48, data)
+    assert spec.grid == 48 // spec.stride
+    torch.manual_seed(0)
+    encoder = encoders.create(spec, style).eval()
+    encoders.save(encoder, tmp_path, spec)
+    large = torch.randn(2, 3, 48, 48)
+    found = encoders.load(tmp_path).eval().forward_features(large)
+    assert torch.equal(found, encoder.forward_features(large))
+    loaded = encoders.load(tmp_path, img_size=data.image_size).eval()
+    assert encoders.features(loaded, IMAGES)["patch"].shape == (
+        3,
+        data.grid**2,
+        loaded.num_features,
+    )
+    assert encoders.classifier(tmp_path, 3, img_size=32)(IMAGES).shape == (3, 3)
+    for name, value in encoder.state_dict().items():  # positions alone are resized
+        fits = "pos_embed" in name or "relative_position" in name or "cpb" in name
+        assert fits or torch.equal(loaded.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_settings_are_not_exported(kind, tmp_path):
+    spec = tiny.spec(32, kind)
+    encoders.save(encoders.create(spec, drop_path=0.3), tmp_path, spec)
+    arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert "drop_path_rate" not in arguments
+
+
+def test_an_architecture_of_no_family_is_refused(tmp_path):
+    encoder, spec = build()
+    encoders.save(encoder, tmp_path, spec)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "resnet18"}))
+    for use in (encoders.load, lambda folder: encoders.classifier(folder, 3)):
+        with pytest.raises(ValueError, match="'resnet18' is of no family in stages/encoders"):
+            use(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"),
+    [
+        ("mae", {"vit", "convvit"}),
+        ("simmim", {"vit", "swin"}),
+        ("beitv2", {"vit"}),
+        ("random", {"vit", "swin", "convvit"}),
+        ("supervised", {"vit", "swin", "convvit"}),
+    ],
+)
+def test_which_methods_take_which_families(method, kinds):
+    needs = tiny.module(method).NEEDS
+    found = {kind for kind in ("vit", "swin", "convvit") if needs <= MODULES[kind].CAN}
+    assert found == kinds
+
+
+# --- which tokens see which ---------------------------------------------------------------------
+
+
+def by_hand(encoder, images, mask, token, attend):
+    """The forward pass of a ViT, written out: dense matrices, one head after the other."""
+    tokens = encoder.patch_embed(images)
+    tokens = torch.where(mask[..., None], token, tokens)
+    prefix = encoder.cls_token.expand(len(images), -1, -1)
+    x = torch.cat([prefix, tokens], 1)
+    if encoder.pos_embed is not None:
+        x = x + encoder.pos_embed
+    shared = getattr(encoder, "rel_pos_bias", None)
+    bias = torch.zeros(()) if shared is None else shared()
+    for block in encoder.blocks:
+        attn, y = block.attn, block.norm1(x)
+        qkv = attn.qkv.bias
+        if qkv is None:
+            qkv = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        q, k, v = (y @ attn.qkv.weight.T + qkv).chunk(3, -1)
+        outs, size = [], q.shape[-1] // attn.num_heads
+        for head in range(attn.num_heads):
+            at = slice(head * size, head * size + size)
+            scores = q[..., at] @ k[..., at].mT / math.sqrt(size)
+            scores = scores + (bias[head] if bias.ndim else 0)
+            weights = scores.exp() * attend
+            outs.append(weights / weights.sum(-1, keepdim=True) @ v[..., at])
+        y, scale = attn.proj(torch.cat(outs, -1)), getattr(block, "gamma_1", 1)
+        x = x + scale * y
+        x = x + getattr(block, "gamma_2", 1) * block.mlp(block.norm2(x))
+    return encoder.norm(x)
+
+
+def openings(rows, tokens, seed=4):
+    """Which keys each query of each sample may see, at least itself."""
+    noise = torch.rand(rows, tokens, tokens, generator=torch.Generator().manual_seed(seed))
+    return (noise < 0.4) | torch.eye(tokens, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_masks_of_each_sample(encoder, images, fused):
+    encoder, images = encoder.double(), images.double()
+    for block in encoder.blocks:
+        block.attn.fused_attn = fused
+    mask, token = drawn_mask(encoder), torch.randn(1, 1, 32, dtype=torch.float64)
+    attend = openings(3, 17)
+    found = encoders.masked(encoder, images, mask, token, attend=attend)
+    expected = by_hand(encoder, images, mask, token, attend)
+    torch.testing.assert_close(found["tokens"], expected, atol=1e-11, rtol=1e-11)
+    free = encoders.masked(encoder, images, mask, token)["tokens"]
+    assert not torch.allclose(found["tokens"], free, atol=1e-3)
+    torch.testing.assert_close(
+        free, by_hand(encoder, images, mask, token, torch.ones(17, 17)), atol=1e-11, rtol=1e-11
     )
 
 
-def test_export_has_reproducible_bytes(encoder, tmp_path):
-    for name in ("a", "b"):
-        encoders.save(encoder, tmp_path / name, spec())
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+def test_attention_masks_of_visible_patches(encoder, images):
+    """In the order of the ids, the class token first; as the same mask on the whole sequence."""
+    encoder, images, ids = encoder.double(), images.double(), some(encoder, 3)
+    attend = openings(3, 6)
+    found = encoders.visible(encoder, images, ids, attend=attend)["tokens"]
+    places = F.pad(ids + 1, (1, 0))
+    whole = torch.eye(17, dtype=torch.bool).repeat(3, 1, 1)
+    for row in range(3):
+        whole[row, places[row][:, None], places[row]] = attend[row]
+    none = torch.zeros(3, 16, dtype=torch.bool)
+    expected = by_hand(encoder, images, none, torch.zeros(1, 1, 32), whole)
+    torch.testing.assert_close(found, take(expected, places), atol=1e-11, rtol=1e-11)
 
 
-def test_training_settings_are_not_exported(tmp_path):
-    encoders.save(encoders.create(spec(), "vit", drop_path_rate=0.3), tmp_path, spec())
-    assert "drop_path_rate" not in json.loads((tmp_path / "config.json").read_text())["model_args"]
+@pytest.mark.parametrize("low", [False, True])
+def test_an_open_mask_changes_nothing(encoder, images, low):
+    ids, token = some(encoder, 3), torch.randn(1, 1, 32)
+    passes = (
+        lambda **kw: encoders.visible(encoder, images, ids, **kw)["tokens"],
+        lambda **kw: encoders.masked(encoder, images, drawn_mask(encoder), token, **kw)["tokens"],
+    )
+    for call, count in zip(passes, (6, 17), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            open_ = call(attend=torch.ones(3, count, count, dtype=torch.bool))
+            torch.testing.assert_close(open_, call(), atol=0.1 if low else 1e-5, rtol=0)
+            some_ = call(attend=openings(3, count))
+        assert torch.isfinite(some_).all()
 
 
-def test_pieces_make_the_whole(encoder, images):
-    tokens = encoders.with_prefix(encoder, encoders.patch_tokens(encoder, images))
-    out, tapped = encoders.run_blocks(encoder, tokens, taps=(1, 2))
-    features = encoders.features(encoder, images)
-    whole = torch.cat([features["cls"][:, None], features["patch"]], dim=1)
-    assert torch.allclose(encoder.norm(out), whole, atol=1e-5)
-    assert torch.allclose(whole, encoder.forward_features(images))
-    assert torch.equal(tapped[2], out)
-    assert set(tapped) == {1, 2}
-    with pytest.raises(ValueError, match="taps"):
-        encoders.run_blocks(encoder, tokens, taps=(3,))
+def test_a_closed_key_has_no_influence(encoder, images):
+    """Nobody but patch 5 itself may see patch 5 of sample 1: no gradient leads to its pixels."""
+    attend = torch.ones(3, 17, 17, dtype=torch.bool)
+    attend[1, :, 6] = False
+    attend[1, 6, 6] = True
+    given = images.clone().requires_grad_()
+    tokens = encoders.masked(encoder, given, None, None, attend=attend)["tokens"]
+    others = tokens[:, [n for n in range(17) if n != 6]]
+    (others * torch.randn(others.shape)).sum().backward()
+    reached = patches.patchify(given.grad, 4).abs().sum(-1) > 0
+    expected = torch.ones(3, 16, dtype=torch.bool)
+    expected[1, 5] = False
+    assert torch.equal(reached, expected)
+    assert torch.isfinite(given.grad).all()
+    changed = images.clone()
+    changed[1, :, 4:8, 4:8] += 3  # patch 5 of a grid of four
+    after = encoders.masked(encoder, changed, None, None, attend=attend)["tokens"]
+    assert torch.equal(after[:, 7:], tokens[:, 7:])
+    assert torch.equal(after[:, :6], tokens[:, :6])
+    assert not torch.equal(after[1, 6], tokens[1, 6])
+
+
+# --- a ViT's parts ------------------------------------------------------------------------------
 
 
 def test_running_a_permutation_of_all_patches_permutes_the_result(encoder, images):
     """Positions, absolute or relative, travel with the patches."""
-    ids = torch.stack(
-        [torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    )
-    tokens = encoders.patch_tokens(encoder, images)
-    full, _ = encoders.run_blocks(encoder, encoders.with_prefix(encoder, tokens))
-    shuffled = tokens.gather(1, ids[..., None].expand(-1, -1, 16))
-    part, _ = encoders.run_blocks(encoder, encoders.with_prefix(encoder, shuffled), ids=ids)
-    assert torch.allclose(
-        part[:, 1:], full[:, 1:].gather(1, ids[..., None].expand(-1, -1, 16)), atol=1e-5
-    )
-    assert torch.allclose(part[:, 0], full[:, 0], atol=1e-5)
+    ids = some(encoder, 3, keep=16)
+    full = encoders.masked(encoder, images, None, None)
+    part = encoders.visible(encoder, images, ids)
+    torch.testing.assert_close(part["patch"], take(full["patch"], ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(part["cls"], full["cls"], atol=1e-5, rtol=1e-5)
 
 
 def test_subset_has_its_rows_of_the_bias():
-    encoder = build("beit")
-    full = encoders.shared_bias(encoder)[0]
+    encoder = small("beit")
+    full = vit.shared_bias(encoder)[0]
     ids = torch.tensor([[3, 0, 9], [5, 14, 1]])
-    part = encoders.shared_bias(encoder, ids)
+    part = vit.shared_bias(encoder, ids)
     for b in range(2):
         places = [0, *(ids[b] + 1).tolist()]
         assert torch.equal(part[b], full[:, places][:, :, places])
@@ -123,19 +511,25 @@ def test_relative_position_index():
     """(2H-1)(2W-1)+3 rows: patch i to j at (yi-yj+H-1)(2W-1) + xi-xj+W-1, three for the class
     token.
     """
-    encoder = build("beit")
+    encoder = small("beit")
     side, table = 4, encoder.rel_pos_bias.relative_position_bias_table
     assert table.shape == (7 * 7 + 3, 2)
-    bias = encoders.shared_bias(encoder)[0]
+    bias = vit.shared_bias(encoder)[0]
     for i in range(16):
         for j in range(16):
-            row = (
-                (i // side - j // side + side - 1) * (2 * side - 1) + i % side - j % side + side - 1
-            )
+            rows, columns = i // side - j // side, i % side - j % side
+            row = (rows + side - 1) * (2 * side - 1) + columns + side - 1
             assert torch.equal(bias[:, 1 + i, 1 + j], table[row])
     assert torch.equal(bias[:, 0, 5], table[-3])  # query cls
     assert torch.equal(bias[:, 5, 0], table[-2])  # key cls
     assert torch.equal(bias[:, 0, 0], table[-1])
+
+
+def test_tables_of_each_block_cannot_run_on_some_patches(images, tmp_path):
+    encoders.save(small("beit"), tmp_path, tiny.spec())
+    own = encoders.classifier(tmp_path, 3)
+    with pytest.raises(ValueError, match="tables of relative positions"):
+        encoders.visible(own, images, torch.zeros(3, 2, dtype=torch.long))
 
 
 def test_attention_maps_are_those_of_the_last_block(encoder, images):
@@ -148,53 +542,70 @@ def test_attention_maps_are_those_of_the_last_block(encoder, images):
     maps = encoders.attention(encoder, images)
     assert maps.shape == (3, 2, 17, 17)
     assert torch.allclose(maps.sum(-1), torch.ones(3, 2, 17))
-    bias = (
-        block.attn.qkv.bias
-        if block.attn.qkv.bias is not None
-        else torch.cat([block.attn.q_bias, block.attn.k_bias, block.attn.v_bias])
-    )
-    value = (x @ block.attn.qkv.weight.T + bias)[..., 32:].view(3, 17, 2, 8).transpose(1, 2)
-    out = block.attn.proj((maps @ value).transpose(1, 2).reshape(3, 17, 16))
+    bias = block.attn.qkv.bias
+    if bias is None:
+        bias = torch.cat([block.attn.q_bias, block.attn.k_bias, block.attn.v_bias])
+    value = (x @ block.attn.qkv.weight.T + bias)[..., 64:].view(3, 17, 2, 16).transpose(1, 2)
+    out = block.attn.proj((maps @ value).transpose(1, 2).reshape(3, 17, 32))
     assert torch.allclose(out, expected, atol=1e-5)
 
 
 def test_registers_and_missing_class_token(images):
-    registers = encoders.sincos_vit(spec(reg_tokens=2)).eval()
+    spec = tiny.spec()
+    registers = encoders.create(spec, "sincos", reg_tokens=2).eval()
     assert registers.pos_embed[0, :3].abs().max() == 0
-    assert torch.equal(registers.pos_embed[0, 3:], sincos_2d(16, 4))
-    tokens = encoders.with_prefix(registers, encoders.patch_tokens(registers, images))
-    assert tokens.shape == (3, 19, 16)
-    out, _ = encoders.run_blocks(registers, tokens)
-    assert torch.allclose(registers.norm(out), registers.forward_features(images), atol=1e-6)
-    bare = encoders.sincos_vit(spec(class_token=False, global_pool="avg", fc_norm=False)).eval()
+    assert torch.equal(registers.pos_embed[0, 3:], sincos_2d(32, 4))
+    seen = encoders.masked(registers, images, None, None)
+    assert seen["tokens"].shape == (3, 19, 32)
+    assert seen["patch"].shape == (3, 16, 32)
+    assert torch.allclose(seen["tokens"], registers.forward_features(images), atol=1e-6)
+    few = encoders.visible(registers, images, some(registers, 3))
+    assert few["tokens"].shape == (3, 3 + 5, 32)
+    without = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    bare = encoders.create(spec, "sincos", **without).eval()
     features = encoders.features(bare, images)
     assert torch.equal(features["cls"], features["patch"].mean(1))
 
 
+@torch.no_grad()
+def test_the_mask_token_gets_the_position_of_its_place(images):
+    for args in ({}, {"args": {"use_abs_pos_emb": True}}):
+        encoder = small("beit" if args else "sincos", changes=args)
+        token = torch.randn(1, 1, 32)
+        tokens = vit.patch_tokens(encoder, images, torch.ones(3, 16, dtype=torch.bool), token)
+        assert torch.allclose(tokens, (token + encoder.pos_embed[:, 1:]).expand(3, -1, -1))
+
+
 @pytest.mark.parametrize(
-    ("changes", "match"),
+    ("size", "changes", "match"),
     [
-        ({"size": 18}, "model.patch_size"),
-        ({"name": "resnet18"}, "model"),
-        ({"name": "vit_tiny_patch16_223"}, "vit_tiny_patch16_224"),
-        ({"bogus": 1}, "bogus"),
-        ({"heads": 3}, "model"),
-        ({"width": 18}, "multiple of 4"),
-        ({"pos_embed": "none"}, "pos_embed"),
+        (18, {}, "^patch_size: found 4, .* expected a divisor of image_size 18"),
+        (16, {"name": "resnet18"}, "^model: timm cannot build 'resnet18'"),
+        (16, {"name": "deit3_small_patch16_224", "args": {"bogus": 1}}, "^model: .*bogus"),
+        (16, {"name": "beit_base_patch16_224"}, "^model.name: 'beit.*' is a Beit, expected a Visi"),
+        (16, {"name": "vit_tiny_patch16_223"}, "^model.name: .*vit_tiny_patch16_224"),
+        (16, {"name": "swin_tiny_patch4_window7_224"}, "^model"),
+        (16, {"args": {"bogus": 1}}, "^model: .*bogus"),
+        (16, {"num_heads": 3}, "^embed_dim: found 32, expected a multiple of num_heads 3"),
+        (16, {"embed_dim": 18}, "multiple of 4"),
+        (16, {"args": {"pos_embed": "none"}}, "pos_embed"),
+        (16, {"depth": 0}, "^depth: found 0, expected 1 or more"),
+        (16, {"patch_size": 0}, "^patch_size: found 0, expected 1 or more"),
+        (16, {"mlp_ratio": 0.0}, "^mlp_ratio: found 0.0, expected a number above 0"),
     ],
 )
-def test_errors_name_the_key(changes, match):
+def test_errors_name_the_key(size, changes, match):
     with pytest.raises(ValueError, match=match):
-        encoders.sincos_vit(spec(**changes))
+        encoders.create(tiny.spec(size, **changes), "sincos")
 
 
-# --- fine-tuning
-# ------------------------------------------------------------------------------------------
+# --- fine-tuning --------------------------------------------------------------------------------
 
 
 def test_classifier_of_a_vit(images, tmp_path):
-    encoder = build("vit")
-    encoders.save(encoder, tmp_path, spec())
+    torch.manual_seed(0)
+    encoder = encoders.create(tiny.spec(), "sincos").eval()
+    encoders.save(encoder, tmp_path, tiny.spec())
     torch.manual_seed(0)
     model = encoders.classifier(tmp_path, 7, drop_path=0.1).eval()
     state, new = encoder.state_dict(), model.state_dict()
@@ -203,59 +614,58 @@ def test_classifier_of_a_vit(images, tmp_path):
     assert all(torch.equal(state[key], new[key]) for key in set(state) & set(new))
     assert not encoder.pos_embed.requires_grad
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(model.pos_embed[0, 1:], sincos_2d(16, 4))
-    assert [round(getattr(block.drop_path1, "drop_prob", 0.0), 6) for block in model.blocks] == [
-        0.0,
-        0.1,
-    ]
+    assert torch.equal(model.pos_embed[0, 1:], sincos_2d(32, 4))
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+    assert rates == pytest.approx([0.0, 0.1])
     assert 0 < model.head.weight.abs().max() < 5 * 2e-5
     assert model.head.bias.abs().max() == 0
     # mean of the patches -> new norm -> head, without the old norm and without cls
-    tokens, _ = encoders.run_blocks(
-        encoder, encoders.with_prefix(encoder, encoders.patch_tokens(encoder, images))
-    )
-    pooled = torch.nn.functional.layer_norm(tokens[:, 1:].mean(1), (16,), eps=1e-6)
+    tokens = encoders.masked(encoder, images, None, None, norm=False)["patch"]
+    pooled = F.layer_norm(tokens.mean(1), (32,), eps=1e-6)
     assert torch.allclose(model(images), pooled @ model.head.weight.T, atol=1e-7)
 
 
 def test_classifier_on_the_class_token_keeps_the_norm(encoder, images, tmp_path):
-    encoders.save(encoder, tmp_path, spec())
+    encoders.save(encoder, tmp_path, tiny.spec())
     model = encoders.classifier(tmp_path, 7, pool="token").eval()
     expected = model.head(encoders.features(encoder, images)["cls"])
     assert torch.allclose(model(images), expected, atol=1e-6)
 
 
 def test_classifier_of_a_beit_unshares_the_table(images, tmp_path):
-    encoder = build("beit")
-    encoders.save(encoder, tmp_path, spec())
+    encoder = small("beit")
+    encoders.save(encoder, tmp_path, tiny.spec())
     model = encoders.classifier(tmp_path, 7).eval()
     tables = [block.attn.relative_position_bias_table for block in model.blocks]
+    shared = encoder.rel_pos_bias.relative_position_bias_table
     assert model.rel_pos_bias is None
-    assert all(
-        torch.equal(table, encoder.rel_pos_bias.relative_position_bias_table) for table in tables
-    )
+    assert all(torch.equal(table, shared) for table in tables)
     with torch.no_grad():
         tables[0].add_(1)
     assert not torch.equal(tables[0], tables[1])
     with torch.no_grad():
         tables[0].sub_(1)
-    tokens, _ = encoders.run_blocks(
-        encoder, encoders.with_prefix(encoder, encoders.patch_tokens(encoder, images))
-    )
-    pooled = torch.nn.functional.layer_norm(tokens[:, 1:].mean(1), (16,), eps=1e-6)
+    tokens = encoders.masked(encoder, images, None, None, norm=False)["patch"]
+    pooled = F.layer_norm(tokens.mean(1), (32,), eps=1e-6)
     assert torch.allclose(model(images), pooled @ model.head.weight.T, atol=1e-6)
     assert model(images).abs().max() < 1e-3
     assert not [key for key in model.state_dict() if "mask_token" in key or "aggregation" in key]
 
 
-def test_classifier_at_another_size(encoder, tmp_path):
-    encoders.save(encoder, tmp_path, spec())
-    assert encoders.classifier(tmp_path, 7, img_size=24)(torch.randn(2, 3, 24, 24)).shape == (2, 7)
+def test_unsharing_the_table_changes_no_bit(images, tmp_path):
+    encoder = small("beit")
+    encoders.save(encoder, tmp_path, tiny.spec())
+    model = encoders.classifier(tmp_path, 3).eval()
+    seen = encoders.masked(encoder, images, None, None, norm=False)
+    # its last norm stands behind the pooling
+    assert torch.equal(model.forward_features(images), seen["tokens"])
+    assert encoder.rel_pos_bias.relative_position_bias_table.abs().max() > 0
 
 
 def test_fine_tuning_model_of_beit_base_has_86_530_984_parameters(tmp_path, monkeypatch):
+    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0}
     with torch.device("meta"):
-        encoder = encoders.create(spec(224, 16, 768, 12, 12, name="vit_base_patch16_224"), "beit")
+        encoder = encoders.create(tiny.spec(224, **sizes), "beit")
         save_config_for_hf(encoder, tmp_path / "config.json")
         (tmp_path / "model.safetensors").touch()
         monkeypatch.setattr(encoders, "load_file", lambda path: dict(encoder.state_dict()))
@@ -266,9 +676,7 @@ def test_fine_tuning_model_of_beit_base_has_86_530_984_parameters(tmp_path, monk
 def test_what_is_no_encoder_is_refused(encoder, tmp_path):
     with pytest.raises(FileNotFoundError, match="pretrain"):
         encoders.load(tmp_path / "nothing")
-    encoders.save(encoder, tmp_path, spec())
-    from safetensors.torch import load_file, save_file
-
+    encoders.save(encoder, tmp_path, tiny.spec())
     state = load_file(tmp_path / "model.safetensors")
     del state["blocks.1.norm2.weight"]
     save_file(state, tmp_path / "model.safetensors")
@@ -278,110 +686,77 @@ def test_what_is_no_encoder_is_refused(encoder, tmp_path):
         encoders.classifier(tmp_path, 3, pool="max")
 
 
-# --- Swin
-# -------------------------------------------------------------------------------------------------
-
-SWINS = {1: "swin_tiny_patch4_window7_224", 2: "swinv2_tiny_window8_256"}
+# --- Swin ---------------------------------------------------------------------------------------
 
 
-def swin_spec(
-    version=1, size=32, patch=2, width=12, depth=(1, 2, 1), heads=(1, 2, 4), window=4, **args
-):
+def swin_spec(version=1, size=32, **changes):
     """Grids of 16, 8 and 4: windows of 4, the last of which is the whole grid."""
-    model = {
-        "name": SWINS[version],
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": list(depth),
-        "num_heads": list(heads),
-        "window_size": window,
-        "mlp_ratio": 2.0,
-        "args": args,
-    }
-    return Spec(image_size=size, model=model, mean=MEAN, std=STD, num_classes=5, images=100)
+    sizes = {"name": SWINS[version], "patch_size": 2, "embed_dim": 12, "window_size": 4}
+    sizes |= {"depth": (1, 2, 1), "num_heads": (1, 2, 4)}
+    return tiny.spec(size, "swin", **{**sizes, **changes})
 
 
-def swin(version=1, **kw):
+def swin(version=1):
     torch.manual_seed(0)
-    encoder = encoders.create(swin_spec(version, **kw)).eval()
+    encoder = encoders.create(swin_spec(version)).eval()
     for parameter in encoder.parameters():  # V2 starts as the identity
         torch.nn.init.normal_(parameter, std=0.1)
     return encoder
 
 
-@pytest.fixture
-def pictures():
-    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize(("size", "patch"), [(32, 2), (64, 4), (64, 2)])
 def test_swin_gives_the_grid_of_the_spec(size, patch):
-    spec = swin_spec(size=size, patch=patch)
-    assert spec.hierarchical and spec.stride == 4 * patch and spec.grid == size // (4 * patch)
+    spec = swin_spec(size=size, patch_size=patch)
+    assert (spec.stride, spec.grid) == (4 * patch, size // (4 * patch))
     encoder = encoders.create(spec)
     found = encoders.features(encoder.eval(), torch.randn(2, 3, size, size))
     assert found["patch"].shape == (2, spec.grid**2, 48)
     assert encoder.num_features == 48
     assert torch.equal(found["cls"], found["patch"].mean(1))
-    assert not [
-        module for module in encoder.modules() if getattr(module, "drop_prob", 0)
-    ]  # timm's own is 0.1
 
 
 def test_a_vit_has_one_stage():
-    assert not spec().hierarchical and (spec().stride, spec().grid) == (4, 4)
-    assert encoders.depths(build("vit")) == (2,)
+    assert (tiny.spec().stride, tiny.spec().grid) == (4, 4)
+    assert encoders.depths(small("timm")) == (2,)
     assert encoders.depths(swin()) == (1, 2, 1)
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_swin_is_a_swin_whatever_the_method_would_choose(version):
-    assert isinstance(
-        encoders.create(swin_spec(version), "beit", drop_path_rate=0.1), encoders.SWIN[version - 1]
-    )
-    with pytest.raises(ValueError, match="expected a ViT"):
-        encoders.sincos_vit(swin_spec(version))
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_swins_export_is_bit_equal(version, pictures, tmp_path):
-    encoder = swin(version)
-    encoders.save(encoder, tmp_path, swin_spec(version))
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert torch.equal(loaded.forward_features(pictures), encoder.forward_features(pictures))
-    assert loaded.num_classes == 0
-    assert tuple(loaded.pretrained_cfg["mean"]) == MEAN
-    assert tuple(loaded.pretrained_cfg["input_size"]) == (3, 32, 32)
-    ours = encoders.load(tmp_path).eval()
-    assert torch.equal(
-        encoders.features(ours, pictures)["patch"], encoders.features(encoder, pictures)["patch"]
-    )
+    expected = (SwinTransformer, SwinTransformerV2)[version - 1]
+    made = []
+    for style in ("timm", "sincos", "beit"):
+        torch.manual_seed(0)
+        made.append(encoders.create(swin_spec(version), style, layer_scale=0.1).state_dict())
+        assert isinstance(encoders.create(swin_spec(version), style, drop_path=0.1), expected)
+    for other in made[1:]:
+        assert all(torch.equal(made[0][key], value) for key, value in other.items())
 
 
 @pytest.mark.parametrize("version", [1, 2])
 @torch.no_grad()
-def test_swins_pieces_make_the_whole(version, pictures):
+def test_swins_pieces_make_the_whole(version, tmp_path):
     encoder = swin(version)
-    tokens = encoders.patch_tokens(encoder, pictures)
-    assert tokens.shape == (3, 256, 12)
-    assert encoders.with_prefix(encoder, tokens) is tokens
-    out, tapped = encoders.run_blocks(encoder, tokens, taps=(1, 2, 3, 4))
-    assert torch.equal(encoder.norm(out), encoder.forward_features(pictures).flatten(1, 2))
+    seen = encoders.masked(encoder, IMAGES, None, None, taps=(1, 2, 3, 4))
+    assert torch.equal(seen["tokens"], encoder.forward_features(IMAGES).flatten(1, 2))
+    tapped = seen["taps"]
     assert [tapped[n].shape[1:] for n in (1, 2, 3, 4)] == [(256, 12), (64, 24), (64, 24), (16, 48)]
-    _, stages = encoder.forward_intermediates(pictures)
+    _, stages = encoder.forward_intermediates(IMAGES)
     for tap, stage in ((1, 0), (3, 1), (4, 2)):
         assert torch.equal(tapped[tap], stages[stage].flatten(2).transpose(1, 2))
-    with pytest.raises(ValueError, match=r"1\.\.4"):
-        encoders.run_blocks(encoder, tokens, taps=(5,))
-    with pytest.raises(ValueError, match="some of the patches"):
-        encoders.run_blocks(encoder, tokens, ids=torch.zeros(3, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match="attention"):
-        encoders.attention(encoder, pictures)
+    encoders.save(encoder, tmp_path, swin_spec(version))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded.forward_features(IMAGES), encoder.forward_features(IMAGES))
+    mask = torch.zeros(3, 16, 16, dtype=torch.bool)
+    mask[:, :4, 4:8] = True  # one window of the first stage
+    hidden = encoders.masked(encoder, IMAGES, mask.flatten(1), torch.zeros(1, 1, 12), taps=(1,))
+    changed = (hidden["taps"][1] != tapped[1]).any(-1).view(3, 16, 16)
+    assert torch.equal(changed, mask)  # on the grid of the first stage
 
 
 @pytest.mark.parametrize("version", [1, 2])
 @torch.no_grad()
-def test_classifier_of_a_swin(version, pictures, tmp_path):
+def test_classifier_of_a_swin(version, tmp_path):
     encoder = swin(version)
     encoders.save(encoder, tmp_path, swin_spec(version))
     model = encoders.classifier(tmp_path, 50, drop_path=0.3).eval()
@@ -391,54 +766,71 @@ def test_classifier_of_a_swin(version, pictures, tmp_path):
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.head.fc.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.head.fc.bias.abs().max() == 0
-    pooled = encoders.features(encoder, pictures)["patch"].mean(1)  # after the pretrained norm
-    assert torch.allclose(model(pictures), pooled @ model.head.fc.weight.T, atol=1e-6)
+    pooled = encoders.features(encoder, IMAGES)["patch"].mean(1)  # after the pretrained norm
+    assert torch.allclose(model(IMAGES), pooled @ model.head.fc.weight.T, atol=1e-6)
     blocks = [block for stage in model.layers for block in stage.blocks]
-    assert [round(getattr(block.drop_path1, "drop_prob", 0.0), 6) for block in blocks] == [
-        0.0,
-        0.1,
-        0.2,
-        0.3,
-    ]
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
     larger = encoders.classifier(tmp_path, 50, img_size=48, window_size=6)
     assert larger(torch.randn(1, 3, 48, 48)).shape == (1, 50)
-    with pytest.raises(ValueError, match="class token"):
-        encoders.classifier(tmp_path, 50, pool="token")
 
 
 def test_a_swin_with_a_missing_part_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     encoders.save(swin(), tmp_path, swin_spec())
     state = load_file(tmp_path / "model.safetensors")
     for name in ("norm.weight", "layers.1.downsample.reduction.weight"):
-        save_file(
-            {key: value for key, value in state.items() if key != name},
-            tmp_path / "model.safetensors",
-        )
+        left = {key: value for key, value in state.items() if key != name}
+        save_file(left, tmp_path / "model.safetensors")
         with pytest.raises(RuntimeError, match=name):
             encoders.classifier(tmp_path, 3)
+
+
+def two_stages(**changes):
+    sizes = {"patch_size": 2, "embed_dim": 8, "depth": (1, 1), "num_heads": (1, 2)}
+    return swin_spec(**({"size": 16, "window_size": 4} | sizes | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"name": SWINS[2]},
+        {"window_size": 9},
+        {"depth": (1, 1, 1), "num_heads": (1, 1, 1)},
+    ],
+)
+def test_a_swin_whose_config_is_accepted_can_be_built(changes):
+    spec = two_stages(**changes)
+    spec.model.check(16)
+    found = encoders.features(encoders.create(spec), torch.randn(1, 3, 16, 16))
+    assert found["patch"].shape[1] == spec.grid**2
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"size": 36}, "model.patch_size"),
-        ({"heads": (1, 2)}, "model"),
-        ({"bogus": 1}, "bogus"),
+        (
+            {"window_size": 3},
+            "^window_size: found 3, expected a divisor of the 8 tokens per side in stage 1",
+        ),
+        ({"window_size": 0}, "^window_size: found 0, expected 1 or more"),
+        ({"depth": (1, 0)}, r"^depth: found \(1, 0\), expected 1 or more"),
+        ({"depth": (), "num_heads": ()}, "^depth: found no stages, expected one or more"),
+        ({"depth": (1, 1, 1)}, "^num_heads: found 2 stages, expected 3 as in depth"),
+        ({"num_heads": (1, 3)}, "^embed_dim: found 8, .*stage 2 16 wide, expected .* 3 heads"),
+        ({"patch_size": 16}, "^patch_size: found 16, .* tokens of 32 pixels, .* image_size 16"),
+        ({"name": "vit_tiny_patch16_224"}, "^model"),
+        ({"name": "swin_tiny_patch4_window7_223"}, f"^model.name: .*{SWINS[1]}"),
+        ({"args": {"bogus": 1}}, "^model: .*bogus"),
+        ({"size": 18}, "^patch_size"),
     ],
 )
-def test_errors_about_a_swin_name_the_key(changes, match):
+def test_a_swin_that_cannot_be_is_named_before_anything_runs(changes, match):
     with pytest.raises(ValueError, match=match):
-        encoders.create(swin_spec(**changes))
+        encoders.create(two_stages(**changes))
 
 
-def test_a_list_of_depths_needs_a_swin():
-    with pytest.raises(ValueError, match=r"model\.(name|:)|model: timm cannot build"):
-        encoders.create(spec(depth=[1, 1]))
-
-
-PARAMS = {
+SWIN_PARAMS = {
     "name": SWINS[1],
     "patch_size": 2,
     "embed_dim": 8,
@@ -449,56 +841,39 @@ PARAMS = {
 
 
 def swin_params(**changes):
-    """Params for images of 16 pixels and the methods that take a Swin; a change to None leaves a
-    key of model out.
-    """
+    """Params for images of 16 pixels and the methods that take a Swin."""
     content = tiny_content(methods={"simmim": {}})
-    content["model"] = {
-        key: value for key, value in (PARAMS | changes).items() if value is not None
-    }
-    content["targets"] = {}
+    content |= {"model": SWIN_PARAMS | changes, "targets": {}}
     content["grid"]["runs"] = {
         name: {"method": name} for name in ("simmim", "random", "supervised")
     }
     return content
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"name": SWINS[2]}, {"window_size": 9}, {"depth": [1, 1, 1], "num_heads": [1] * 3}],
-)
-def test_a_swin_that_params_accepts_can_be_built(changes):
-    model = check(swin_params(**changes)).params.model.model_dump()
-    spec = Spec(image_size=16, model=model, mean=MEAN, std=STD, num_classes=5, images=100)
-    assert (
-        encoders.features(encoders.create(spec), torch.randn(1, 3, 16, 16))["patch"].shape[1]
-        == spec.grid**2
-    )
+def test_a_swin_of_params_is_one():
+    model = check(swin_params()).models["main"]
+    assert (model.kind, model.settings.config["depth"]) == ("swin", (1, 1))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"window_size": 3},
-            ["model.window_size", "3 does not divide the 8 tokens per side in stage 1"],
-        ),
-        ({"window_size": None}, ["model.window_size", "required"]),
+        ({"window_size": 3}, ["model.window_size: found 3, expected a divisor of the 8 tokens"]),
         ({"depth": 2}, ["model.depth", "a list", "found 2"]),
         ({"num_heads": 2}, ["model.num_heads", "a list"]),
-        ({"depth": [1, 0]}, ["model.depth", "greater than or equal to 1", "[1, 0]"]),
-        ({"depth": []}, ["model.depth", "greater than or equal to 1"]),
+        ({"depth": [1, 0]}, ["model.depth", "1 or more", "(1, 0)"]),
+        ({"depth": []}, ["model.depth: found no stages"]),
         ({"depth": [1, 1, 1]}, ["model.num_heads", "2 stages", "3"]),
-        ({"num_heads": [1, 3]}, ["model.embed_dim", "16", "num_heads 3 in stage 2"]),
-        ({"patch_size": 16}, ["data.image_size", "16", "32"]),
+        ({"num_heads": [1, 3]}, ["model.embed_dim", "stage 2 16 wide", "3 heads"]),
+        ({"patch_size": 16}, ["model.patch_size", "16", "32 pixels"]),
         (
             {"name": "vit_tiny_patch16_224"},
-            ["model.depth", "one number", "model.window_size", "no windows"],
+            ["model.depth", "integer", "model.window_size: unknown"],
         ),
         ({"name": "swin_tiny_patch4_window7_223"}, ["model.name", SWINS[1]]),
     ],
 )
-def test_a_swin_that_cannot_be_is_named_before_anything_runs(changes, words):
+def test_params_name_a_swin_that_cannot_be(changes, words):
     with pytest.raises(ParamsError) as caught:
         check(swin_params(**changes))
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -506,21 +881,16 @@ def test_a_swin_that_cannot_be_is_named_before_anything_runs(changes, words):
 
 def test_plug_ins_that_take_no_swin_say_so():
     content = tiny_content()
-    content["model"] = PARAMS
+    content["model"] = SWIN_PARAMS
     with pytest.raises(ParamsError) as caught:
         check(content)
-    for word in (
-        "method mae takes no swin, only vit",
-        "method beitv2",
-        "target dino",
-        "target vqkd",
-    ):
+    for word in ("method mae needs", "method beitv2 needs", "target dino needs", "target vqkd"):
         assert word in str(caught.value)
+    assert "kind swin can 'mask' and 'taps'; expected kind convvit or vit" in str(caught.value)
     assert "random" not in str(caught.value)
 
 
-# --- positions and patches
-# --------------------------------------------------------------------------------
+# --- positions and patches ----------------------------------------------------------------------
 
 
 def test_sincos_golden_rows():
@@ -584,10 +954,10 @@ def test_paint_and_contact_sheet():
     x = torch.zeros(2, 3, 8, 8)
     mask = torch.zeros(2, 4)
     mask[0, 1] = 1
-    painted = patches.paint(x, mask, 1.0)
+    painted = pictures.paint(x, mask, 1.0)
     assert painted[0, :, :4, 4:].min() == 1
     assert painted.sum() == 3 * 16
-    sheet = patches.contact_sheet([x, painted], side=16, gap=2)
+    sheet = pictures.contact_sheet([x, painted], side=16, gap=2)
     assert sheet.dtype == np.uint8
     assert sheet.shape == (2 * 18 - 2, 2 * 18 - 2, 3)
     assert sheet[0, 18 + 8].tolist() == [255] * 3

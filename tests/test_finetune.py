@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tasks import MODEL, digests, result, run_of, world
+from test_tasks import digests, result, run_of, trial, world
 from timm.data.mixup import mixup_target
 
 from stages.kit.data import loader, store
 from stages.kit.nets import encoders
-from stages.kit.spec import Spec
-from stages.kit.train import optim
-from stages.kit.train.loop import Progress
+from stages.kit.train import loop, mixing, optim
 from stages.tasks import finetune
-from stages.tasks.finetune import Classifier, Config, Subset, kept, micro_batch, mixed
+from stages.tasks.finetune import Classifier, Config, Subset, kept, micro_batch, softened
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,15 @@ def lab(tmp_path_factory):
     return world(tmp_path_factory.mktemp("lab"))
 
 
-def progress(step: int, rows: torch.Tensor) -> Progress:
-    return Progress(step, 10, 0.0, 0, rows, torch.device("cpu"))
+def mixed(images, labels, classes: int, share, smoothing: float):
+    """Images and hard labels as a training step mixes them."""
+    return mixing.mixed(images, softened(labels, classes, smoothing), share, share.mean())
 
 
 def test_layer_decay_of_twelve_blocks_to_six_digits(tmp_path):
-    spec = Spec(16, MODEL | {"depth": 12}, (0.5,) * 3, (0.5,) * 3, 5, 10)
+    spec = tiny.spec(embed_dim=16, depth=12)
     encoders.save(encoders.create(spec), tmp_path, spec)
-    classifier = Classifier(tmp_path, Config(layer_decay=0.65), 5)
+    classifier = Classifier(tmp_path, Config(layer_decay=0.65), 5, 16)
     groups = classifier.param_groups(0.05)
     names = {id(p): name for name, p in classifier.model.named_parameters()}
     found = {
@@ -120,24 +121,24 @@ def test_soft_labels_are_timms_and_sum_to_one():
 
 
 def test_without_mixing_the_loss_is_smoothed_cross_entropy(lab):
-    classifier = Classifier(lab.encoder, Config(mixup=0.0, cutmix=0.0, drop_path=0.0), 3)
+    classifier = Classifier(lab.encoder, Config(mixup=0.0, cutmix=0.0, drop_path=0.0), 3, 16)
     torch.nn.init.normal_(classifier.model.head.weight)
     images, labels = torch.rand(4, 3, 16, 16), torch.tensor([0, 2, 1, 1])
-    found = classifier({"view": images, "label": labels}, progress(0, torch.arange(4)))["loss"]
+    found = classifier({"view": images, "label": labels}, tiny.progress(torch.arange(4), 0))["loss"]
     logits = classifier.model(lab.spec.normalise(images))  # by the statistics of the pretraining
     torch.testing.assert_close(found, F.cross_entropy(logits, labels, label_smoothing=0.1))
 
 
 def test_micro_batches_make_the_same_step(lab):
-    classifier = Classifier(lab.encoder, Config(drop_path=0.0), 3)
+    classifier = Classifier(lab.encoder, Config(drop_path=0.0), 3, 16)
     torch.nn.init.normal_(classifier.model.head.weight)
     batch = {"view": torch.rand(8, 3, 16, 16), "label": torch.arange(8) % 3}
     for step in range(4):
-        whole = classifier(batch, progress(step, torch.arange(8)))["loss"]
+        whole = classifier(batch, tiny.progress(torch.arange(8), step))["loss"]
         parts = [
             classifier(
                 {k: v[at : at + 2] for k, v in batch.items()},
-                progress(step, torch.arange(at, at + 2)),
+                tiny.progress(torch.arange(at, at + 2), step),
             )["loss"]
             for at in range(0, 8, 2)
         ]
@@ -153,10 +154,10 @@ def test_micro_batch_divides_and_is_even(share, limit, expected):
 
 
 def test_interrupted_and_continued_ends_with_the_same_bytes(lab, monkeypatch):
-    config, real = Config(epochs=2, batch_size=16, randaugment=None), Classifier.forward
+    real = Classifier.forward
 
     def once(run):
-        return finetune.run(lab.encoder, lab.data, config, run, 0, lab.spec)
+        return finetune.run(trial(lab, "finetune", run=run, epochs=2, batch_size=16))
 
     whole, halves = run_of(lab, "whole"), run_of(lab, "halves")
     expected = once(whole)
@@ -215,9 +216,9 @@ def test_subset_is_the_same_pictures(lab):
 
 
 def test_the_table_of_relative_positions_is_decayed_as_in_beit(tmp_path):
-    spec = Spec(16, MODEL, (0.5,) * 3, (0.5,) * 3, 3, 10)
+    spec = tiny.spec(embed_dim=16)
     encoders.save(encoders.create(spec, "beit"), tmp_path, spec)
-    classifier = Classifier(tmp_path, Config(), 3)
+    classifier = Classifier(tmp_path, Config(), 3, 16)
     names = {id(p): name for name, p in classifier.model.named_parameters()}
     decays = {
         names[id(p)]: group["weight_decay"]
@@ -225,11 +226,11 @@ def test_the_table_of_relative_positions_is_decayed_as_in_beit(tmp_path):
         for p in group["params"]
     }
     tables = [name for name in decays if "relative_position_bias_table" in name]
-    assert len(tables) == MODEL["depth"] and all(decays[name] == 0.05 for name in tables)
-    assert optim.layer_id(tables[-1], MODEL["depth"]) == MODEL["depth"]
+    assert len(tables) == spec.model.depth and all(decays[name] == 0.05 for name in tables)
+    assert optim.layer_id(tables[-1], spec.model.depth) == spec.model.depth
     loss = classifier(
         {"view": torch.rand(2, 3, 16, 16), "label": torch.tensor([0, 1])},
-        progress(0, torch.arange(2)),
+        tiny.progress(torch.arange(2), 0),
     )["loss"]
     loss.backward()
     missing = {name for name, p in classifier.model.named_parameters() if p.grad is None}
@@ -252,3 +253,34 @@ def test_the_table_of_relative_positions_is_decayed_as_in_beit(tmp_path):
 def test_bad_settings_name_their_key(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Config(**bad)
+
+
+def test_the_default_recipe():
+    """What nobody sets: five epochs of fifty warm up to 1e-3 at 256 images, down to 1e-6."""
+    config = Config()
+    recipe = loop.Recipe.of(config, {"epochs": config.epochs, "batch_size": 128}, 10)
+    assert (recipe.epochs, recipe.warmup, recipe.steps) == (50, 50, 500)
+    assert (recipe.lr, recipe.min_lr, recipe.weight_decay) == (5e-4, 1e-6, 0.05)
+    assert recipe.lr_at(24) == pytest.approx(5e-4 * 25 / 50, rel=0.05)
+    assert recipe.lr_at(50) == pytest.approx(5e-4) and recipe.lr_at(499) < 1e-5
+
+
+def test_the_published_recipe_is_one():
+    config = Config(**finetune.PUBLISHED)
+    assert (config.epochs, config.lr, config.lr_per, config.layer_decay) == (100, 5e-4, 256, 0.65)
+
+
+@pytest.mark.parametrize(("kind", "style"), [("vit", "timm"), ("vit", "beit"), ("swin", "timm")])
+def test_fine_tuning_at_another_size_of_another_data_set(tmp_path, kind, style):
+    """The classifier that it keeps carries its size, and the mean of the pretraining."""
+    lab = world(tmp_path, kind, style)
+    lab.spec = replace(lab.spec, mean=(0.1,) * 3)  # of the task's data set
+    metrics, arrays = result(lab, "finetune", input_size=32, save_model=True)
+    assert 0 <= metrics["top1"] <= 1
+    model = encoders.load(tmp_path / "out/one/classifier").eval()
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert model.pretrained_cfg["mean"] == pytest.approx((0.4,) * 3)
+    ((images, _, _),) = loader.evaluation(store.Split.open(lab.data, "test"), 32, 100)
+    with torch.no_grad():
+        found = model((images - 0.4) / 0.25).argmax(1).numpy()
+    assert (found == arrays["prediction"]).all()

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_content, write_params
 
-from stages.kit.job.job import JobError, running, write_atomic, write_json
 from stages.kit.job import job as jobs
+from stages.kit.job.job import JobError, running, write_atomic, write_json
 from workflow.plan import load
 from workflow.plugins import ROOT
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
-from stages.tasks import score
+from stages.tasks._classify import accuracy
 from stages.tasks.knn import Config, unit, vote
 
 
@@ -88,10 +88,10 @@ def test_score_by_hand():
     scores = torch.tensor(
         [[9.0, 1, 0, 0, 0, 0], [9, 1, 0, 0, 0, -1], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]]
     )
-    result = score(scores, torch.tensor([0, 0, 5, 1]))
+    result = accuracy(scores, torch.tensor([0, 0, 5, 1]))
     assert result["top1"] == 3 / 4 and result["top5"] == 3 / 4  # the third's label is in last place
     assert result["per_class_mean"] == pytest.approx((1 + 0 + 1) / 3)
-    assert score(scores[:, :4], torch.tensor([0, 0, 3, 1]))["top5"] is None
+    assert accuracy(scores[:, :4], torch.tensor([0, 0, 3, 1]))["top5"] is None
 
 
 @pytest.mark.parametrize("bad", [{"k": ()}, {"k": (0, 5)}, {"temperature": 0.0}])

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from conftest import tiny_content, write_params
 
-from stages.kit.job.files import JobError
 from stages.kit.job import device, launch
 from stages.kit.train import loop
 from workflow import ledger
+from workflow.files import JobError
 from workflow.plan import load
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_views import GOLDEN, digest, seeded
 
 from stages.kit import keyed
-from stages.kit.data import loader
+from stages.kit.data import loader, store
+from stages.kit.data.decode import encode_png, square
 from stages.kit.data.loader import Batches, evaluation, prefetch
 from stages.kit.data.views import View, apply
+from stages.kit.data.writer import SplitWriter
 
 VIEWS = {
     "view": View(8, (0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1)),
@@ -69,7 +72,7 @@ def test_a_batch_is_what_the_contract_says():
     batches = Batches(split, VIEWS, 6, 3, labels=True)
     assert batches.steps_per_epoch == 3 and batches.accumulate == 1
     batch = batches.batch(4)  # epoch 1, second batch
-    assert set(batch) == {"view", "other", "index", "row", "label"}
+    assert set(batch) == {"view", "view.box", "other", "other.box", "index", "row", "label"}
     index = keyed.permutation(22, 3, "order", 1)[6:12]
     assert torch.equal(batch["index"], index)
     assert torch.equal(batch["row"], torch.arange(6))
@@ -89,7 +92,7 @@ def test_no_labels_unless_asked_for():
         Batches(FakeSplit(), VIEWS, 6, 0).batch(0),
         *next(Batches(FakeSplit(), VIEWS, 6, 0).stream(0, 1)),
     ]:
-        assert set(batch) == {"view", "other", "index", "row"}
+        assert set(batch) == {"view", "view.box", "other", "other.box", "index", "row"}
 
 
 def test_each_epoch_is_another_order_without_repetition():
@@ -160,6 +163,185 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+# views that share, follow the training, or are of other data
+
+
+def test_views_of_a_batch_may_share_a_crop():
+    view = View(8, (0.2, 1.0), flip=0.5, margin=2)
+    recipes = {
+        "view": view,
+        "small": View(4, crop_of="view"),
+        "t": View(8, crop_of="view", shift=2),
+    }
+    batch = Batches(FakeSplit(), recipes, 6, 3).batch(1)
+    assert torch.equal(batch["view.box"], batch["small.box"])
+    assert not torch.equal(batch["view.box"], batch["t.box"])
+    alone = Batches(FakeSplit(), {"view": view}, 6, 3).batch(1)
+    assert same(alone, {name: batch[name] for name in alone})
+
+
+def growing(fraction: float) -> dict:
+    """4 pixels in the first half of the training, then 8."""
+    size = 4 if fraction < 0.5 else 8
+    return {"view": View(size, (0.2, 1.0), flip=0.5), "target": View(size, crop_of="view")}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_size_may_follow_the_training(workers):
+    batches = Batches(FakeSplit(), growing, 6, 5, micro=3, workers=workers, epochs=4)
+    streamed = list(batches.stream(0, 12))  # 4 epochs of 3 steps
+    assert [parts[1]["view"].shape[-1] for parts in streamed] == [4] * 6 + [8] * 6
+    assert [parts[0]["target"].shape[-1] for parts in streamed] == [4] * 6 + [8] * 6
+    fixed = Batches(FakeSplit(), growing(0.9), 6, 5, micro=3)
+    for step, parts in enumerate(streamed):
+        for m, part in enumerate(parts):
+            assert same(part, batches.batch(step, m))
+            if step >= 6:  # and else nothing changes
+                assert same(part, fixed.batch(step, m))
+    again = batches.stream(5, 12)  # a training that was stopped after 5 steps
+    assert all(same(a[0], b[0]) for a, b in zip(streamed[5:], again, strict=True))
+
+
+class Clouds:
+    """A recipe for point clouds: some of each sample's points, turned by an angle of its own."""
+
+    def __init__(self, points: int) -> None:
+        self.points = points
+
+    def make(self, name: str, rows, key) -> dict:
+        all_points = rows.split.points[rows.index]  # (b, n, 3)
+        angle = keyed.uniform(keyed.key(key(name), "angle"), rows.index) * 6.2831853
+        draws = keyed.uniform(keyed.key(key(name), "points"), rows.index, all_points.shape[1])
+        chosen = draws.argsort(1)[:, : self.points, None].expand(-1, -1, 3)
+        x, y, z = all_points.gather(1, chosen).unbind(2)
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        turned = torch.stack([cos * x - sin * y, sin * x + cos * y, z], 2)
+        return {name: turned, f"{name}.angle": angle}
+
+
+class FakeClouds:
+    """A split of point clouds: no images at all."""
+
+    def __init__(self, count: int = 22) -> None:
+        self.points = keyed.normal(1, torch.arange(count), 50, 3)
+        self.labels = np.arange(count) % 3
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("world,micro", [(1, 6), (1, 2), (3, 1)])
+def test_a_foreign_recipe_goes_through_workers_ranks_micro_batches_and_resume(
+    workers, world, micro
+):
+    expected = Batches(FakeClouds(), {"cloud": Clouds(10)}, 6, 5, labels=True)
+    first = expected.batch(4)
+    assert set(first) == {"cloud", "cloud.angle", "index", "row", "label"}
+    assert first["cloud"].shape == (6, 10, 3) and first["cloud.angle"].shape == (6,)
+    ranks = [
+        Batches(
+            FakeClouds(),
+            {"cloud": Clouds(10)},
+            6,
+            5,
+            labels=True,
+            micro=micro,
+            rank=rank,
+            world=world,
+            workers=workers,
+        )
+        for rank in range(world)
+    ]
+    for start in (0, 4):  # from the beginning, or after a stop
+        for step, parts in enumerate(
+            zip(*(rank.stream(start, 7) for rank in ranks), strict=True), start
+        ):
+            assert same(joined([part for rank in parts for part in rank]), expected.batch(step))
+
+
+def test_a_recipe_that_gives_other_names_or_counts_is_refused():
+    class Odd:
+        def __init__(self, **given):
+            self.given = given
+
+        def make(self, name, rows, key):
+            return {key.replace("_", "."): value for key, value in self.given.items()}
+
+    for given, message in (
+        ({"index": torch.zeros(6)}, "made 'index' of 6"),
+        ({"viewer": torch.zeros(6)}, "made 'viewer'"),
+        ({"view": torch.zeros(5, 3)}, "made 'view' of 5 samples, expected.*6 samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Batches(FakeSplit(), {"view": Odd(**given)}, 6, 0).batch(0)
+    assert "view.x" in Batches(FakeSplit(), {"view": Odd(view_x=torch.zeros(6))}, 6, 0).batch(0)
+
+
+def test_images_are_decoded_once_for_all_views():
+    split, calls = FakeSplit(shards=True), []
+    decode = split.decode
+    split.decode = lambda i: calls.append(i) or decode(i)
+    Batches(split, {**VIEWS, "third": View(4, crop_of="view")}, 6, 3).batch(0)
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("memmap", [True, False])
+def test_masks_and_boxes_of_a_stored_split(tmp_path, memmap):
+    pixels = np.repeat(np.repeat(FakeSplit(9).pixels, 2, 1), 3, 2)  # 20 x 30
+    masks = pixels[..., 0] // 32
+    writer = SplitWriter(tmp_path, "train", 20, ["a"], memmap=memmap, masks=True, boxes=True)
+    for i, (image, mask) in enumerate(zip(pixels, masks, strict=True)):
+        boxes = [(3.0, 2.0, 10.0, 8.0, k) for k in range(i % 3)]
+        writer.add(f"{i}", encode_png(image), 0, square(image, 20), mask, boxes, (20, 30))
+    writer.close()
+    facts = {"mode": "memmap" if memmap else "shards", "store_size": 20, "classes": ["a"]}
+    split = store.Split(tmp_path, "train", facts)
+    view = View(10, (0.5, 1.0), flip=0.5, fields=("mask", "boxes"))
+    recipes = {"view": view, "plain": View(20, fields=("mask", "boxes"))}
+    expected = Batches(split, recipes, 8, 1).batch(0)
+    parts = Batches(split, recipes, 8, 1, micro=2, workers=2)
+    assert same(joined(next(parts.stream(0, 1))), expected)
+    assert expected["view.mask"].shape == (8, 10, 10) and len(expected["view.mask"].unique()) > 5
+    assert expected["plain.boxes"].shape == (8, 2, 4)
+    for b, i in enumerate(expected["index"].tolist()):
+        centre = masks[i][:, 5:25]
+        assert torch.equal(expected["plain.mask"][b], torch.from_numpy(centre))
+        assert expected["plain.classes"][b].tolist() == [*range(i % 3), -1, -1][:2]
+        if i % 3:  # the box begins at column 3 of the original, and the square at column 5
+            assert expected["plain.boxes"][b, 0].tolist() == [0, 2, 8, 8]
+
+
+def test_a_split_without_masks_or_boxes_says_so(tmp_path):
+    writer = SplitWriter(tmp_path, "train", 10, [], memmap=True)
+    for i, image in enumerate(FakeSplit(6).pixels):
+        writer.add(f"{i}", b"x", -1, image)
+    writer.close()
+    facts = {"mode": "memmap", "store_size": 10, "classes": [], "source": "folder:x"}
+    split = store.Split(tmp_path, "train", facts)
+    for field, what in (("mask", "masks"), ("boxes", "boxes")):
+        batches = Batches(split, {"view": View(8, fields=(field,))}, 6, 0)
+        with pytest.raises(ValueError, match=f"{what} are needed, but folder:x gives none"):
+            batches.batch(0)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_the_same_seeds_give_the_same_batches_as_ever(shards):
+    """tests/golden/pixels.json holds digests from before views could share a crop."""
+    split = FakeSplit(shards=shards)
+    split.pixels, split.labels = seeded(22, 10, 10).numpy(), np.arange(22) % 5
+    split.images = None if shards else split.pixels
+    recipes = {
+        "view": View(8, (0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1)),
+        "other": VIEWS["other"],
+    }
+    batches = Batches(split, recipes, 6, 3, micro=2, labels=True)
+    parts = [part for micros in batches.stream(1, 6) for part in micros]
+    names = ("view", "other", "index", "row", "label")
+    found = digest(*(part[name] for part in parts for name in names))
+    assert found == GOLDEN["batches shards" if shards else "batches memory"]
+
+
 # the last batch
 
 
@@ -193,9 +375,8 @@ def test_evaluation_reads_everything_once_in_order():
 
 @pytest.mark.parametrize("memmap", [True, False])
 def test_with_a_split_as_it_is_stored(tmp_path, memmap):
-    store = pytest.importorskip("stages.kit.data.store")
     pixels = FakeSplit(9).pixels
-    writer = store.SplitWriter(tmp_path, "train", 10, ["a", "b"], memmap=memmap)
+    writer = SplitWriter(tmp_path, "train", 10, ["a", "b"], memmap=memmap)
     for i, image in enumerate(pixels):
         encoded = io.BytesIO()
         Image.fromarray(image).save(encoded, "png")
@@ -245,6 +426,9 @@ def test_too_few_images_say_so():
         ({"batch_size": 12, "rank": 2, "world": 2}, "rank 2"),
         ({"batch_size": 12, "drop_last": False, "world": 2}, "drop_last"),
         ({"batch_size": 12, "views": {"label": VIEWS["view"]}}, "'label'"),
+        ({"batch_size": 12, "views": {"view.box": VIEWS["view"]}}, "'view.box'.*a dot"),
+        ({"batch_size": 12, "views": {"a": View(8, crop_of="b")}}, "crop_of is 'b'"),
+        ({"batch_size": 12, "views": lambda fraction: VIEWS}, "follow the training need `epochs`"),
         (
             {"batch_size": 12, "labels": True, "split": FakeSplit(labelled=False)},
             r"22 of 22 images.*data.label_column",
@@ -280,7 +464,7 @@ def test_an_error_comes_out_where_its_batch_is_due(workers):
 
 
 def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("images")]
 
 
 def test_leaving_early_stops_the_threads():

@@ -53,9 +53,8 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), nn.GELU(), nn.Linear(8, 1))
-        self.teacher = ema.frozen(
-            nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), nn.GELU(), nn.Linear(8, 1))
-        )
+        layers = nn.Linear(6, 8), nn.Dropout(dropout), nn.GELU(), nn.Linear(8, 1)
+        self.teacher = nn.Sequential(*layers).requires_grad_(False).eval()
         self.register_buffer("centre", torch.zeros(1))
         self.seen, self.act = [], act
 
@@ -232,15 +231,71 @@ def test_a_finished_training_is_not_repeated(tmp_path):
     assert run.summary["train_s"] == summary["train_s"]
 
 
-def test_several_trainings_of_one_stage_keep_apart(tmp_path):
+class Epochs(nn.Module):
+    """Notes the steps that end an epoch, and stops at one."""
+
+    def __init__(self, stop=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.stop = nn.Linear(6, 1), stop
+        self.register_buffer("ended", torch.zeros(12))
+
+    def forward(self, batch, progress):
+        return {"loss": self.layer(batch["view"]).square().mean()}
+
+    def after_step(self, progress):
+        self.ended[progress.step] += progress.end_of_epoch
+        if progress.step == self.stop:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stop", [None, 1, 2, 3])
+def test_the_last_step_of_an_epoch_is_told_once_also_when_resumed(tmp_path, stop):
     run = make_run(tmp_path)
-    fit(Toy(), ToyBatches(), recipe(), run, seed=5, name="lr-1")
-    other = Toy()
-    fit(other, ToyBatches(), recipe(), run, seed=5, name="lr-2")
-    assert other.seen[0][0] == 0 and set(run.summary) == {"lr-1", "lr-2"}
-    assert (run.out / "lr-1-history.jsonl").read_bytes() == (
-        run.out / "lr-2-history.jsonl"
-    ).read_bytes()
+    if stop is not None:
+        with pytest.raises(SystemExit):
+            fit(Epochs(stop), ToyBatches(), recipe(), run, seed=5)
+    module = Epochs()
+    fit(module, ToyBatches(micro=2), recipe(), run, seed=5)
+    assert module.ended.tolist() == [0, 0, 1] * 4
+
+
+class Growing(ToyBatches):
+    """Views whose size changes during the training."""
+
+    def batch(self, step, micro_step=0):
+        found = super().batch(step, micro_step)
+        return {**found, "view": found["view"].repeat(1, 1 + step // 4)}
+
+
+class Pooled(nn.Module):
+    """Takes views of any size, in steps of 6."""
+
+    def __init__(self, stop=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.stop, self.sizes = nn.Linear(6, 1), stop, []
+
+    def forward(self, batch, progress):
+        self.sizes.append(batch["view"].shape[1])
+        return {"loss": (self.layer(batch["view"].unflatten(1, (-1, 6))) - 1).square().mean()}
+
+    def after_step(self, progress):
+        if progress.step == self.stop:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_views_may_change_their_size_during_a_training(tmp_path):
+    straight, again = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    whole, resumed = Pooled(), Pooled()
+    fit(whole, Growing(), recipe(), straight, seed=5)
+    assert whole.sizes == [6] * 4 + [12] * 4 + [18] * 4
+    with pytest.raises(SystemExit):
+        fit(Pooled(stop=5), Growing(), recipe(), again, seed=5)
+    fit(resumed, Growing(), recipe(), again, seed=5)
+    assert state_bytes(resumed) == state_bytes(whole) and rows_of(again) == rows_of(straight)
+    first = 2 * 2 * 6  # forward and the weight's gradient, at the size of the first step
+    assert straight.summary["flops_per_image"] == again.summary["flops_per_image"] == first
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "text"])
@@ -421,7 +476,8 @@ torch.set_num_threads(1)
 class Half(ToyBatches):
     def batch(self, step, micro_step=0):
         whole, half = super().batch(step), BATCH // 4
-        part = slice((2 * dist.rank() + micro_step) * half, (2 * dist.rank() + micro_step + 1) * half)
+        first = 2 * dist.rank() + micro_step
+        part = slice(first * half, (first + 1) * half)
         return {{name: value[part] for name, value in whole.items()}}
 
 batches = Half()
@@ -533,7 +589,7 @@ def test_a_bad_batch_is_left_out_as_if_it_had_never_been(tmp_path):
         states.append((state_bytes(module), (run.out / "history.jsonl").read_bytes()))
     assert states[0] == states[1]
 
-    by_hand = loop._Fit(Toy(), ToyBatches(), recipe(), make_run(tmp_path / "hand"), 5, "")
+    by_hand = loop._Fit(Toy(), ToyBatches(), recipe(), make_run(tmp_path / "hand"), 5)
     by_hand.skipped = [7]  # the sound batch of the same number, left out
     by_hand.train()
     assert state_bytes(by_hand.module) == states[0][0]
@@ -598,13 +654,12 @@ def test_a_dump_that_finds_no_room_does_not_hide_the_error(tmp_path, monkeypatch
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stages.kit.job.files.os.fsync", full)
+    monkeypatch.setattr("workflow.files.os.fsync", full)
     with pytest.raises(NonFiniteError, match="at step 8.*\n.*could not be written.*disk is full"):
         fit(Brittle((8,)), ToyBatches(), recipe(), make_run(tmp_path), seed=5)
 
 
 # --- drop path
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_drop_path_is_drawn_by_row_layer_and_step():
@@ -638,7 +693,7 @@ def test_drop_path_is_drawn_by_row_layer_and_step():
         assert torch.equal(drawn(0, rows), ones[:, 0])
         module.train()
         with pytest.raises(
-            ValueError, match="drop path of 0: 3 samples are not views of the 2 images"
+            ValueError, match="drop path of 0: found 3 samples, expected views of the 2 images"
         ):
             tell(Progress(0, 10, 0.0, 3, rows[:2], torch.device("cpu")))
             module[0](ones[:3])

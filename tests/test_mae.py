@@ -6,50 +6,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from stages.kit import keyed
+from stages.kit.nets import encoders
 from stages.kit.nets.masks import random_masking
 from stages.kit.nets.positions import sincos_2d
-from stages.kit.spec import Spec
-from stages.methods.mae import Config, Method, views
+from stages.kit.train.recipe import Recipe
+from stages.methods.mae import PUBLISHED, Config, Method, views
+from tests import tiny
 
 SMALL = Config(decoder_dim=16, decoder_depth=1, decoder_heads=2)
-
-
-def spec(size=16, patch=4, width=16, depth=2, heads=2):
-    model = {
-        "name": "vit_tiny_patch16_224",
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "mlp_ratio": 4.0,
-        "args": {},
-    }
-    return Spec(
-        image_size=size,
-        model=model,
-        mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.25, 0.3),
-        num_classes=5,
-        images=100,
-    )
-
-
-def progress(rows=6, step=0, seed=0):
-    """As much of kit/train/loop.py's Progress as a method may use."""
-    index = torch.arange(rows)
-
-    def uniform(name, *shape):
-        return keyed.uniform(keyed.key(seed, step, name), index, *shape)
-
-    return SimpleNamespace(uniform=uniform, step=step, rows=index)
+SPEC = tiny.spec(embed_dim=16)
 
 
 def batch(rows=6, size=16):
@@ -59,42 +30,43 @@ def batch(rows=6, size=16):
 @pytest.fixture
 def method():
     torch.manual_seed(0)
-    return Method(SMALL, spec())
+    return Method(SMALL, SPEC)
 
 
 def masking(rows=6):
-    return random_masking(progress(rows).uniform("mask", 16), 4)
+    """The step's ids_keep, ids_restore and mask."""
+    return random_masking(tiny.progress(rows).uniform("mask", 16), 4)
 
 
 def test_sequence_lengths_at_full_size():
     """224 pixels, patch 16, ratio 0.75: the encoder sees 1 + 49 tokens, the decoder 1 + 196."""
-    method = Method(SMALL, spec(size=224, patch=16, depth=1))
+    method = Method(SMALL, tiny.spec(224, patch_size=16, depth=1))
     seen = {}
-    method.encoder.blocks[0].register_forward_hook(
-        lambda m, args, out: seen.update(encoder=out.shape[1])
-    )
-    method.decoder.blocks[0].register_forward_hook(
-        lambda m, args, out: seen.update(decoder=out.shape[1])
-    )
+    for name, part in (("encoder", method.encoder), ("decoder", method.decoder)):
+        part.blocks[0].register_forward_hook(
+            lambda m, args, out, name=name: seen.update({name: out.shape[1]})
+        )
     with torch.no_grad():
-        method(batch(2, 224), progress(2))
+        method(batch(2, 224), tiny.progress(2))
     assert seen == {"encoder": 50, "decoder": 197}
 
 
 def test_the_encoder_never_sees_the_mask_token(method):
     ids_keep, ids_restore, _ = masking()
-    encoded = method.encode(spec().normalise(batch()["view"]), ids_keep)
+    images = SPEC.normalise(batch()["view"])
+    encoded = encoders.visible(method.encoder, images, ids_keep)["tokens"]
     assert encoded.shape == (6, 5, 16)
     encoded.sum().backward(retain_graph=True)
     assert method.decoder.mask_token.grad is None
-    method.decode(encoded, ids_restore).square().sum().backward()
+    method.decoder(encoded, ids_restore).square().sum().backward()
     assert method.decoder.mask_token.grad.abs().sum() > 0
 
 
 def test_only_dropped_patches_have_a_loss(method, monkeypatch):
-    seen, decode = {}, method.decode
-    monkeypatch.setattr(method, "decode", lambda *args: seen.setdefault("predicted", decode(*args)))
-    out = method(batch(), progress())
+    seen, reconstruct = {}, method.reconstruct
+    keep = lambda *args: seen.setdefault("predicted", reconstruct(*args))  # noqa: E731
+    monkeypatch.setattr(method, "reconstruct", keep)
+    out = method(batch(), tiny.progress(6))
     (gradient,) = torch.autograd.grad(out["loss"], seen["predicted"])
     mask = masking()[2].bool()
     assert (gradient[~mask] == 0).all()
@@ -103,29 +75,40 @@ def test_only_dropped_patches_have_a_loss(method, monkeypatch):
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_loss_is_the_formula(norm_pix, monkeypatch):
-    method = Method(dataclasses.replace(SMALL, norm_pix=norm_pix), spec())
+    method = Method(dataclasses.replace(SMALL, norm_pix=norm_pix), SPEC)
     predicted = torch.randn(6, 16, 48, generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(method, "decode", lambda *args: predicted)
+    monkeypatch.setattr(method, "reconstruct", lambda *args: predicted)
     images, mask = batch()["view"].double().numpy(), masking()[2].numpy()
     total = 0.0
     for b in range(6):
         for n in range(16):
             y, x = 4 * (n // 4), 4 * (n % 4)
             patch = images[b, :, y : y + 4, x : x + 4].transpose(1, 2, 0).reshape(-1)
-            patch = (patch - np.tile(spec().mean, 16)) / np.tile(spec().std, 16)
+            patch = (patch - np.tile(SPEC.mean, 16)) / np.tile(SPEC.std, 16)
             if norm_pix:
                 patch = (patch - patch.mean()) / math.sqrt(patch.var(ddof=1) + 1e-6)
             total += mask[b, n] * ((predicted[b, n].numpy() - patch) ** 2).mean()
-    assert float(method(batch(), progress())["loss"]) == pytest.approx(total / mask.sum(), rel=1e-5)
+    found = method(batch(), tiny.progress(6))["loss"].item()
+    assert found == pytest.approx(total / mask.sum(), rel=1e-5)
     assert mask.sum() == 6 * 12
 
 
 def test_dropped_pixels_do_not_reach_the_prediction(method):
     ids_keep, ids_restore, mask = masking()
     images = batch()["view"].requires_grad_()
-    method.decode(method.encode(images, ids_keep), ids_restore).square().sum().backward()
+    method.reconstruct(images, ids_keep, ids_restore).square().sum().backward()
     reached = images.grad.unfold(2, 4, 4).unfold(3, 4, 4).abs().sum((1, 4, 5)).flatten(1) > 0
     assert torch.equal(reached, ~mask.bool())
+
+
+def test_the_prediction_of_a_patch_is_in_its_place(method):
+    """The predicted pixels are those of the image that the encoder sees, patch by patch."""
+    ids_keep, ids_restore, _ = masking()
+    images = SPEC.normalise(batch()["view"])
+    encoded = encoders.visible(method.encoder, images, ids_keep)["tokens"]
+    expected = method.decoder(encoded, ids_restore)
+    assert torch.equal(method.reconstruct(images, ids_keep, ids_restore), expected)
+    assert expected.shape == (6, 16, 48)
 
 
 def test_tokens_return_to_their_places(method):
@@ -136,10 +119,9 @@ def test_tokens_return_to_their_places(method):
         setattr(method.decoder, name, nn.Identity())
     ids_keep, ids_restore, mask = masking()
     tokens = torch.randn(6, 16, 16)
-    encoded = torch.cat(
-        [torch.randn(6, 1, 16), tokens.gather(1, ids_keep[..., None].expand(-1, -1, 16))], 1
-    )
-    out = method.decode(encoded, ids_restore) - sincos_2d(16, 4)
+    kept = tokens.gather(1, ids_keep[..., None].expand(-1, -1, 16))
+    encoded = torch.cat([torch.randn(6, 1, 16), kept], 1)
+    out = method.decoder(encoded, ids_restore) - sincos_2d(16, 4)
     expected = torch.where(mask.bool()[..., None], method.decoder.mask_token, tokens)
     assert torch.allclose(out, expected, atol=1e-6)
     assert torch.equal(method.decoder.pos[0], torch.zeros(16))
@@ -149,7 +131,8 @@ def test_kept_tokens_carry_their_positions(method):
     method.encoder.blocks, method.encoder.norm = nn.Sequential(), nn.Identity()
     ids_keep, _, _ = masking()
     black = torch.zeros(6, 3, 16, 16)
-    out = method.encode(black, ids_keep)[:, 1:] - method.encoder.patch_embed.proj.bias
+    out = encoders.visible(method.encoder, black, ids_keep)["patch"]
+    out = out - method.encoder.patch_embed.proj.bias
     assert torch.allclose(out, sincos_2d(16, 4)[ids_keep], atol=1e-6)
 
 
@@ -162,9 +145,10 @@ def test_kept_tokens_carry_their_positions(method):
     ],
 )
 def test_published_parameter_counts(size, patch, width, depth, heads, encoder, decoder):
-    config = Config(decoder_dim=512, decoder_depth=8, decoder_heads=16)
+    sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": 4.0}
+    published = {key: PUBLISHED[key] for key in ("decoder_dim", "decoder_depth", "decoder_heads")}
     with torch.device("meta"):
-        method = Method(config, spec(size, patch, width, depth, heads))
+        method = Method(Config(**published), tiny.spec(size, patch_size=patch, **sizes))
     count = {True: 0, False: 0}
     for name, parameter in method.named_parameters():
         count[name.startswith("encoder.")] += parameter.numel()
@@ -175,20 +159,18 @@ def test_published_parameter_counts(size, patch, width, depth, heads, encoder, d
     assert frozen == {"encoder.pos_embed"}
     if width == 768:
         assert count[True] == 85_798_656
-        trained = sum(
-            parameter.numel() for parameter in method.parameters() if parameter.requires_grad
-        )
+        trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
         assert trained == count[True] + count[False] - 197 * (768 + 512)
 
 
 def test_initialisation():
     torch.manual_seed(0)
-    method = Method(Config(decoder_dim=64, decoder_depth=1, decoder_heads=2), spec(width=64))
+    config = Config(decoder_dim=64, decoder_depth=1, decoder_heads=2)
+    method = Method(config, tiny.spec(embed_dim=64, mlp_ratio=4.0))
     for name, layer in method.named_modules():
         if isinstance(layer, nn.Linear):
-            bound = math.sqrt(
-                6 / sum(layer.weight.shape)
-            )  # xavier; a fused qkv is one 3D x D matrix
+            # xavier; a fused qkv is one 3D x D matrix
+            bound = math.sqrt(6 / sum(layer.weight.shape))
             assert 0.95 * bound < layer.weight.abs().max() <= bound, name
             assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
             assert layer.bias.abs().max() == 0, name
@@ -213,21 +195,37 @@ def test_tokens_are_decayed(method):
 def test_masks_differ_between_steps_and_repeat_for_a_step(method):
     with torch.no_grad():
         first, again, other = (
-            float(method(batch(), progress(step=step))["loss"]) for step in (0, 0, 1)
+            method(batch(), tiny.progress(6, step=step))["loss"].item() for step in (0, 0, 1)
         )
     assert first == again != other
 
 
 def test_view_is_the_papers():
-    view = views(Config(crop_min=0.2), spec())["view"]
+    view = views(Config(crop_min=PUBLISHED["crop_min"]), SPEC)["view"]
     assert (view.size, tuple(view.scale), view.flip) == (16, (0.2, 1.0), 0.5)
     assert tuple(view.ratio) == (3 / 4, 4 / 3)
     assert not any(view.jitter)
 
 
+def test_the_published_recipe():
+    """lr 1.5e-4 per 256 images, 40 epochs of warm-up from 0, then a cosine to 0 at 1600."""
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in PUBLISHED.items()}
+    train = {key: settings.pop(key) for key in ("epochs", "batch_size")}
+    config = Config(**settings)
+    recipe = Recipe.of(config, train, steps_per_epoch=312)
+    assert (config.mask_ratio, config.norm_pix, config.crop_min) == (0.75, True, 0.2)
+    assert (config.optimizer, config.betas, config.weight_decay) == ("adamw", (0.9, 0.95), 0.05)
+    assert (recipe.epochs, recipe.warmup, recipe.clip) == (1600, 40 * 312, None)
+    assert recipe.lr == pytest.approx(1.5e-4 * 4096 / 256)
+    assert recipe.lr_at(0) == pytest.approx(0, abs=recipe.lr / recipe.warmup * 1.01)
+    assert recipe.lr_at(recipe.warmup) == pytest.approx(recipe.lr)
+    assert recipe.lr_at(recipe.steps - 1) == pytest.approx(0, abs=1e-6)
+
+
 def test_picture_of_a_perfect_prediction_is_the_image(method, monkeypatch):
     images = batch(10)["view"]
-    monkeypatch.setattr(method, "decode", lambda *args: method.target(spec().normalise(images[:8])))
+    perfect = method.target(SPEC.normalise(images[:8]))
+    monkeypatch.setattr(method, "reconstruct", lambda *args: perfect)
     sheet = method.pictures({"view": images})["reconstruction"]
     assert sheet.dtype == np.uint8
     column = 96 + 4
@@ -249,16 +247,26 @@ def test_picture_of_a_perfect_prediction_is_the_image(method, monkeypatch):
         ({"decoder_dim": 18, "decoder_heads": 2}, "decoder_dim"),
         ({"decoder_depth": 0}, "decoder_depth"),
         ({"crop_min": 0.0}, "crop_min"),
+        ({"lr": 0.0}, "lr"),
     ],
 )
 def test_bad_config(values, key):
-    with pytest.raises(ValueError, match=f"^{key}"):
+    with pytest.raises(ValueError, match=f"^{key}: found "):
         Config(**values)
 
 
 def test_config_must_fit_the_model():
-    Config(mask_ratio=0.9).check(16, {"patch_size": 4, "embed_dim": 16})
+    Config(mask_ratio=0.9).check(16, tiny.model(embed_dim=16))
     with pytest.raises(ValueError, match="^mask_ratio"):
-        Config(mask_ratio=0.95).check(8, {"patch_size": 4, "embed_dim": 16})
-    with pytest.raises(ValueError, match="embed_dim"):
-        Config().check(16, {"patch_size": 4, "embed_dim": 18})
+        Config(mask_ratio=0.95).check(8, tiny.model(embed_dim=16))
+    with pytest.raises(ValueError, match="^model.embed_dim: found 18"):
+        Config().check(16, tiny.model(embed_dim=18))
+
+
+def test_of_a_convvit_the_fusion_is_trained_and_not_exported():
+    method = tiny.method("mae", tiny.spec(32, "convvit"))
+    names = {name.partition(".")[0] for name, _ in method.named_parameters()}
+    assert names == {"encoder", "fusion", "decoder"}
+    method(tiny.batch(tiny.module("mae"), method.spec), tiny.progress())["loss"].backward()
+    assert all(p.grad.abs().sum() > 0 for p in method.fusion.parameters())
+    assert tiny.method("mae", SPEC).fusion is None

@@ -179,8 +179,7 @@ def test_hidden_ids_and_take():
     assert torch.equal(masks.take(tokens, ids).flatten(0, 1), tokens[mask])
 
 
-# --- disjoint masks (DMJD, arXiv 2301.00230)
-# ----------------------------------------------------------------
+# --- disjoint masks (DMJD, arXiv 2301.00230) ----------------------------------------------------
 
 
 def sets(noise, ratio, predict=1.0, cell=1):

@@ -1,93 +1,54 @@
-"""What every method must do, swept over stages/methods: a new file there is tested as soon as it
-exists.
+"""What every method must do, swept over stages/methods and over all encoders that a method takes: a
+new file there is tested as soon as it exists.
 """
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
-import importlib
+import itertools
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from stages.kit.nets import encoders
-from stages.kit.spec import Spec
 from stages.kit.train.loop import Progress
-from workflow import checks
+from tests import tiny
+from workflow import checks, plugins
 
 FOLDER = Path(__file__).parent.parent / "stages" / "methods"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
-MODULES = {name: importlib.import_module(f"stages.methods.{name}") for name in NAMES}
+MODULES = {name: tiny.module(name) for name in NAMES}
 TRAINED = [name for name in NAMES if MODULES[name].TRAINS]
-MODEL = {
-    "name": "vit_tiny_patch16_224",
-    "patch_size": 4,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "mlp_ratio": 2.0,
-    "args": {},
-}
-SPEC = Spec(
-    image_size=16, model=MODEL, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), num_classes=4, images=64
-)
-ROWS = torch.arange(8)
+SPEC = tiny.spec()
+KINDS = plugins.names("encoder")
+SPECS = {kind: tiny.spec(32 if kind == "convvit" else 16, kind) for kind in KINDS}
+# "mae" with a ViT, "mae-convvit" with another encoder that it takes
+CASES = {name: (name, SPEC) for name in NAMES}
+for _name, _kind in itertools.product(NAMES, SPECS):
+    if _kind != "vit" and MODULES[_name].NEEDS <= tiny.module(_kind, "encoder").CAN:
+        CASES[f"{_name}-{_kind}"] = (_name, SPECS[_kind])
+SWEPT = [case for case, (name, _) in CASES.items() if name in TRAINED]
+progress = tiny.progress
 
 
-class Target(nn.Module):
-    """A stand-in for a frozen target on the student's grid: ids or features that depend on the
-    colour.
-    """
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind, self.codes, self.dim = kind, 8, 6
-        self.weight = nn.Parameter(torch.linspace(-1, 1, 18).view(6, 3))
-
-    def forward(self, images):
-        assert images.min() >= 0, "a target takes images in [0, 1], not normalised ones"
-        assert images.max() <= 1, "a target takes images in [0, 1], not normalised ones"
-        colours = F.adaptive_avg_pool2d(images, SPEC.grid).flatten(2).transpose(1, 2)
-        return (
-            (colours.sum(-1) * 20).long() % self.codes
-            if self.kind == "ids"
-            else colours @ self.weight.T
-        )
-
-
-def progress(rows=ROWS, step=3):
-    return Progress(step=step, steps=10, epoch=0.5, seed=0, rows=rows, device=rows.device)
-
-
-def build(name, seed=0):
+def build(case, seed=0):
+    """The method, and its target as a module whose parameters could learn."""
+    name, spec = CASES[case]
     module = MODULES[name]
-    torch.manual_seed(seed)
-    target = Target(module.TARGET).requires_grad_(True) if module.TARGET else None
-    return module.Method(module.Config(), SPEC, target), target
+    target = tiny.target(spec, *sorted(module.TARGET)) if module.TARGET else None
+    if target:
+        target.open.requires_grad_(True)
+    return tiny.method(name, spec, target, seed), target and target.open
 
 
-def batch(name, rows=8):
-    """Smooth pictures, the same for every view of a size; labels only for methods that declare
-    them.
-    """
-    module, generator = MODULES[name], torch.Generator().manual_seed(5)
-    coarse = torch.rand(rows, 3, 4, 4, generator=generator)
-    out = {
-        view: F.interpolate(coarse, size=recipe.size, mode="bilinear").clamp(0, 1)
-        for view, recipe in module.views(module.Config(), SPEC).items()
-    }
-    out |= {"index": torch.arange(rows), "row": torch.arange(rows)}
-    if module.LABELS:
-        out["label"] = torch.arange(rows) % SPEC.num_classes
-    return out
+def batch(case, rows=8):
+    name, spec = CASES[case]
+    return tiny.batch(MODULES[name], spec, rows=rows)
 
 
 def rows(batch, chosen):
@@ -117,57 +78,38 @@ def train(name, steps, lr=3e-3, seed=0, still=False):
 
 def test_the_folder_is_found():
     assert {"mae", "beitv2", "random", "supervised"} <= set(NAMES)
+    assert {"mae-convvit", "dmjd-convvit", "simmim-swin", "random-swin"} <= set(CASES)
+    assert {"supervised-swin", "supervised-convvit"} <= set(SWEPT)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_declarations(name):
-    """What the plan reads without importing: literals, and a Config that stands alone."""
-    module = MODULES[name]
-    assert module.TARGET in (None, "ids", "features")
-    assert isinstance(module.LABELS, bool)
-    assert isinstance(module.TRAINS, bool)
+    """What the plan reads without importing is what the module has; its Config stands alone."""
+    module, declared = MODULES[name], plugins.declared("method", name)
+    for literal in ("TARGET", "NEEDS", "LABELS", "TRAINS", "PUBLISHED"):
+        assert declared.literals[literal] == getattr(module, literal, declared.literals[literal])
     assert "arXiv" in module.__doc__
-    tree = ast.parse((FOLDER / f"{name}.py").read_text())
-    literals = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id in ("TARGET", "LABELS", "TRAINS")
-    }
-    assert literals == {"TARGET": module.TARGET, "LABELS": module.LABELS, "TRAINS": module.TRAINS}
-    config = next(
-        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"
-    )
-    space = {
-        "dataclass": dataclasses.dataclass,
-        "field": dataclasses.field,
-        "Literal": Literal,
-        "checks": checks,
-        "__name__": "alone",
-    }
-    exec(compile(ast.Module([config], []), name, "exec", dont_inherit=True), space)
-    alone = space["Config"]()
+    alone = declared.config()
     assert dataclasses.asdict(alone) == dataclasses.asdict(module.Config())
     with pytest.raises(dataclasses.FrozenInstanceError):
-        alone.lr = 1.0
+        alone.nothing = 1.0
     if hasattr(alone, "check"):
-        alone.check(SPEC.image_size, MODEL)
+        alone.check(SPEC.image_size, SPEC.model)
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 300
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_recipe_fields(name):
-    """What the training loop reads by name is there and makes sense."""
-    config = MODULES[name].Config()
-    assert config.lr > 0
-    assert config.lr_per is None or config.lr_per > 0
-    assert 0 <= config.min_lr < config.lr
-    assert 0 <= config.warmup < 1
-    assert config.weight_decay >= 0
-    assert all(0 < beta < 1 for beta in config.betas)
-    assert config.clip is None or config.clip > 0
+def test_the_published_recipe_is_one(name):
+    """Its keys are settings of the method or of train; its values pass the Config's own checks."""
+    module, published = MODULES[name], dict(MODULES[name].PUBLISHED)
+    assert published.pop("epochs") > 0
+    assert published.pop("batch_size") > 0
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in published.items()}
+    assert isinstance(module.Config(**given), checks.Optimiser)
+    assert {"lr", "lr_per", "warmup", "weight_decay"} <= set(given)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_output_is_finite_scalars(name):
     method, _ = build(name)
     out = method(batch(name), progress())
@@ -178,7 +120,7 @@ def test_output_is_finite_scalars(name):
         assert value.dtype == torch.float32, key
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_loss_stays_float32_under_autocast(name):
     method, _ = build(name)
     plain = method.eval()(batch(name), progress())["loss"].item()
@@ -189,13 +131,13 @@ def test_loss_stays_float32_under_autocast(name):
     loss.backward()
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_learns_one_batch(name):
     _, losses = train(name, 60, lr=5e-3, still=True)
     assert sum(losses[-5:]) / 5 < 0.75 * losses[0], losses
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_gradients_reach_what_should_learn_and_nothing_else(name):
     method, target = build(name)
     before = copy.deepcopy(target.state_dict()) if target else {}
@@ -208,6 +150,7 @@ def test_gradients_reach_what_should_learn_and_nothing_else(name):
         else:
             assert parameter.grad is None, key
     if target:
+        assert target.seen, "the target was asked"
         assert all(parameter.grad is None for parameter in target.parameters())
         assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
         ours = {id(tensor) for tensor in [*method.parameters(), *method.buffers()]}
@@ -217,7 +160,7 @@ def test_gradients_reach_what_should_learn_and_nothing_else(name):
     assert all(torch.equal(value, buffers[key]) for key, value in method.named_buffers())
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_the_same_seed_gives_the_same_bits(name):
     first, losses = train(name, 3)
     second, again = train(name, 3)
@@ -227,7 +170,7 @@ def test_the_same_seed_gives_the_same_bits(name):
     assert train(name, 1, seed=1)[1] != losses[:1]
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_a_sample_does_not_depend_on_who_is_beside_it(name, monkeypatch):
     """Masks are drawn per row, so a step's global batch can be cut anywhere: halves have the
     whole's loss.
@@ -252,12 +195,12 @@ def test_a_sample_does_not_depend_on_who_is_beside_it(name, monkeypatch):
         )  # other masks on the images do change the loss
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_labels_are_not_needed(name):
     """A method that does not declare labels works, and works the same, when they are garbage or
     missing.
     """
-    if MODULES[name].LABELS:
+    if MODULES[CASES[name][0]].LABELS:
         pytest.skip("trains on labels")
     method, _ = build(name)
     method.eval()
@@ -267,21 +210,23 @@ def test_labels_are_not_needed(name):
     assert torch.equal(without, garbage)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_export_is_bit_equal(name, tmp_path):
-    method = train(name, 2)[0] if MODULES[name].TRAINS else build(name)[0]
+    spec = CASES[name][1]
+    method = (train(name, 2) if name in SWEPT else build(name))[0]
     encoder = method.encoder.eval()
-    encoders.save(encoder, tmp_path, SPEC)
+    encoders.save(encoder, tmp_path, spec)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    side = spec.image_size
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     features = loaded.forward_features(images)
     assert torch.isfinite(features).all()
     assert torch.equal(features, encoder.forward_features(images))
-    assert tuple(loaded.pretrained_cfg["mean"]) == SPEC.mean
+    assert tuple(loaded.pretrained_cfg["mean"]) == spec.mean
     assert encoders.classifier(tmp_path, 4)(images).shape == (2, 4)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_state_survives_saving(name):
     method, _ = train(name, 2)
     other, _ = build(name, seed=7)
@@ -291,15 +236,14 @@ def test_state_survives_saving(name):
     assert torch.equal(*losses)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_pictures_are_pictures(name):
     method, _ = build(name)
     if not hasattr(method, "pictures"):
         pytest.skip("has none")
     state, given = copy.deepcopy(method.state_dict()), batch(name, 9)
-    given["view"] = next(
-        iter(given.values())
-    )  # the stage gives whole images under this name, whatever the views
+    # the stage gives whole images under this name, whatever the views
+    given["view"] = next(iter(given.values()))
     for key, picture in method.eval().pictures(given).items():
         assert picture.dtype == np.uint8, key
         assert picture.ndim == 3, key
@@ -308,67 +252,43 @@ def test_pictures_are_pictures(name):
     assert all(torch.equal(value, state[key]) for key, value in method.state_dict().items())
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_names_without_weight_decay_exist(name):
     method, _ = build(name)
     if hasattr(method, "no_weight_decay"):
-        optional = {
-            "encoder.reg_token",
-            "encoder.dist_token",
-        }  # timm names them whether there or not
-        assert (
-            set(method.no_weight_decay())
-            <= {key for key, _ in method.named_parameters()} | optional
-        )
+        optional = {"encoder.reg_token", "encoder.dist_token"}  # timm names them, there or not
+        optional |= {"encoder.cls_token", "encoder.pos_embed"} if name != CASES[name][0] else set()
+        names = {key for key, _ in method.named_parameters()}
+        assert set(method.no_weight_decay()) <= names | optional
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("vit", "mae"), ("beit", "beitv2"), ("beit", "simmim")]
+    ("style", "name"), [("sincos", "mae"), ("beit", "beitv2"), ("beit", "simmim")]
 )
-def test_the_untrained_encoder_is_that_of_the_methods(family, name):
-    torch.manual_seed(4)
-    untrained = MODULES["random"].Method(MODULES["random"].Config(family=family), SPEC).encoder
-    module = MODULES[name]
-    target = Target(module.TARGET) if module.TARGET else None
-    torch.manual_seed(4)
-    method = module.Method(module.Config(), SPEC, target)
-    untrained, trained = untrained.state_dict(), method.encoder.state_dict()
+def test_the_untrained_encoder_is_that_of_the_methods(style, name):
+    untrained = tiny.method("random", SPEC, seed=4, style=style).encoder.state_dict()
+    trained = tiny.method(name, SPEC, seed=4).encoder.state_dict()
     assert all(torch.equal(untrained[key], trained[key]) for key in untrained | trained)
 
 
 @pytest.mark.parametrize(
-    ("config", "model", "message"),
+    ("config", "kind", "message"),
     [
-        (
-            {"family": "beit"},
-            {"name": "swin_tiny_patch4_window7_224", "depth": [2, 2]},
-            "family: found 'beit', expected 'vit'",
-        ),
-        (
-            {"family": "beit"},
-            {"name": "convvit_tiny", "depth": 2},
-            "family: found 'beit', expected 'vit'",
-        ),
-        (
-            {"family": "beit", "depth": 1},
-            {"name": "vit_tiny_patch16_224", "depth": 2},
-            "depth: cuts an encoder of family vit",
-        ),
+        ({"style": "beit"}, "convvit", "style: found 'beit', expected timm or sincos"),
+        ({"depth": 1}, "swin", "depth: found 1, expected 0 to model.depth"),
+        ({"style": "beit", "depth": 1}, "vit", "depth: found 1, expected none with style 'beit'"),
     ],
 )
-def test_random_refuses_a_family_that_the_model_has_not(config, model, message):
+def test_random_refuses_what_the_model_has_not(config, kind, message):
     with pytest.raises(ValueError, match=message):
-        MODULES["random"].Config(**config).check(32, {"embed_dim": 16, **model})
+        MODULES["random"].Config(**config).check(32, tiny.model(kind))
 
 
-# --- supervised
-# -------------------------------------------------------------------------------------------
+# --- supervised ---------------------------------------------------------------------------------
 
 
 def supervised(**config):
-    torch.manual_seed(0)
-    module = MODULES["supervised"]
-    return module.Method(module.Config(**config), SPEC).eval()
+    return tiny.method("supervised", SPEC, **config).eval()
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from stages.kit.nets import ema
 from stages.kit.spec import Spec, configure
 from stages.kit.train import optim, precision, schedule
 from stages.kit.train.loop import Recipe
+from workflow.checks import Optimiser
 
 
 class Toy(nn.Module):
@@ -114,44 +116,59 @@ def test_build_names_what_is_wrong():
 
 
 def test_rate_is_zero_at_first_peak_after_warmup_and_min_at_the_end():
-    config = SimpleNamespace(
+    config = Optimiser(
         lr=1.5e-4, lr_per=256, min_lr=1e-6, warmup=0.25, weight_decay=0.04, weight_decay_end=0.4
     )
     recipe = Recipe.of(config, {"epochs": 8, "batch_size": 4096}, 5)
     assert (recipe.steps, recipe.warmup) == (40, 10)
-    assert (
-        recipe.lr_at(0) == 0
-        and recipe.lr_at(10) == pytest.approx(2.4e-3)
-        and recipe.lr_at(40) == pytest.approx(1e-6)
-    )
-    assert recipe.lr_at(5) == pytest.approx(1.2e-3)
+    rates = [recipe.lr_at(step) for step in (0, 5, 10, 40)]
+    assert rates == pytest.approx([0, 1.2e-3, 2.4e-3, 1e-6]) and rates[0] == 0
     # MAE's formula in epochs: e = 25 / 5 = 5, warm-up 2 of 8
     wanted = 1e-6 + (2.4e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi * (5 - 2) / (8 - 2)))
     assert recipe.lr_at(25) == pytest.approx(wanted)
-    assert recipe.weight_decay_at(0, 0.04) == pytest.approx(0.04) and recipe.weight_decay_at(
-        40, 0.04
-    ) == pytest.approx(0.4)
-    assert (
-        recipe.weight_decay_at(20, 0.04) == pytest.approx(0.22)
-        and recipe.weight_decay_at(20, 0.0) == 0
-    )
-    absolute = Recipe.of(
-        SimpleNamespace(lr=0.1, lr_per=None, clip=3.0), {"epochs": 1, "batch_size": 64}, 2
-    )
-    assert (
-        absolute.lr == 0.1
-        and absolute.clip == 3.0
-        and absolute.warmup == 0
-        and absolute.weight_decay_at(1, 0.1) == 0.1
-    )
+    decays = [recipe.weight_decay_at(step, 0.04) for step in (0, 20, 40)]
+    assert decays == pytest.approx([0.04, 0.22, 0.4]) and recipe.weight_decay_at(20, 0.0) == 0
+    config = Optimiser(lr=0.1, clip=3.0, warmup=0.0)
+    absolute = Recipe.of(config, {"epochs": 1, "batch_size": 64}, 2)
+    assert (absolute.lr, absolute.clip, absolute.warmup) == (0.1, 3.0, 0)
+    assert absolute.weight_decay_at(1, 0.1) == 0.1
 
 
 def test_rate_that_drops_at_given_shares_of_the_training():
     """SimMIM's 800 epochs: warm-up of 10, a tenth of the rate from epoch 700 on."""
-    drops = SimpleNamespace(lr=1e-4, lr_per=512, warmup=10 / 800, lr_drops=(700 / 800,))
+    drops = Optimiser(lr=1e-4, lr_per=512, warmup=10 / 800, lr_drops=(700 / 800,))
     recipe = Recipe.of(drops, {"epochs": 800, "batch_size": 2048}, steps_per_epoch=5)
     rates = [recipe.lr_at(5 * epoch) for epoch in (0, 5, 10, 699, 700, 799)]
     assert rates == pytest.approx([0, 2e-4, 4e-4, 4e-4, 4e-5, 4e-5])
+
+
+CHANGED = {"optimizer": "sgd", "lr_drops": (0.5,), "betas": (0.5, 0.6), "clip_mode": "tensor"}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Optimiser)])
+def test_every_setting_of_an_optimiser_is_read(name):
+    train = {"epochs": 10, "batch_size": 64}
+    plain = Optimiser()
+    other = replace(plain, **{name: CHANGED.get(name, 7 if name == "lr_per" else 0.5)})
+    assert Recipe.of(plain, train, 10) != Recipe.of(other, train, 10)
+
+
+@dataclass(frozen=True)
+class Scaled(Optimiser):
+    @property
+    def lr_factor(self):
+        return 3.0
+
+    @property
+    def views_per_image(self):
+        return 2.5
+
+
+def test_a_config_may_scale_its_rate_and_count_its_views():
+    recipe = Recipe.of(Scaled(lr=0.5), {"epochs": 1, "batch_size": 8}, 1)
+    assert (recipe.lr, recipe.views_per_image) == (1.5, 2.5)
+    with pytest.raises(TypeError, match="SimpleNamespace: .* expected a Config that inherits"):
+        Recipe.of(SimpleNamespace(lr=1e-3, weight_dacay=0.1), {"epochs": 1, "batch_size": 8}, 1)
 
 
 def test_schedules_are_clamped():

@@ -14,15 +14,26 @@ from conftest import tiny_content, write_params
 from workflow.params import check, read
 from workflow.params.reading import read_yaml
 from workflow.params.schema import schema, schema_text
-from workflow.params.sections import Contrast
-from workflow.plugins import ROOT, ParamsError, plugin, plugin_names
+from workflow.params.sections import (
+    Contrast,
+    MethodWords,
+    ModelWords,
+    TargetWords,
+    TaskWords,
+    Train,
+)
+from workflow.plugins import FOLDERS, ROOT, WORDS, ParamsError, declared, module, names
 
 BAD = [  # changes to good parameters, and what the message must contain
     ({"data__sorce": 1}, ["data.sorce: unknown key (found 1)", "did you mean 'source'"]),
     ({"dta": {}}, ["dta: unknown key", "did you mean 'data'"]),
     ({"data__image_size": "big"}, ["data.image_size", "integer", "found 'big'"]),
     ({"data__image_size": 16.5}, ["data.image_size", "found 16.5"]),
-    ({"data__image_size": 18}, ["data.image_size: 18 is not a multiple of model.patch_size 4"]),
+    (
+        {"data__image_size": 18},
+        ["model.patch_size: found 4", "expected a divisor of data.image_size 18"],
+    ),
+    ({"data__image_size": None}, ["data.image_size: required, but not given"]),
     ({"data__val_fraction": 1.0}, ["data.val_fraction", "less than 1", "found 1.0"]),
     (
         {"data__val_fraction": 0.6, "data__test_fraction": 0.5},
@@ -35,7 +46,11 @@ BAD = [  # changes to good parameters, and what the message must contain
     ),
     (
         {"data__source": "shpaes"},
-        ["data.source: no source is called 'shpaes'", "did you mean 'shapes'", "folder:PATH"],
+        [
+            "data.source: no source is called 'shpaes'",
+            "did you mean 'shapes'",
+            "expected folder:PATH, hub:NAME, parquet:PATH or shapes",
+        ],
     ),
     (
         {"data__source": "folder"},
@@ -50,29 +65,44 @@ BAD = [  # changes to good parameters, and what the message must contain
         ["data.options.trian: unknown key (found 5)", "did you mean 'train'"],
     ),
     ({"data": 3}, ["data: must be a section with keys source, image_size", "found 3"]),
-    ({"model__num_heads": 3}, ["model.embed_dim: 16 is not a multiple of model.num_heads 3"]),
+    (
+        {"model__num_heads": 3},
+        ["model.embed_dim: found 16, expected a multiple of num_heads 3"],
+    ),
+    ({"model__num_head": 2}, ["model.num_head: unknown key", "did you mean 'num_heads'"]),
     (
         {"model__name": "vit_tinny_patch16_224"},
         ["model.name: timm has no model", "did you mean 'vit_tiny_patch16_224'"],
     ),
     (
         {"model__name": "vit9000"},
-        ["model.name: timm has no model 'vit9000'; expected a ViT such as vit_tiny_patch16_224"],
+        ["model.name: timm has no model 'vit9000'", "convvit, swin, vit"],
     ),
     (
         {"model__name": "resnet50"},
-        ["model.name: 'resnet50' is a ResNet, expected a ViT such as vit_tiny_patch16_224"],
+        ["model.name: 'resnet50' is of no known family", "convvit, swin, vit"],
     ),
     ({"model__name": 7}, ["model.name: must be text (found 7)"]),
     (
         {"model__depth": "2"},
-        ["params.yaml:\n  model.depth: must be a valid integer or a list (found '2')"],
+        ["params.yaml:\n  model.depth: must be a valid integer (found '2')"],
     ),
     (
-        {"model__depth": [2, "a"]},
+        {
+            "model": {
+                "name": "swin_tiny_patch4_window7_224",
+                "depth": [2, "a"],
+                "num_heads": [1, 2],
+            }
+        },
         ["params.yaml:\n  model.depth.1: must be a valid integer (found 'a')"],
     ),
-    ({"model__depth": 0}, ["model.depth", "greater than or equal to 1", "found 0"]),
+    ({"model__depth": 0}, ["model.depth: found 0, expected 1 or more"]),
+    ({"model__kind": "vti"}, ["model.kind: there is no kind of encoder 'vti'", "'vit'"]),
+    ({"model__kind": "swin"}, ["model.name: 'vit_tiny_patch16_224' is no swin"]),
+    ({"model__name": None}, ["model.kind: required, one of", "convvit, swin, vit"]),
+    ({"model": None}, ["model: required, but not given"]),
+    ({"models": {"b": {}}}, ["models: found beside model, expected one of the two"]),
     (
         {"train__batch_size": 10, "train__micro_batch": 4},
         ["train.micro_batch: micro_batch 4 does not divide batch_size 10"],
@@ -116,9 +146,10 @@ BAD = [  # changes to good parameters, and what the message must contain
     ),
     (
         {"targets__vqkd__kind": "vqdk"},
-        ["targets.vqkd: there is no kind of target 'vqdk'", "did you mean 'vqkd'"],
+        ["targets.vqkd.kind: there is no kind of target 'vqdk'", "did you mean 'vqkd'"],
     ),
-    ({"targets__vqkd__kind": None}, ["targets.vqkd.kind: required, one of dino", "vqkd"]),
+    ({"targets__vqdk": {}}, ["targets.vqdk: there is no kind of target 'vqdk'", "'vqkd'"]),
+    ({"targets__vqkd__kind": 3}, ["targets.vqkd.kind: must be text (found 3)"]),
     (
         {"targets__vqkd__upstream": "techer"},
         ["targets.vqkd.upstream: no target is called 'techer'", "did you mean 'teacher'"],
@@ -126,23 +157,46 @@ BAD = [  # changes to good parameters, and what the message must contain
     (
         {"targets__vqkd__upstream": None},
         [
-            "targets.vqkd.upstream: kind vqkd needs an upstream target that produces features",
-            "'teacher'",
+            "targets.vqkd.upstream: kind vqkd needs an upstream target that produces patch",
+            "such as 'teacher', or run:NAME, the encoder of another run",
         ],
     ),
     (
         {"targets__vqkd__upstream": ["teacher"]},
-        [
-            "targets.vqkd.upstream: kind vqkd needs an upstream target",
-            "such as 'teacher' (found ['teacher'])",
-        ],
+        ["targets.vqkd.upstream: must be text (found ['teacher'])"],
+    ),
+    (
+        {"targets__vqkd__upstream": "run:mea"},
+        ["targets.vqkd.upstream: no run is called 'mea'; did you mean 'mae'?"],
+    ),
+    (
+        {"targets__vqkd__upstream": "run:mae", "targets__vqkd__seed": 7},
+        ["targets.vqkd.upstream: 'run:mae' has seeds [0], expected seed 7 too"],
+    ),
+    (
+        {"targets__vqkd__upstream": "run:beitv2"},
+        ["grid.runs.beitv2.target: goes round in a circle: run:beitv2 -> vqkd -> run:beitv2"],
+    ),
+    (
+        {"targets__vqkd__data": "photo"},
+        ["targets.vqkd.data: no data set is called 'photo'", "(allowed: main)"],
+    ),
+    (
+        {"targets__vqkd__model": "swin"},
+        ["targets.vqkd.model: no model is called 'swin'", "(allowed: main)"],
     ),
     (
         {"targets__teacher__upstream": "vqkd"},
         ["targets.teacher.upstream: kind dino takes no upstream"],
     ),
-    ({"targets__vqkd__upstream": "vqkd"}, ["targets.vqkd.upstream", "circle: vqkd -> vqkd"]),
-    ({"targets__vqkd__seed": -1}, ["targets.vqkd.seed: must be a whole number", "-1"]),
+    (
+        {"targets__vqkd__upstream": "vqkd"},
+        ["targets.vqkd.upstream: 'vqkd' produces ids", "circle: vqkd -> vqkd"],
+    ),
+    (
+        {"targets__vqkd__seed": -1},
+        ["targets.vqkd.seed: must be greater than or equal to 0 (found -1)"],
+    ),
     ({"targets__vqkd__lr": "fast"}, ["targets.vqkd.lr", "found 'fast'"]),
     ({"targets__Teacher": {"kind": "dino"}}, ["targets.Teacher", "lower-case"]),
     (
@@ -155,6 +209,52 @@ BAD = [  # changes to good parameters, and what the message must contain
     ),
     ({"grid__contrasts": {"gain": {"of": ["mae"]}}}, ["grid.contrasts.gain.against", "required"]),
     ({"tasks__knnn": {}}, ["tasks.knnn: there is no task 'knnn'", "did you mean 'knn'"]),
+    ({"tasks__a": {"kind": "knnn"}}, ["tasks.a.kind: there is no task 'knnn'", "'knn'"]),
+    ({"tasks__knn__data": "camvid"}, ["tasks.knn.data: no data set is called 'camvid'"]),
+    ({"tasks__knn__after": "linear"}, ["tasks.knn.after: kind knn tests no other task's model"]),
+    ({"tasks__KNN": {"kind": "knn"}}, ["tasks.KNN: the name 'KNN' must be lower-case"]),
+    (
+        {"grid__runs__mae__tasks": {"knnn": {}}},
+        ["grid.runs.mae.tasks.knnn: no task is called 'knnn'", "did you mean 'knn'"],
+    ),
+    (
+        {"grid__runs__mae__tasks": {"knn": {"kk": 3}}},
+        ["grid.runs.mae.tasks.knn.kk: unknown key (found 3)"],
+    ),
+    (
+        {"grid__runs__mae__tasks": {"knn": {"k": []}}},
+        ["grid.runs.mae.tasks.knn.k: found [], expected at least one number of neighbours"],
+    ),
+    (
+        {"grid__runs__mae__tasks": {"knn": {"kind": "linear"}}},
+        ["grid.runs.mae.tasks.knn.kind: a run cannot change it"],
+    ),
+    (
+        {"methods__mae__recipe": "publishd"},
+        ["methods.mae.recipe: must be 'published' (found 'publishd'); did you mean 'published'?"],
+    ),
+    (
+        {"methods__random__recipe": "published"},
+        ["methods.random.recipe: stages/methods/random.py declares no PUBLISHED recipe"],
+    ),
+    (
+        {"grid__runs__random__recipe": "published"},
+        ["grid.runs.random.recipe: stages/methods/random.py declares no PUBLISHED recipe"],
+    ),
+    (
+        {"methods__big": {"kind": "mea"}},
+        ["methods.big.kind: there is no method 'mea'", "did you mean 'mae'"],
+    ),
+    (
+        {"methods__mae__input_size": 18},
+        ["methods.mae.input_size: found 18; model.patch_size: found 4", "of input_size 18"],
+    ),
+    (
+        {"methods__mae": {"input_size": 8, "mask_ratio": 0.9}},
+        ["methods.mae.mask_ratio: found 0.9, which hides 4 of 4 patches"],
+    ),
+    ({"grid__runs__mae__model": "vit"}, ["grid.runs.mae.model: no model is called 'vit'"]),
+    ({"grid__runs__mae__data": "vit"}, ["grid.runs.mae.data: no data set is called 'vit'"]),
     ({"tasks__linear__epoch": 3}, ["tasks.linear.epoch: unknown key", "did you mean 'epochs'"]),
     ({"tasks__knn__micro_batch": 8}, ["tasks.knn.micro_batch: unknown key"]),
     (
@@ -171,7 +271,17 @@ BAD = [  # changes to good parameters, and what the message must contain
     ),
     (
         {"grid__runs__beitv2__target": "teacher"},
-        ["'teacher' produces features, method beitv2 needs ids"],
+        [
+            "grid.runs.beitv2.target: 'teacher' produces attention, cls and patch, method beitv2 "
+            "needs ids, such as 'vqkd'"
+        ],
+    ),
+    (
+        {"grid__runs__beitv2__target": "run:mae"},
+        [
+            "grid.runs.beitv2.target: 'run:mae' produces attention, cls, layers and patch, method "
+            "beitv2 needs ids, such as 'vqkd'"
+        ],
     ),
     (
         {"grid__runs__mae__target": "vqkd"},
@@ -208,7 +318,7 @@ BAD = [  # changes to good parameters, and what the message must contain
     (
         {"grid__runs__mae__stages": 2},
         [
-            "grid.runs.mae.stages: method mae takes no target, expected one that learns from features",
+            "grid.runs.mae.stages: method mae takes no target, expected a method that can learn",
             "(found 2)",
         ],
     ),
@@ -218,6 +328,10 @@ BAD = [  # changes to good parameters, and what the message must contain
             "grid.runs.x.target: no target is called 'techer'; did you mean 'teacher'?",
             "or run:NAME",
         ],
+    ),
+    (
+        {"grid__runs__x": {"method": "dbot", "target": "run:x"}, "methods__dbot": {}},
+        ["grid.runs.x.target: goes round in a circle: run:x -> run:x"],
     ),
     (
         {"grid__runs__x": {"method": "dbot", "target": "run:randm"}, "methods__dbot": {}},
@@ -268,7 +382,14 @@ def test_good_params_are_complete_and_typed():
     }
     assert it.runs["beitv2"].settings.train["epochs"] == 1
     assert it.targets["vqkd"].upstream == "teacher" and it.targets["vqkd"].seed == 0
-    assert it.source[:2] == ("shapes", None) and it.source[2].config["train"] == 48
+    data, model = it.data["main"], it.models["main"]
+    assert (data.key, data.source, data.argument, data.image_size) == ("data", "shapes", None, 16)
+    assert data.settings.config["train"] == 48 and "options" not in data.entry
+    assert (model.key, model.kind, model.settings.values.depth) == ("model", "vit", 2)
+    assert (it.runs["mae"].data, it.runs["mae"].model) == ("main", "main")
+    assert list(it.runs["mae"].tasks) == list(it.tasks) == ["knn", "linear", "finetune"]
+    assert mae.origin["batch_size"] == "grid.runs.mae.set.batch_size"
+    assert mae.origin["epochs"] == "methods.mae.epochs"
 
 
 def test_all_problems_are_listed_at_once():
@@ -300,6 +421,174 @@ def test_combinations_with_the_model_are_checked_for_the_runs_that_use_them():
     with pytest.raises(ParamsError, match="methods.mae.mask_ratio"):
         check(tiny_content(data__image_size=8, methods__mae__mask_ratio=0.9))
     check(tiny_content(methods__beitv2__early_layer=9, grid__runs__beitv2__set={"head_depth": 0}))
+
+
+def named_content(**changes) -> dict:
+    """The tiny experiment with two data sets, two models and two tasks of one kind."""
+    content = tiny_content()
+    data, model = content.pop("data"), content.pop("model")
+    content["data"] = {"photos": data, "scenes": {**data, "image_size": 32, "seed": 1}}
+    swin = {
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depth": [1, 1],
+        "num_heads": [1, 2],
+        "window_size": 4,
+    }
+    content["models"] = {"small": model, "swin": swin}
+    content["targets"]["teacher"] |= {"data": "scenes", "model": "small"}
+    content["targets"] = {"hog": {"data": "photos", "model": "small"}}
+    content["methods"] |= {"mae-half": {"kind": "mae", "mask_ratio": 0.5}, "dbot": {}}
+    content["tasks"] |= {"knn-scenes": {"kind": "knn", "data": "scenes"}}
+    both = {"data": "photos", "model": "small"}
+    content["grid"]["runs"] = {
+        "mae": {"method": "mae", **both},
+        "half": {"method": "mae-half", **both, "tasks": {"knn": {"k": [5]}, "linear": None}},
+        "hog": {"method": "dbot", "target": "hog", **both},
+        "swin": {"method": "random", "data": "photos", "model": "swin"},
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        at = content
+        for part in path:
+            at = at.setdefault(part, {})
+        at[last] = value
+    return content
+
+
+def test_entries_have_names_and_kinds_and_runs_choose_among_them():
+    it = check(named_content())
+    assert {n: (d.key, d.image_size) for n, d in it.data.items()} == {
+        "photos": ("data.photos", 16),
+        "scenes": ("data.scenes", 32),
+    }
+    assert {n: (m.key, m.kind) for n, m in it.models.items()} == {
+        "small": ("models.small", "vit"),  # from its timm name
+        "swin": ("models.swin", "swin"),  # from its own
+    }
+    assert it.models["small"].settings.origin["depth"] == "models.small.depth"
+    half, swin = it.runs["half"], it.runs["swin"]
+    assert (half.method, half.kind, half.settings.config["mask_ratio"]) == ("mae-half", "mae", 0.5)
+    assert (swin.data, swin.model, swin.method, swin.kind) == ("photos", "swin", "random", "random")
+    assert (it.targets["hog"].kind, it.targets["hog"].data) == ("hog", "photos")
+    scenes = it.tasks["knn-scenes"]
+    assert (scenes.kind, scenes.data, scenes.key) == ("knn", "scenes", "tasks.knn-scenes")
+
+
+def test_a_run_changes_tasks_for_itself_alone():
+    it = check(named_content())
+    half, mae = it.runs["half"].tasks, it.runs["mae"].tasks
+    assert list(half) == ["knn", "finetune", "knn-scenes"] and "linear" in mae
+    assert half["knn"].settings.config["k"] == (5,) and mae["knn"].settings.config["k"] == (3,)
+    assert half["knn"].settings.origin["k"] == "grid.runs.half.tasks.knn.k"
+    assert half["knn"].key == "tasks.knn"
+    elsewhere = check(named_content(grid__runs__mae__tasks={"knn": {"data": "scenes"}}))
+    assert (
+        elsewhere.runs["mae"].tasks["knn"].data == "scenes" and elsewhere.tasks["knn"].data is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"grid__runs__mae": {"method": "mae"}},
+            [
+                "grid.runs.mae.data: required, one of photos, scenes (found nothing)",
+                "grid.runs.mae.model: required, one of small, swin (found nothing)",
+            ],
+        ),
+        (
+            {"grid__runs__mae__model": "smal"},
+            ["grid.runs.mae.model: no model is called 'smal'; did you mean 'small'?"],
+        ),
+        ({"data__photos__image_size": "a"}, ["data.photos.image_size: must be a valid integer"]),
+        ({"data__photos__sorce": 1}, ["data.photos.sorce: unknown key (found 1); did you mean"]),
+        ({"data__photos": None}, ["data.photos.source: required, but not given"]),
+        ({"data__seed": 3}, ["data: found seed beside the data sets photos and scenes"]),
+        ({"data__Photos": {"source": "shapes", "image_size": 16}}, ["data.Photos: the name"]),
+        (
+            {"data__photos__image_size": 18},
+            ["models.small.patch_size: found 4", "a divisor of data.photos.image_size 18"],
+        ),
+        (
+            {"data__scenes__image_size": 18},
+            ["models.small.patch_size: found 4", "a divisor of data.scenes.image_size 18"],
+        ),
+        ({"data__photos__store_size": 8}, ["8 is smaller than data.photos.image_size 16"]),
+        ({"models__small__depht": 2}, ["models.small.depht: unknown key", "did you mean 'depth'"]),
+        (
+            {"models__small__embed_dim": 18, "models__small__num_heads": 3},
+            ["models.small.embed_dim"],
+        ),
+        ({"models__small": 3}, ["models.small: must be a section with keys and values (found 3)"]),
+        (
+            {"grid__runs__mae__model": "swin"},
+            ["models.swin: method mae needs an encoder that can 'drop'; kind swin can 'mask' and"],
+        ),
+        (
+            {"targets__hog__data": None},
+            ["targets.hog.data: required, one of photos, scenes (found nothing)"],
+        ),
+        (
+            {"targets__hog__data": "scenes"},
+            ["grid.runs.hog.target: 'hog' gives 8 x 8 tokens, method dbot has 4 x 4"],
+        ),
+        (
+            {"targets__hog__cell": 3},
+            ["targets.hog.cell: 3 pixels do not divide the student's patches of 4"],
+        ),
+        (
+            {"methods__random__depth": 9},
+            ["methods.random.depth: found 9, expected 0 to models.swin.depth"],
+        ),
+        ({"model": {"name": "vit_tiny_patch16_224"}}, ["models: found beside model"]),
+    ],
+)
+def test_what_is_wrong_with_named_entries(changes, words):
+    with pytest.raises(ParamsError) as caught:
+        check(named_content(**changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_named_models_under_model_are_pointed_to_their_section():
+    content = tiny_content()
+    content["model"] = {"small": content["model"], "other": dict(content["model"])}
+    with pytest.raises(ParamsError, match="model: found named entries other and small, expected"):
+        check(content)
+
+
+def test_the_published_recipe_comes_before_what_is_given():
+    recipe = declared("method", "mae").literals["PUBLISHED"]
+    small = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    plain = check(tiny_content()).runs["mae"].settings
+    section = check(tiny_content(methods__mae__recipe="published")).runs["mae"].settings
+    assert section.config["lr"] == recipe["lr"] != plain.config["lr"]
+    assert section.train["epochs"] == recipe["epochs"]
+    assert {k: section.config[k] for k in small} == small, "what is given wins"
+    assert section.origin["lr"] == "methods.mae.recipe"
+    assert section.origin["decoder_dim"] == "methods.mae.decoder_dim"
+    run = {"method": "mae", "recipe": "published", "set": {"decoder_depth": 3}}
+    both = check(tiny_content(grid__runs__paper=run)).runs
+    paper = both["paper"].settings
+    assert both["mae"].settings.config == plain.config
+    assert (
+        paper.config["decoder_dim"] == recipe["decoder_dim"] and paper.config["decoder_depth"] == 3
+    )
+    assert paper.origin["decoder_dim"] == "grid.runs.paper.recipe"
+
+
+def test_a_run_may_be_the_upstream_of_a_target_and_comes_before_what_learns_from_it():
+    runs = {
+        "beitv2": {"method": "beitv2", "target": "vqkd"},
+        "mae": {"method": "mae"},
+    }
+    content = tiny_content(targets__vqkd={"upstream": "run:mae"})
+    content["grid"]["runs"] = runs
+    it = check(content)
+    assert it.targets["vqkd"].upstream == "run:mae" and list(it.runs) == ["mae", "beitv2"]
+    assert (it.runs["beitv2"].target, it.runs["beitv2"].teacher) == ("vqkd", None)
 
 
 @pytest.mark.parametrize(
@@ -366,105 +655,303 @@ def test_numbers_are_read_as_yaml_1_2_does(tmp_path, number):
     assert read(path).runs["mae"].settings.config["lr"] == 0.001
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # plug-ins
 
 
+HEADS = {  # what a file of each kind must declare
+    "sources": "ARGUMENT = None\n",
+    "encoders": 'CAN = {"drop"}\nNAMES = "vit"\n',
+    "targets": 'PRODUCES = {"patch"}\n',
+    "methods": "",
+    "tasks": 'HEADLINE = ("top1", "top-1 accuracy", "%")\n',
+}
+CONFIG = "@dataclass(frozen=True)\nclass Config:\n    pass\n"
+
+
 def tree(folder: Path, **files: str) -> Path:
-    """A project with nothing but plug-ins: name -> source text."""
-    for kind in ("sources", "targets", "methods", "tasks"):
+    """A project with nothing but plug-ins: name -> source text, without what each must declare."""
+    for kind in HEADS:
         (folder / "stages" / kind).mkdir(parents=True)
     for name, text in files.items():
-        (folder / "stages" / f"{name.replace('__', '/')}.py").write_text(text)
+        kind, _, file = name.partition("__")
+        (folder / "stages" / kind / f"{file}.py").write_text(HEADS[kind] + text)
     return folder
 
 
 def test_a_plugin_is_read_without_being_imported(tmp_path):
-    root = tree(tmp_path, methods__boom='''
+    root = tree(tmp_path, methods__boom='''"""What it is.
+
+More."""
 import a_module_that_does_not_exist
 from dataclasses import dataclass
-TARGET: str | None = "ids"
+TARGET: set | None = {"ids", "logits"}
+NEEDS = set()
 LABELS = True
+PUBLISHED = {"size": 4, "epochs": 800}
 raise SystemExit("imported")
 @dataclass(frozen=True)
-class Config:
+class Config(checks.SizedCrop):
     """Settings."""
     size: int = 3
     mode: Literal["a", "b"] = "a"
     rates: tuple[float, ...] = (0.1, 0.2)
     names: list[str] = field(default_factory=list)
     def __post_init__(self):
+        super().__post_init__()
         if self.size > 5:
             raise ValueError("size: too large")
+def f(config):
+    return config.size, config.mode, config.rates, config.names
 ''')  # fmt: skip
-    found = plugin("method", "boom", root)
+    found = declared("method", "boom", root)
     assert found.literals == {
-        "TARGET": "ids",
-        "UPSTREAM": None,
-        "PRODUCES": None,
+        "TARGET": {"ids", "logits"},
+        "NEEDS": set(),
         "LABELS": True,
         "TRAINS": True,
-        "SPREADS": False,
-        "ENCODERS": ("vit",),
+        "PUBLISHED": {"size": 4, "epochs": 800},
+        "INPUT": "images",
     }
-    assert found.fields == ["size", "mode", "rates", "names"]
-    assert plugin_names("method", root) == ["boom"]
+    crop = ["crop_min", "flip", "input_size"]
+    assert found.fields == [*crop, "size", "mode", "rates", "names"]
+    assert found.doc.startswith("What it is.") and found.path == "stages/methods/boom.py"
+    assert names("method", root) == ["boom"]
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    ("text", "words"),
     [
         ("x = 1\n", "has no dataclass named Config"),
         ("class Config:\n    pass\n", "must be decorated with @dataclass"),
+        ("class Config(checks.SizedCrop):\n    pass\n", "must be decorated with @dataclass"),
         ("@dataclass(frozen=True)\nclass Config:\n    x: Path = 1\n", "may use only builtins"),
         ("@dataclass(frozen=True)\nclass Config:\n    x: list = []\n", "cannot be read"),
         ("def f(:\n", "line 1"),
-        (
-            "TARGET = f()\n@dataclass(frozen=True)\nclass Config:\n    pass\n",
-            "TARGET must be a literal",
-        ),
+        ("TARGET = f()\n" + CONFIG, "line 1: TARGET must be a literal, None or a set out of"),
+        ('TARGET = "ids"\n' + CONFIG, "TARGET: found 'ids', expected None or a set out of"),
+        ("TARGET = set()\n" + CONFIG, "TARGET: found frozenset.., expected None or a set"),
+        ('TARGET = {"idz"}\n' + CONFIG, "TARGET: unknown word 'idz'; did you mean 'ids'"),
+        ("NEEDS = {1}\n" + CONFIG, "NEEDS: found .*, expected a set of words"),
+        ("LABELS = 1\n" + CONFIG, "LABELS: found 1, expected True or False"),
+        ("PUBLISHED = {1: 2}\n" + CONFIG, "PUBLISHED: found {1: 2}, expected a dict of settings"),
+        (CONFIG.replace("pass", "kind: int = 1"), "'kind', which is a word of params.yaml"),
     ],
 )
 def test_a_plugin_that_cannot_be_read_is_named(tmp_path, text, words):
     with pytest.raises(ParamsError, match=words) as caught:
-        plugin("method", "bad", tree(tmp_path, methods__bad=text))
+        declared("method", "bad", tree(tmp_path, methods__bad=text))
     assert "stages/methods/bad.py" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        ("source", "", "must declare ARGUMENT"),
+        ("source", 'ARGUMENT = "path"\n', "ARGUMENT: found 'path', expected \"PATH\""),
+        ("source", 'ARGUMENT = None\nPATHS = ("a",)\n', "PATHS names 'a', which is no setting"),
+        ("encoder", "", "must declare CAN"),
+        ("encoder", 'CAN = "drop"\n', "CAN: found 'drop', expected a set of words"),
+        ("target", "", "must declare PRODUCES"),
+        ("target", 'PRODUCES = {"features"}\n', "unknown word 'features' .allowed: attention,"),
+        ("task", "", "must declare HEADLINE"),
+        ("task", 'HEADLINE = "top1"\n', "HEADLINE: found 'top1', expected .key, label, unit."),
+        ("task", 'HEADLINE = ("a", "b", "c")\nNEEDS = {"mask"}\n', "did you mean 'masks'"),
+    ],
+)
+def test_what_each_kind_must_declare(tmp_path, kind, text, words):
+    path = tree(tmp_path) / "stages" / FOLDERS[kind] / "x.py"
+    path.write_text(text + CONFIG)
+    with pytest.raises(ParamsError, match=words):
+        declared(kind, "x", tmp_path)
+
+
+UNREAD = """
+@dataclass(frozen=True)
+class Config(checks.Optimiser):
+    weight_dacay: float = 0.1
+    lr: float = 3.0  # another default for an inherited setting
+    def __post_init__(self):
+        super().__post_init__()
+        checks.within(self, "[0, 1]", "weight_dacay")
+    def check(self, image_size, model):
+        return self.weight_dacay
+def f(config):
+    return config.weight_decay
+"""
+
+
+def test_a_setting_that_nothing_reads_is_refused(tmp_path):
+    root = tree(tmp_path, methods__x=UNREAD)
+    with pytest.raises(ParamsError) as caught:
+        declared("method", "x", root)
+    said = str(caught.value)
+    assert said.startswith("stages/methods/x.py: nothing reads the setting 'weight_dacay'")
+    assert said.endswith("did you mean 'weight_decay'?")
+
+
+@pytest.mark.parametrize(
+    "reader", ["def g(config):\n    return config.weight_dacay\n", 'NAMES = ["weight_dacay"]\n']
+)
+def test_a_setting_that_an_imported_file_reads_is_good(tmp_path, reader):
+    text = "def h():\n    from stages.kit import far\n" + UNREAD
+    root = tree(tmp_path, methods__x=text)
+    (root / "stages" / "kit").mkdir()
+    (root / "stages" / "kit" / "far.py").write_text("from . import near\n")
+    near = root / "stages" / "kit" / "near.py"
+    near.write_text(reader)
+    declared("method", "x", root)
+    near.write_text("pass\n")
+    with pytest.raises(ParamsError, match="nothing reads the setting 'weight_dacay'"):
+        declared("method", "x", root)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "__init__", "a b", ""])
 def test_a_plugin_name_cannot_leave_its_folder(name):
     with pytest.raises(ParamsError, match="there is no method"):
-        plugin("method", name)
+        declared("method", name)
+    with pytest.raises(ParamsError, match="there is no method"):
+        module("method", name)
+
+
+def toys(folder: Path, **files: str) -> tuple[Path, dict]:
+    """A project of toys, of which `files` are more, and a params file for it."""
+    plain = {f"{kind}__toy": CONFIG for kind in HEADS}
+    sections = {"data": {"source": "toy", "image_size": 16}, "model": {"kind": "toy"}}
+    sections |= {"methods": {"toy": {}}, "tasks": {"toy": {}}, "targets": {}}
+    sections |= {"grid": {"runs": {"x": {"method": "toy"}}}}
+    return tree(folder, **(plain | files)), tiny_content() | sections
 
 
 def test_cycles_of_targets_are_shown(tmp_path):
-    head = '@dataclass(frozen=True)\nclass Config:\n    pass\nPRODUCES = "features"\nUPSTREAM = "features"\n'
-    root = tree(tmp_path, targets__t=head, methods__mae=head, tasks__knn=head, sources__shapes=head)
-    targets = {n: {"kind": "t", "upstream": u} for n, u in (("a", "b"), ("b", "c"), ("c", "a"))}
-    grid = {"runs": {"x": {"method": "mae"}}}
-    content = tiny_content() | {
-        "targets": targets,
-        "methods": {"mae": {}},
-        "tasks": {"knn": {}},
-        "grid": grid,
-    }
-    content["data"] = {"source": "shapes", "image_size": 16}
-    with pytest.raises(
-        ParamsError, match="targets.a.upstream: goes round in a circle: a -> b -> c -> a"
-    ):
+    root, content = toys(tmp_path, targets__t='UPSTREAM = {"patch"}\n' + CONFIG)
+    upstream = {"a": "b", "b": "c", "c": "a"}
+    content["targets"] = {n: {"kind": "t", "upstream": u} for n, u in upstream.items()}
+    circle = "targets.a.upstream: goes round in a circle: a -> b -> c -> a"
+    with pytest.raises(ParamsError, match=circle):
         check(content, root=root)
 
 
-@pytest.mark.parametrize("kind", ["method", "target", "task", "source"])
+def test_cycles_through_targets_and_runs_are_shown(tmp_path):
+    taught = 'TARGET = {"patch"}\n' + CONFIG
+    upstream = 'UPSTREAM = {"patch"}\n' + CONFIG
+    root, content = toys(tmp_path, methods__taught=taught, targets__t=upstream)
+    content["methods"] = {"taught": {}}
+    content["targets"] = {"a": {"kind": "t", "upstream": "run:x"}}
+    content["grid"] = {"runs": {"x": {"method": "taught", "target": "a"}}}
+    circle = "targets.a.upstream: goes round in a circle: a -> run:x -> a"
+    with pytest.raises(ParamsError, match=circle):
+        check(content, root=root)
+
+
+def test_what_is_needed_is_compared_with_what_there_is(tmp_path):
+    root, content = toys(
+        tmp_path,
+        methods__wants='TARGET = {"patch", "attention"}\nNEEDS = {"drop"}\n' + CONFIG,
+        encoders__mute=CONFIG,
+        targets__whole='PRODUCES = {"patch", "cls", "attention"}\n' + CONFIG,
+        methods__blind='NEEDS = {"taps", "fly"}\n' + CONFIG,
+    )
+    content["methods"] = {"wants": {}, "blind": {}}
+    content["targets"] = {"part": {"kind": "toy"}, "whole": {}}
+    content["grid"] = {"runs": {"x": {"method": "wants", "target": "part"}}}
+
+    def said(**runs) -> str:
+        content["grid"] = {"runs": runs}
+        with pytest.raises(ParamsError) as caught:
+            check(content, root=root)
+        return str(caught.value)
+
+    assert (
+        "grid.runs.x.target: 'part' produces patch, method wants needs attention, such as 'whole', "
+        "or run:NAME" in said(x={"method": "wants", "target": "part"})
+    )
+    assert "'run:y' produces layers and patch, method wants needs attention" in said(
+        x={"method": "wants", "target": "run:y"}, y={"method": "wants", "target": "whole"}
+    )
+    assert (
+        "model: method blind needs an encoder that can 'fly' and 'taps'; kind toy can 'drop'; no "
+        "family can" in said(x={"method": "blind"})
+    )
+    content["grid"] = {"runs": {"x": {"method": "wants", "target": "whole"}}}
+    check(content, root=root)
+
+
+def test_what_goes_in_must_be_what_comes_out(tmp_path):
+    points = 'INPUT = "points"\n' + CONFIG
+    root, content = toys(
+        tmp_path,
+        sources__clouds=points,
+        encoders__cloud=points,
+        methods__cloudy=points,
+        methods__any='INPUT = {"images", "points"}\n' + CONFIG,
+    )
+    content["methods"] = {"cloudy": {}, "any": {}, "toy": {}}
+
+    def said(source: str, model: str, method: str) -> str:
+        content["data"], content["model"] = {"source": source}, {"kind": model}
+        content["grid"] = {"runs": {"x": {"method": method}}}
+        try:
+            check(content, root=root)
+        except ParamsError as error:
+            return str(error)
+        return ""
+
+    assert said("clouds", "cloud", "cloudy") == said("clouds", "cloud", "any") == ""
+    assert "model: kind toy takes images, source clouds of data gives points" in said(
+        "clouds", "toy", "cloudy"
+    )
+    assert "methods.toy: method toy takes images, source clouds of data gives points" in said(
+        "clouds", "cloud", "toy"
+    )
+
+
+def test_a_task_may_test_the_model_of_another(tmp_path):
+    root, content = toys(tmp_path, tasks__hard='AFTER = "toy"\n' + CONFIG)
+    content["tasks"] = {"hard": {}, "toy": {}}
+    it = check(content, root=root)
+    assert it.tasks["hard"].after == "toy" and list(it.tasks) == ["toy", "hard"]
+
+    def said(all_tasks: dict, **run) -> str:
+        content["tasks"] = all_tasks
+        content["grid"] = {"runs": {"x": {"method": "toy", **run}}}
+        with pytest.raises(ParamsError) as caught:
+            check(content, root=root)
+        return str(caught.value)
+
+    two = {"a": {"kind": "toy"}, "b": {"kind": "toy"}, "hard": {}}
+    assert "tasks.hard.after: expected the name of a task of kind toy, such as 'a' or 'b'" in said(
+        two
+    )
+    assert "tasks.hard.after: expected the name of a task of kind toy, and there is none" in said(
+        {"hard": {}}
+    )
+    assert "tasks.hard.after: 'other' is of kind hard, expected kind toy" in said(
+        {"hard": {"after": "other"}, "other": {"kind": "hard"}, "toy": {}}
+    )
+    assert "grid.runs.x.tasks.toy: is left out, but hard tests its model" in said(
+        {"toy": {}, "hard": {}}, tasks={"toy": None}
+    )
+    content["tasks"] = two | {"hard": {"after": "b"}}
+    content["grid"] = {"runs": {"x": {"method": "toy", "tasks": {"a": None}}}}
+    assert list(check(content, root=root).runs["x"].tasks) == ["b", "hard"]
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
 def test_every_plugin_of_the_project_can_be_read(kind):
-    assert plugin_names(kind)
-    for name in plugin_names(kind):
-        found = plugin(kind, name)
-        assert len(found.defaults()) == len(found.fields), (
-            f"{found.path}: every setting needs a default"
-        )
-        if kind == "target":
-            assert found.literals["PRODUCES"] in ("ids", "features")
+    assert names(kind)
+    for name in names(kind):
+        found = declared(kind, name)
+        assert found.doc, f"{found.path}: what it is"
+        found.config()  # every setting has a default
+        settings = {*found.fields, *Train.model_fields}
+        assert set(found.literals.get("PUBLISHED", ())) <= settings, found.path
+
+
+def test_the_words_beside_settings_are_known_to_plugins():
+    models = {"target": TargetWords, "method": MethodWords, "task": TaskWords}
+    for kind, model in (models | {"encoder": ModelWords}).items():
+        assert set(WORDS[kind]) == set(model.model_fields)
 
 
 # --------------------------------------------------------------------------------------------
@@ -494,6 +981,7 @@ def test_the_committed_schema_is_up_to_date():
     assert committed == schema_text(), (
         "python -m workflow.params --schema > workflow/schemas/params.schema.json"
     )
+    assert len(committed.splitlines()) < 1200 and '"title"' not in committed
 
 
 def test_the_schema_knows_plugins_and_refuses_typing_errors():
@@ -502,17 +990,26 @@ def test_the_schema_knows_plugins_and_refuses_typing_errors():
     good = json.loads(json.dumps(tiny_content()))
     validator = jsonschema.Draft202012Validator(schema())
     validator.validate(good)
+    validator.validate(tiny_content(targets__dino={"kind": "pretrained", "proj": True}))
+    validator.validate(named_content())
     for changes in (
         {"methods__mae__mask_ratoi": 1},
         {"tasks__knnn": {}},
         {"targets__vqkd__codez": 1},
         {"trian": {}},
+        {"grid__runs__mae__sets": {}},
+        {"model__num_head": 3},
+        {"data__sorce": "shapes"},
+        {"models": {}},
     ):
         assert not validator.is_valid(tiny_content(**changes)), changes
 
 
 def test_the_plan_needs_no_torch():
-    code = "import sys, workflow.plan as p; p.load(); assert not {'torch', 'timm', 'mlflow'} & set(sys.modules)"
+    code = (
+        "import sys, workflow.plan as p; p.load(); "
+        "assert not {'torch', 'timm', 'mlflow'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

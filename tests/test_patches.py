@@ -1,55 +1,23 @@
-"""kit/nets/patches.py: a convolution over patches as a matrix product, and the statistics of
-patches.
-"""
+"""kit/nets/patches.py: a convolution over patches as a matrix product, and their statistics."""
 
-import pytest
 import torch
 from torch import nn
 
-from stages.kit.nets.patches import PatchConv, patch_statistics, patchify, project
+from stages.kit.nets.patches import patch_statistics, patchify, project
 
 
-def convolution(**kw) -> nn.Conv2d:
+def test_project_is_the_convolution_on_any_patches_with_its_gradients():
     torch.manual_seed(0)
-    return nn.Conv2d(3, 5, **{"kernel_size": 4, "stride": 4, **kw}).double()
-
-
-def test_patch_conv_is_the_convolution_with_its_gradients():
+    conv = nn.Conv2d(3, 5, 4, 4).double()
     images = torch.randn(2, 3, 8, 12, dtype=torch.float64, requires_grad=True)
-    plain, ours = convolution(), PatchConv.of(convolution())
-    found, expected = ours(images), plain(images)
-    assert found.shape == expected.shape == (2, 5, 2, 3)
+    some = [5, 0, 2]
+    found = project(conv, patchify(images, 4)[:, some])
+    expected = conv(images).flatten(2).transpose(1, 2)[:, some]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    weight = torch.randn_like(expected)
-    gradients = [
-        torch.autograd.grad((out * weight).sum(), (images, layer.weight, layer.bias))
-        for out, layer in ((found, ours), (expected, plain))
-    ]
-    for a, b in zip(*gradients, strict=True):
+    weight, sources = torch.randn_like(expected), (images, conv.weight, conv.bias)
+    ours, theirs = (torch.autograd.grad((x * weight).sum(), sources) for x in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert list(ours.state_dict()) == list(plain.state_dict())
-
-
-def test_patch_conv_has_the_convolutions_bits_in_evaluation():
-    images = torch.randn(2, 3, 8, 8)
-    plain, ours = convolution().float(), PatchConv.of(convolution().float()).eval()
-    assert torch.equal(ours(images), plain(images))
-
-
-def test_project_takes_any_patches():
-    images, conv = torch.randn(2, 3, 8, 8, dtype=torch.float64), convolution()
-    some = patchify(images, 4)[:, [3, 0]]
-    torch.testing.assert_close(
-        project(conv, some), conv(images).flatten(2).transpose(1, 2)[:, [3, 0]]
-    )
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"stride": 2}, {"padding": 1}, {"kernel_size": (4, 2), "stride": (4, 2)}]
-)
-def test_overlapping_patches_are_refused(wrong):
-    with pytest.raises(ValueError, match="side by side"):
-        PatchConv.of(convolution(**wrong))
 
 
 def test_patch_statistics_are_torchs():

@@ -24,11 +24,11 @@ from warm import Workers
 from stages.kit import dist
 from stages.kit.data.loader import Batches
 from stages.kit.data.views import View
-from stages.kit.job.files import JobError
 from stages.kit.train.checkpoint import Checkpoint
 from stages.kit.train.history import History
 from stages.kit.train.loop import Recipe, fit, refuse_cuts
 from stages.targets import find
+from workflow.files import JobError
 
 BATCH, IMAGES, EPOCHS = 8, 16, 3  # 6 steps
 PLUGINS = [f"methods.{name}" for name in test_methods.TRAINED]

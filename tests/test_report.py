@@ -5,256 +5,24 @@ real browser.
 from __future__ import annotations
 
 import csv
-import hashlib
+import html
 import json
+import math
 import re
 import shutil
 import subprocess
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from stages import report
-from stages.reporting import figures, stats
+from stages.reporting import charts, colours, formats, page, pictures, results, stats
+from tests.fabricated import FLOPS, IMAGES_SEEN, RUNS, TOP1, fabricate, facts, put
+from workflow.manifest import Manifest
 
-CLASSES = ["circle", "square", "triangle", "star", "cross"]
-RUNS = {  # run: (facts, accuracy)
-    "mae": (
-        {"method": "mae", "target": None, "labels": False, "trains": True, "label_targets": []},
-        0.62,
-    ),
-    "beitv2": (
-        {
-            "method": "beitv2",
-            "target": "vqkd",
-            "labels": False,
-            "trains": True,
-            "label_targets": [],
-        },
-        0.74,
-    ),
-    "beitv2-nopa": (
-        {
-            "method": "beitv2",
-            "target": "vqkd",
-            "labels": False,
-            "trains": True,
-            "label_targets": [],
-        },
-        0.66,
-    ),
-    "random": (
-        {"method": "random", "target": None, "labels": False, "trains": False, "label_targets": []},
-        0.35,
-    ),
-    "supervised": (
-        {
-            "method": "supervised",
-            "target": None,
-            "labels": True,
-            "trains": True,
-            "label_targets": [],
-        },
-        0.82,
-    ),
-}
-
-
-def put(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
-
-
-def fabricate(
-    folder: Path,
-    runs=RUNS,
-    seeds=(0, 1, 2),
-    tasks=("knn", "linear", "finetune"),
-    images=400,
-    across=0,
-    pictures=True,
-    labelled=True,
-    contrasts=None,
-):
-    """A finished experiment below `folder`: a run as kit/job/job.py gives it to the report stage."""
-    rng = np.random.default_rng(0)
-    seeds = seeds if isinstance(seeds, dict) else dict.fromkeys(runs, tuple(seeds))
-    table = {
-        f"{name}-s{s}": {"run": name, "seed": s, "teacher": None, "stage": 1, **facts}
-        for name, (facts, _) in runs.items()
-        for s in seeds[name]
-    }
-    targets = sorted({facts["target"] for facts, _ in runs.values() if facts["target"]})
-    inputs = [
-        "data",
-        *(["target/teacher"] if targets else []),
-        *(f"target/{t}" for t in targets),
-        *(f"pretrain/{r}" for r in table),
-    ]
-    inputs += [f"transfer/{r}/{t}" for r in table for t in tasks]
-    results = folder / "results"
-
-    def manifest(id, summary=None, wall=12.0, above=(), params=None):
-        stage, _, name = id.partition("/")
-        put(
-            results / id / "manifest.json",
-            {
-                "job": id,
-                "stage": stage,
-                "name": name or stage,
-                "fingerprint": hashlib.sha256(id.encode()).hexdigest(),
-                "params": params or {"seed": 0, "note": "<script>alert(1)</script>"},
-                "code": {"stages/x.py": "0" * 64},
-                "inputs": dict.fromkeys(above, "f"),
-                "git": {"commit": "c0ffee" * 6, "dirty": False},
-                "wall_s": wall,
-                "peak_memory_mb": 812,
-                "device": "cpu",
-                "threads": 2,
-                "summary": summary or {},
-                "created": "2026-01-02T03:04:05+00:00",
-            },
-        )
-
-    tone = rng.integers(40, 220, (60, 1, 1, 3))
-    pixels = np.clip(tone + rng.normal(0, 18, (60, 32, 32, 3)), 0, 255).astype(np.uint8)
-    split = {"count": 60, "class_counts": [12] * 5 if labelled else [], "labelled": labelled}
-    put(
-        results / "data" / "data.json",
-        {
-            "source": "shapes",
-            "hash": "ab12" * 16,
-            "mode": "memmap",
-            "image_size": 32,
-            "store_size": 32,
-            "classes": CLASSES if labelled else [],
-            "mean": [0.5, 0.45, 0.4],
-            "std": [0.2, 0.2, 0.25],
-            "splits": {
-                "train": split,
-                "val": split | {"count": 20},
-                "test": split | {"count": images},
-            },
-            "duplicates": {"within": {"train": 3}, "across": {"train-test": across}, "groups": []},
-            "quarantine": {"count": 2, "reasons": {"truncated": 2}},
-            "warnings": [],
-        },
-    )
-    (results / "data" / "train").mkdir()
-    np.save(results / "data" / "train" / "images.npy", pixels)
-    np.save(
-        results / "data" / "train" / "labels.npy",
-        np.arange(60) % 5 if labelled else np.full(60, -1),
-    )
-    manifest("data")
-
-    def paint(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate([*pixels[:8]], 1).repeat(3, 0).repeat(3, 1)).save(path)
-
-    def history(path, steps, start, end):
-        loss = (
-            end + (start - end) * np.exp(-np.arange(steps) / steps * 5) + rng.normal(0, 0.01, steps)
-        )
-        put(
-            path,
-            "".join(
-                json.dumps({"step": i, "epoch": i / steps * 20, "lr": 1e-3, "loss": x}) + "\n"
-                for i, x in enumerate(loss)
-            ),
-        )
-
-    for name in (["teacher"] if targets else []) + targets:
-        base = results / "target" / name
-        counts = (900 * np.arange(1, 65) ** -0.7).astype(int).tolist()
-        put(
-            base / "health.json",
-            {"usage": 0.97, "perplexity": 41.2, "counts": counts, "problems": []}
-            if name != "teacher"
-            else {"rank": 37.5, "entropy": 3.1, "problems": []},
-        )
-        put(
-            base / "target.json", {"kind": "vqkd" if name != "teacher" else "dino", "labels": False}
-        )
-        history(base / "history.jsonl", 120, 8, 4)
-        manifest(
-            f"target/{name}",
-            {"images_seen": 48000, "flops_per_image": 3e8},
-            95.0,
-            ["data"] + (["target/teacher"] if name != "teacher" else []),
-            {"target": {"kind": "vqkd"}},
-        )
-        if pictures:
-            paint(base / "pictures" / "code_map.png")
-    difficulty = np.linspace(0, 1, images)
-    for job, facts in table.items():
-        base, rate = results / "pretrain" / job, runs[facts["run"]][1]
-        trained = facts["trains"]
-        if trained:
-            history(base / "history.jsonl", 200, 1.2, 0.4)
-        summary = (
-            {
-                "images_seen": 80000,
-                "effective_epochs": 20,
-                "flops_per_image": 2.5e8,
-                "images_per_s": 900.0,
-            }
-            if trained
-            else {}
-        )
-        manifest(
-            f"pretrain/{job}",
-            summary | {"parameters": 1234567},
-            140.0 if trained else 3.0,
-            ["data"]
-            + ([f"target/{facts['target']}"] if facts["target"] else [])
-            + ([f"pretrain/{facts['teacher']}-s{facts['seed']}"] if facts["teacher"] else []),
-            {"method": {"name": facts["method"]}, "run": facts["run"]},
-        )
-        if trained and pictures:
-            paint(base / "pictures" / "reconstruction.png")
-        for n, task in enumerate(tasks):
-            out = results / "transfer" / job / task
-            right = difficulty + rng.normal(0, 0.03, images) < rate + 0.03 * n + rng.normal(
-                0, 0.004
-            )
-            label = np.arange(images) % 5
-            top1 = float(right.mean())
-            put(
-                out / "metrics.json",
-                {
-                    "run": job,
-                    "task": task,
-                    "top1": top1,
-                    "per_class_mean": top1,
-                    "feature": "patch",
-                    "seed": facts["seed"],
-                    **({"cls_top1": top1 - 0.1, "patch_top1": top1} if task != "finetune" else {}),
-                },
-            )
-            np.savez(
-                out / "predictions.npz",
-                index=np.arange(images),
-                label=label,
-                prediction=np.where(right, label, (label + 1) % 5),
-            )
-            manifest(f"transfer/{job}/{task}", {"top1": top1}, 4.2)
-    out = results / "report"
-    out.mkdir()
-    params = {
-        "experiment": "synthetic",
-        "runs": table,
-        "tasks": list(tasks),
-        "contrasts": contrasts or {},
-    }
-    job = SimpleNamespace(id="report", params=params, inputs=tuple(inputs))
-    return SimpleNamespace(
-        job=job, out=out, summary={}, input=lambda id: results / id, results=results
-    )
+PERCENT = results.Task("knn", "knn", "knn", "main", **TOP1)
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +40,21 @@ def rows_of(run) -> list[dict]:
     return list(csv.DictReader((run.out / "summary.csv").open()))
 
 
-def metric(run, job, task) -> float:
-    return json.loads((run.results / "transfer" / job / task / "metrics.json").read_text())["top1"]
+def gathered(run) -> dict:
+    """What the page is made of."""
+    return page.gather(run.job.params, {id: run.input(id) for id in run.job.inputs})
+
+
+def metric(run, job, task, key="top1") -> float:
+    return json.loads((run.results / "transfer" / job / task / "metrics.json").read_text())[key]
+
+
+def edit(run, id: str, **changes) -> None:
+    """Changes a manifest; a dict is merged into what is there."""
+    path = run.results / id / "manifest.json"
+    manifest = Manifest.read(path)
+    merged = {k: getattr(manifest, k) | v if isinstance(v, dict) else v for k, v in changes.items()}
+    path.write_text(replace(manifest, **merged).text())
 
 
 def test_numbers_are_the_jobs(lab):
@@ -282,7 +63,7 @@ def test_numbers_are_the_jobs(lab):
     """
     rows = rows_of(lab)
     assert len(rows) == len(RUNS) * 3
-    page = page_of(lab)
+    shown = page_of(lab)
     for row in rows:
         values = [metric(lab, f"{row['run']}-s{s}", row["task"]) for s in (0, 1, 2)]
         want = stats.t_interval(values)
@@ -290,7 +71,9 @@ def test_numbers_are_the_jobs(lab):
         assert (float(row["mean"]), float(row["low"]), float(row["high"])) == pytest.approx(
             (want.mean, want.low, want.high)
         )
-        assert f"{want.mean * 100:.1f} <small>± {want.half * 100:.1f}</small>" in page
+        assert f"{want.mean * 100:.1f} <small>± {want.half * 100:.1f}</small>" in shown
+        assert (row["metric"], row["data"], row["pretrained_on"]) == ("top1", "main", "main")
+        assert row["encoder"] == "vit: 192 × 12, patch 4"
 
 
 def test_bold_only_where_the_tests_say_so(lab):
@@ -312,6 +95,20 @@ def test_costs_include_targets(lab):
     assert next(r for r in rows_of(lab) if r["run"] == "mae")["target_seconds"] == "0"
 
 
+def test_the_cost_chart_counts_targets(lab):
+    """Its x axis is all that was needed: 140 s of the run and 190 s of its targets."""
+    rows = {row["run"]: row for row in rows_of(lab)}
+    assert float(rows["beitv2"]["all_seconds"]) == 140 + 190
+    assert float(rows["mae"]["all_seconds"]) == 140
+    svg = gathered(lab)["charts"]["cost-knn"]
+    text = re.findall(r'<(?:circle|rect|path) (?:cx|x|d)="M?([\d.]+)[^>]*><title>([\w-]+):', svg)
+    place = {name: float(x) for x, name in text}  # left edges or centres: a few units apart
+    unit = (place["mae"] - place["random"]) / math.log(140 / 3)
+    expected = place["mae"] + unit * math.log(330 / 140)
+    assert place["beitv2"] == pytest.approx(expected, abs=12)
+    assert place["beitv2"] - place["mae"] > 25
+
+
 def test_declared_contrasts_are_shown_with_both_intervals(tmp_path):
     declared = {
         "tokens against pixels": {"of": ["beitv2"], "against": ["mae"]},
@@ -324,7 +121,7 @@ def test_declared_contrasts_are_shown_with_both_intervals(tmp_path):
         metric(run, f"beitv2-s{s}", "knn") - metric(run, f"mae-s{s}", "knn") for s in (0, 1, 2)
     ]
     want = stats.t_interval(differences)
-    shown = [figures.points(x) for x in (want.mean, want.low, want.high)]
+    shown = [PERCENT.change(x) for x in (want.mean, want.low, want.high)]
     assert (
         f"<strong>{shown[0]}</strong>" in page
         and f"seeds {shown[1]} to {shown[2]}" in page
@@ -347,15 +144,8 @@ def test_without_contrasts_there_is_no_such_table(lab):
 
 
 def student(teacher: str | None, stage: int, target: str | None = None, seen=()) -> dict:
-    return {
-        "method": "dbot",
-        "target": target,
-        "teacher": teacher,
-        "stage": stage,
-        "labels": False,
-        "trains": True,
-        "label_targets": list(seen),
-    }
+    """The facts of a stage of a chain."""
+    return facts("dbot", target, teacher=teacher, stage=stage, label_targets=list(seen))
 
 
 CHAINS = {
@@ -380,13 +170,6 @@ def chains(tmp_path_factory):
     return run
 
 
-def test_a_job_that_was_killed_on_the_way_costs_its_whole_training():
-    resumed = {"wall_s": 20.0, "summary": {"train_s": 300.0}}
-    assert report.lineage.seconds(resumed) == 300
-    assert report.lineage.seconds({"wall_s": 320.0, "summary": {"train_s": 300.0}}) == 320
-    assert report.lineage.seconds({"wall_s": 5.0, "summary": {}}) == 5
-
-
 def test_a_stage_costs_what_all_before_it_cost(chains):
     rows = {r["run"]: r for r in rows_of(chains) if r["task"] == "knn"}
     for name, images, seconds in (
@@ -398,10 +181,10 @@ def test_a_stage_costs_what_all_before_it_cost(chains):
         ("random", 0, 3),
     ):
         row = rows[name]
-        assert float(row["images_seen"]) == images * 80000, name
-        assert float(row["effective_epochs"]) == pytest.approx(images * 80000 / 60), name
+        assert float(row["images_seen"]) == images * IMAGES_SEEN, name
+        assert float(row["effective_epochs"]) == pytest.approx(images * IMAGES_SEEN / 60), name
         assert float(row["seconds"]) == seconds, name
-        assert float(row["flops"] or 0) == images * 80000 * 2.5e8, name
+        assert float(row["flops"] or 0) == images * IMAGES_SEEN * FLOPS, name
     assert float(rows["dbot-2"]["own_images_seen"]) == 80000
     assert float(rows["dbot-2"]["own_seconds"]) == 140
     assert float(rows["coded-2"]["target_seconds"]) == 190, "the targets of the stages before"
@@ -432,15 +215,15 @@ def test_quality_by_stage(chains):
     """One line a chain with its first teacher as stage 0, and the spread over chains, recomputed
     from the jobs.
     """
-    page = report.gather(chains.job.params, {id: chains.input(id) for id in chains.job.inputs})
-    found = page["stages"]["linear"]
-    lines = {chain.name: chain.runs for chain, _ in found["chains"]}
+    shown = gathered(chains)
+    found = shown["stages"]["linear"]
+    lines = {chain.name: chain.runs for chain, _ in found.chains}
     assert lines == {
         "dbot": {0: "random", 1: "dbot-1", 2: "dbot-2"},
         "other": {0: "mae", 1: "other-1", 2: "other-2"},
         "coded": {1: "coded-1", 2: "coded-2"},
     }  # one stage is no chain
-    assert [chain.first for chain, _ in found["chains"]] == ["random", "mae", "vqkd"]
+    assert [chain.first for chain, _ in found.chains] == ["random", "mae", "vqkd"]
 
     def of(run):
         return np.mean([metric(chains, f"{run}-s{s}", "linear") for s in (0, 1, 2)])
@@ -450,10 +233,10 @@ def test_quality_by_stage(chains):
         (1, ("dbot-1", "other-1", "coded-1")),
         (2, ("dbot-2", "other-2", "coded-2")),
     ):
-        assert found["spread"][stage] == pytest.approx(np.std([of(r) for r in runs], ddof=1))
+        assert found.spread[stage] == pytest.approx(np.std([of(r) for r in runs], ddof=1))
         for run in runs:
             assert f"<td>{of(run) * 100:.1f}</td>" in page_of(chains).split("Quality by stage")[1]
-    svg = page["charts"]["stages-linear"]
+    svg = shown["charts"]["stages-linear"]
     marks = re.findall(r"<title>(random|dbot-1|dbot-2): ([\d.]+) %", svg)
     assert marks == [(run, f"{of(run) * 100:.1f}") for run in ("random", "dbot-1", "dbot-2")]
     axis = re.findall(r'y="198.0" text-anchor="middle">([^<]+)<', svg)
@@ -503,9 +286,8 @@ def test_same_inputs_same_bytes(lab, tmp_path):
 
 
 def warnings_of(run) -> dict[str, str]:
-    folders = {id: run.input(id) for id in run.job.inputs}
-    page = report.gather(run.job.params, folders)
-    return dict(page["warnings"] + page["notes"])
+    found = gathered(run)
+    return dict(found["warnings"] + found["notes"])
 
 
 def test_one_seed_is_not_ranked(tmp_path):
@@ -525,36 +307,15 @@ def test_one_seed_is_not_ranked(tmp_path):
 
 def test_unfair_comparisons_are_named(tmp_path):
     runs = dict(RUNS)
-    runs["taught"] = (
-        {
-            "method": "beitv2",
-            "target": "clip",
-            "labels": False,
-            "trains": True,
-            "label_targets": ["clip"],
-        },
-        0.9,
-    )
-    runs["weak"] = (
-        {"method": "mae", "target": None, "labels": False, "trains": True, "label_targets": []},
-        0.3,
-    )
-    run = fabricate(
-        tmp_path,
-        runs,
-        seeds={n: (0, 1, 2) if n != "weak" else (0, 1) for n in runs},
-        tasks=("knn",),
-    )
+    runs["taught"] = (facts("beitv2", "clip", label_targets=["clip"]), 0.9)
+    runs["weak"] = (facts("mae"), 0.3)
+    seeds = {n: (0, 1, 2) if n != "weak" else (0, 1) for n in runs}
+    run = fabricate(tmp_path, runs, seeds, tasks=("knn",))
     for job in ("mae-s0", "mae-s1", "mae-s2"):
-        path = run.results / "pretrain" / job / "manifest.json"
-        content = json.loads(path.read_text())
-        content["summary"]["images_seen"], content["device"], content["git"]["dirty"] = (
-            160000,
-            "cuda:0",
-            True,
-        )
-        put(path, content)
+        more = {"summary": {"images_seen": 160000}, "git": {"dirty": True}, "device": "cuda:0"}
+        edit(run, f"pretrain/{job}", **more)
     warnings = warnings_of(run)
+    assert not {"Different encoders", "Different pretraining data"} & set(warnings)
     assert "clip" in warnings["taught learnt from labels"]
     assert "weak 2" in warnings["Different seeds"] and "Two seeds" in warnings
     assert "mae 160,000" in warnings["Different numbers of images seen"]
@@ -589,36 +350,34 @@ def test_only_references(tmp_path):
 
 
 def test_ticks_and_numbers():
-    assert figures.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert figures.ticks(31.2, 78.9) == [40, 50, 60, 70]
-    assert figures.ticks(2, 2) == [2]
-    assert [figures.number(v) for v in (0.254, 17.3, 1500, 2.5e8, 8e13)] == [
-        "0.254",
-        "17.3",
-        "1.5k",
-        "250M",
-        "80T",
-    ]
-    assert [figures.seconds(v) for v in (4.25, 99.6, 119.9, 3599.7, 9000)] == [
-        "4.2 s",
-        "100 s",
-        "2 min 00 s",
-        "1 h 00 min",
-        "2 h 30 min",
-    ]
+    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert charts.ticks(31.2, 78.9) == [40, 50, 60, 70]
+    assert charts.ticks(2, 2) == [2]
+    numbers = (0.254, 17.3, 1500, 2.5e8, 8e13)
+    assert [formats.number(v) for v in numbers] == ["0.254", "17.3", "1.5k", "250M", "80T"]
+    durations = {4.25: "4.2 s", 99.6: "100 s", 119.9: "2 min 00 s", 3599.7: "1 h 00 min"}
+    assert {v: formats.seconds(v) for v in durations} == durations
+    assert [formats.short(v) for v in (None, 1500, "text")] == ["–", "1.5k", "text"]
+
+
+def test_values_are_shown_in_the_tasks_unit():
+    assert (PERCENT.show(0.1234), PERCENT.change(-0.012)) == ("12.3", "\N{MINUS SIGN}1.2")
+    assert (PERCENT.axis, PERCENT.show(None)) == ("top-1 accuracy, %", "–")
+    plain = replace(PERCENT, label="AUC", unit="")
+    assert (plain.axis, plain.show(0.1234), plain.change(0.01)) == ("AUC", "0.123", "+0.010")
 
 
 def test_smoothing_keeps_a_line_straight():
     line = np.linspace(3, 1, 101)
-    assert figures.smooth(line, 0.2) == pytest.approx(line)
+    assert charts.smooth(line, 0.2) == pytest.approx(line)
     noise = np.random.default_rng(0).normal(size=1000)
-    assert figures.smooth(noise, 0.05)[100:-100].std() < 0.25
-    assert figures.smooth([5.0]) == pytest.approx([5.0])
+    assert charts.smooth(noise, 0.05)[100:-100].std() < 0.25
+    assert charts.smooth([5.0]) == pytest.approx([5.0])
 
 
 def test_charts_put_values_where_they_belong():
-    svg = figures.scatter(
-        [figures.Point("a", 10, 50, 45, 55), figures.Point("b & c", 1000, 70, None, None, 1)],
+    svg = charts.scatter(
+        [charts.Point("a", 10, 50, 45, 55), charts.Point("b & c", 1000, 70, None, None, 1)],
         "t",
         "s",
         "%",
@@ -632,10 +391,10 @@ def test_charts_put_values_where_they_belong():
     assert high < circle[1] < low and circle[1] - high == pytest.approx(low - circle[1], abs=0.2)
     assert (
         "b &amp; c" in svg
-        and figures.scatter([], "t", "x", "y") == ""
-        and figures.curves([], "t", "x", "y") == ""
+        and charts.scatter([], "t", "x", "y") == ""
+        and charts.curves([], "t", "x", "y") == ""
     )
-    assert figures.bars([0, 0], "t", "x", "y") == ""
+    assert charts.bars([0, 0], "t", "x", "y") == ""
 
 
 def test_saved_figures_are_whole_files(lab):
@@ -650,11 +409,142 @@ def test_saved_figures_are_whole_files(lab):
 
 def test_pictures_stay_small():
     noise = np.random.default_rng(0).integers(0, 255, (700, 1800, 3), dtype=np.uint8)
-    uri, width, height = figures.embed(noise, widest=900, limit=50_000)
+    uri, width, height = pictures.embed(noise, widest=900, limit=50_000)
     assert (width, height) == (900, 350) and len(uri) < 400_000
     flat = np.zeros((8, 8, 3), np.uint8)
-    assert len(figures.embed(flat)[0]) < 200
-    assert figures.sheet([flat] * 5, 4, 16).shape == (34, 70, 3)
+    assert len(pictures.embed(flat)[0]) < 200
+    assert pictures.sheet([flat] * 5, 4, 16).shape == (34, 70, 3)
+
+
+# ------------------------------------------------- other headlines, data sets, encoders, many runs
+
+
+MIOU = {"key": "miou", "label": "mIoU", "unit": "%"}
+SCORE = {"key": "auc", "label": "AUC", "unit": ""}
+
+
+def test_every_task_has_its_own_headline(tmp_path):
+    tasks = {"knn": TOP1, "seg": MIOU, "anomaly": SCORE}
+    declared = {"tokens": {"of": ["beitv2"], "against": ["mae"]}}
+    run = fabricate(tmp_path, tasks=tasks, contrasts=declared)
+    report.write(run)
+    shown, summary = page_of(run), (run.out / "summary.md").read_text()
+    assert {r["task"]: r["metric"] for r in rows_of(run)} == {
+        "knn": "top1",
+        "seg": "miou",
+        "anomaly": "auc",
+    }
+    for key, axis in (("knn", "top-1 accuracy, %"), ("seg", "mIoU, %"), ("anomaly", "AUC")):
+        svg = gathered(run)["charts"][f"scores-{key}"]
+        assert f">{axis}</text>" in svg and f'<span class="sub">{axis}</span>' in shown
+        assert f"{key}: {axis}" in summary
+    best = stats.t_interval([metric(run, f"beitv2-s{s}", "anomaly", "auc") for s in (0, 1, 2)])
+    assert f"{best.mean:.3f} <small>± {best.half:.3f}</small>" in shown
+    assert "is best on all 3 tasks" in shown
+    text = re.sub("<[^>]*>", " ", shown.split('id="provenance"')[0])
+    assert text.count("accuracy") == text.count("top-1 accuracy"), "only the task calls it so"
+
+
+def test_a_headline_that_is_no_mean_of_scores_has_no_interval_over_images(tmp_path):
+    """An mIoU is counted over the set: Wilson's interval would be around another number."""
+    run = fabricate(tmp_path, seeds=(0,), tasks={"seg": MIOU, "knn": TOP1})
+    for job in run.job.params["runs"]:
+        path = run.results / f"transfer/{job}/seg/metrics.json"
+        put(path, json.loads(path.read_text()) | {"miou": 0.5})
+    cells = gathered(run)["cells"]
+    assert cells["mae", "seg"].images is None
+    value = metric(run, "mae-s0", "knn")
+    assert cells["mae", "knn"].images == stats.wilson(round(value * 400), 400)
+
+
+def test_scores_are_paired_by_image(tmp_path):
+    """The rows of scores.npz may be in any order: sorted by index, two runs are paired."""
+    run = fabricate(tmp_path, tasks=("knn",))
+    cell = gathered(run)["cells"]["mae", "knn"]
+    for seed in (0, 1, 2):
+        with np.load(run.results / f"transfer/mae-s{seed}/knn/scores.npz") as arrays:
+            index, score = arrays["index"], arrays["score"]
+        assert (index != np.arange(400)).any()
+        expected = np.empty(400)
+        expected[index] = score
+        assert (cell.scores.images[seed] == expected).all()
+        assert cell.scores.images[seed][:100].all() and not cell.scores.images[seed][-20:].any()
+
+
+def test_several_data_sets(tmp_path):
+    run = fabricate(
+        tmp_path,
+        {name: RUNS[name] for name in ("mae", "beitv2", "random")},
+        tasks={"knn": TOP1, "seg": MIOU},
+        across=7,
+        on={"beitv2": "photos"},
+        tested={"seg": "camvid"},
+    )
+    report.write(run)
+    found, shown, warnings = gathered(run), page_of(run), warnings_of(run)
+    assert list(found["data"]) == ["main", "photos", "camvid"]
+    for name in found["data"]:
+        assert f"<h3>{name}</h3>" in shown
+        assert "7 in train-test" in warnings[f"Test images of {name} also in training"]
+        assert f"Broken images of {name} were left out" in warnings
+    assert shown.count('alt="Sample of the training images"') == 3
+    # k-NN tests on the images of each run: two columns, that nobody compares
+    assert [t.title for t in found["tasks"]] == ["knn on main", "knn on photos", "seg"]
+    assert found["verdicts"]["knn-main"].state == found["verdicts"]["knn-photos"].state == "alone"
+    assert found["verdicts"]["seg"].leader == "beitv2"
+    assert "main: mae; photos: beitv2" in warnings["Different pretraining data"]
+    assert "pretrained on main, photos" in warnings["seg tests on other images"]
+    rows = {(r["run"], r["task"], r["data"]): r for r in rows_of(run)}
+    assert rows["beitv2", "knn", "photos"]["pretrained_on"] == "photos"
+    assert {r["data"] for r in rows_of(run) if r["task"] == "seg"} == {"camvid"}
+    entry = next(e for e in found["trail"] if e["id"] == "transfer/mae-s0/seg")
+    assert entry["data"] == found["data"]["camvid"]["hash"]
+
+
+def test_several_encoders(tmp_path):
+    swin = {"kind": "swin", "config": {"embed_dim": 48, "depth": [2, 4], "patch_size": 2}}
+    run = fabricate(tmp_path, tasks=("knn",), models={"mae": swin})
+    report.write(run)
+    shown = page_of(run)
+    assert 'swin<span class="sub" style="white-space:nowrap">48 × 2+4, patch 2</span>' in shown
+    assert (
+        shown.count('vit<span class="sub" style="white-space:nowrap">192 × 12, patch 4</span>') == 4
+    )
+    assert "swin, 48 × 2+4, patch 2: mae; vit" in warnings_of(run)["Different encoders"]
+
+
+def test_a_run_without_a_task_has_no_number_there(tmp_path):
+    run = fabricate(tmp_path, tasks=("knn", "linear"))
+    for seed in (0, 1, 2):
+        del run.job.inputs[f"transfer/mae-s{seed}/linear"]
+    report.write(run)
+    assert len(rows_of(run)) == 2 * len(RUNS) - 1
+    assert gathered(run)["verdicts"]["linear"].leader == "beitv2"
+
+
+@pytest.mark.parametrize("count", [24, 60])
+def test_any_number_of_runs_has_colours_that_can_be_told_apart(count):
+    pairs = colours.colours(count)
+    assert pairs[:8] == tuple(zip(colours.LIGHT, colours.DARK, strict=True))
+    assert len(set(pairs)) == count
+    for number, ground in ((0, "#ffffff"), (1, "#171b21")):
+        places = [colours.lab(pair[number]) for pair in pairs]
+        assert all(abs(p[0] - colours.lab(ground)[0]) > 0.3 for p in places), "seen on the page"
+        if count <= 24:  # 0.02 is a difference that one just sees
+            near = min(math.dist(a, b) for n, a in enumerate(places) for b in places[:n])
+            assert near > 0.045
+
+
+def test_a_page_of_twelve_runs(tmp_path):
+    runs = {f"run{n}": (facts("mae"), 0.4 + n / 30) for n in range(12)}
+    run = fabricate(tmp_path, runs, seeds=(0,), tasks=("knn",), pictures=False)
+    report.write(run)
+    shown = page_of(run)
+    used = set(re.findall(r'class="swatch b(\d+)"', shown))
+    assert used == {str(n) for n in range(12)}
+    assert all(f"--c{n}:#" in shown and f".b{n}{{" in shown for n in range(12))
+    figure = (run.out / "figures/scores-knn.svg").read_text()
+    assert "--c11:" in figure and 'class="f11"' in figure
 
 
 def test_through_the_real_plan(tmp_path, tiny_params):
@@ -665,36 +555,20 @@ def test_through_the_real_plan(tmp_path, tiny_params):
 
     params = tiny_params(tmp_path, grid__seeds=[0, 1])
     plan = load(params, tmp_path / "results")
-    table = plan.jobs["report"].params["runs"]
-    runs = {
-        facts["run"]: (
-            {k: facts[k] for k in ("method", "target", "labels", "trains", "label_targets")},
-            0.5,
-        )
-        for facts in table.values()
-    }
-    made = fabricate(
-        tmp_path / "made",
-        runs,
-        seeds=(0, 1),
-        tasks=tuple(plan.jobs["report"].params["tasks"]),
-        images=40,
-    )
+    about = plan.jobs["report"].params
+    runs = {facts["run"]: (facts, 0.5) for facts in about["runs"].values()}
+    made = fabricate(tmp_path / "made", runs, (0, 1), about["tasks"], images=40)
     assert set(plan.jobs["report"].inputs) == set(made.job.inputs)
-    shutil.move(made.results, tmp_path / "results")
     for name in plan.jobs["report"].inputs:  # as if this plan had made them
-        job = plan.jobs[name]
-        job.manifest.write_text(
-            json.dumps(json.loads(job.manifest.read_text()) | {"fingerprint": job.fingerprint})
-        )
+        edit(made, name, fingerprint=plan.jobs[name].fingerprint)
+    shutil.move(made.results, tmp_path / "results")
     assert report.main(["--params", str(params), "--results", str(tmp_path / "results")]) == 0
     manifest = json.loads((tmp_path / "results" / "report" / "manifest.json").read_text())
     assert {"index.html", "summary.md", "summary.csv"} < set(manifest["outputs"])
     assert manifest["summary"]["runs"] == 4
 
 
-# ----------------------------------------------------------------------------------------------- in
-# a browser
+# ---------------------------------------------------------------------------------- in a browser
 
 BROWSER = next(
     filter(
@@ -705,12 +579,21 @@ BROWSER = next(
     ),
     None,
 )
-PROBE = """<script>addEventListener('load',()=>{document.querySelectorAll('details').forEach(d=>d.open=true);
-document.documentElement.dataset.probe=JSON.stringify({inner:innerWidth,wide:document.documentElement.scrollWidth,
-loaded:performance.getEntriesByType('resource').filter(r=>!r.name.startsWith('data:')).map(r=>r.name),
-broken:[...document.images].filter(i=>i.complete&&!i.naturalWidth).length,images:document.images.length,
-small:[...document.querySelectorAll('.chart text')].filter(t=>t.getBoundingClientRect().height<9).length,
-who:document.querySelector('.who').textContent})})</script>"""
+PROBE = """<script>addEventListener("load", () => {
+  const page = document.documentElement, all = (what) => [...document.querySelectorAll(what)];
+  all("details").forEach((d) => (d.open = true));
+  const loaded = performance.getEntriesByType("resource").map((r) => r.name);
+  const small = (t) => t.getBoundingClientRect().height < 9;
+  page.dataset.probe = JSON.stringify({
+    inner: innerWidth,
+    wide: page.scrollWidth,
+    loaded: loaded.filter((name) => !name.startsWith("data:")),
+    images: document.images.length,
+    broken: all("img").filter((i) => i.complete && !i.naturalWidth).length,
+    small: all(".chart text").filter(small).length,
+    who: document.querySelector(".who").textContent,
+  });
+})</script>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -755,8 +638,6 @@ def test_in_chromium(lab, tmp_path, width):
         text=True,
         timeout=120,
     )
-    import html
-
     found = json.loads(
         html.unescape(re.search(r"<body>(\{.*?\})</body>", done.stdout, re.S).group(1))
     )

@@ -15,8 +15,9 @@ from torch import nn
 
 from stages import data as data_stage
 from stages import methods, pretrain, target, targets
-from stages.kit.job.job import JobError, Run
+from stages.kit.job.job import Run
 from stages.kit.spec import Spec
+from workflow.files import JobError
 
 MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,
          "mlp_ratio": 4.0, "args": {}}  # fmt: skip

@@ -115,6 +115,28 @@ def test_rank_a_noise_winner_is_rarely_called_best():
     assert np.mean(called) <= 0.05
 
 
+def test_an_interval_over_images_of_any_score():
+    """Right or wrong: Wilson's. Scores in between: Student's, inside [0, 1]."""
+    assert stats.image_interval(np.array([1.0, 0, 1, 1])) == stats.wilson(3, 4)
+    some = np.array([0.9, 0.8, 1.0, 0.4])
+    want, got = stats.t_interval(some), stats.image_interval(some)
+    assert (got.mean, got.low) == (want.mean, want.low) and got.high == 1.0 < want.high
+    assert stats.image_interval(np.array([0.5])).low is None
+
+
+def test_a_test_that_points_the_other_way_supports_nothing():
+    """A mIoU may be higher although the single images' IoU are lower; then no one is best."""
+    rng = np.random.default_rng(5)
+    high, low = rng.uniform(0.5, 0.7, (3, 300)), rng.uniform(0.4, 0.6, (3, 300))
+    a = stats.Scores({0: 0.60, 1: 0.62, 2: 0.61}, dict(enumerate(low)))
+    b = stats.Scores({0: 0.50, 1: 0.51, 2: 0.52}, dict(enumerate(high)))
+    assert stats.compare(a, b)[1] == 1.0 and stats.compare(b, a)[0] == 1.0
+    assert stats.rank({"a": a, "b": b}).state == "tie"
+    assert not stats.contrast([a], [b]).sure
+    a, b = stats.Scores(a.scores, b.images), stats.Scores(b.scores, a.images)
+    assert stats.rank({"a": a, "b": b}).state == "best"
+
+
 def test_rank_without_predictions_or_rivals():
     assert stats.rank({}) is None
     assert stats.rank({"a": stats.Scores({0: 0.5})}).state == "alone"

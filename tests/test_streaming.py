@@ -20,6 +20,7 @@ from warm import Workers
 from stages.kit.data import store
 from stages.kit.data.loader import Batches
 from stages.kit.data.views import View
+from stages.kit.data.writer import SplitWriter
 from stages.kit.train.loop import Recipe, fit
 
 BATCH, SIDE = 8, 160  # pixels; 77 kB an image, decoded and encoded
@@ -27,7 +28,7 @@ BATCH, SIDE = 8, 160  # pixels; 77 kB an image, decoded and encoded
 
 def write(folder: Path, count: int) -> int:
     """A data set of `count` images of noise in shards of 4 MB; its bytes."""
-    writer = store.SplitWriter(folder, "train", SIDE, [], memmap=False, shard_bytes=4 << 20)
+    writer = SplitWriter(folder, "train", SIDE, [], memmap=False, shard_bytes=4 << 20)
     noise = np.random.default_rng(0)
     for i in range(count):
         image, file = noise.integers(0, 256, (SIDE, SIDE, 3), np.uint8), io.BytesIO()

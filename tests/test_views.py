@@ -1,11 +1,14 @@
-"""Views: each operation against torchvision's, Pillow's or timm's, and the same bits for any batch."""
+"""Views: each operation against torchvision's, Pillow's or timm's; the same bits for any batch."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +19,9 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 from stages.kit import keyed
-from stages.kit.data import views
-from stages.kit.data.views import View, apply
+from stages.kit.data import crops, pixels, randaugment, views
+from stages.kit.data.loader import Rows
+from stages.kit.data.views import View, apply, linked
 
 EVERYTHING = View(
     20,
@@ -136,7 +140,8 @@ def test_crop_is_torchvisions_resized_crop(shape):
     images = pictures(9, *shape)
     view = View(16, (0.1, 1.0))
     heights, widths = (torch.full((9,), side) for side in shape)
-    boxes = views.boxes(view, heights, widths, 7, ROWS).tolist()
+    key = keyed.key(7, "crop")
+    boxes = crops.random_boxes(heights, widths, view.scale, view.ratio, key, ROWS).tolist()
     found = apply(view, images, 7, ROWS) * 255
     for image, (top, left, height, width), result in zip(images, boxes, found, strict=True):
         arguments = (top, left, height, width, [16, 16], InterpolationMode.BICUBIC, True)
@@ -184,10 +189,8 @@ def test_read_only_arrays_give_no_warning(recwarn):
 def test_boxes_are_distributed_as_torchvisions(height, width):
     count = 3000
     rows = torch.arange(count)
-    view = View(16, (0.2, 1.0))
-    box = views.boxes(
-        view, torch.full((count,), height), torch.full((count,), width), 5, rows
-    ).double()
+    sides = torch.full((count,), height), torch.full((count,), width)
+    box = crops.random_boxes(*sides, (0.2, 1.0), (3 / 4, 4 / 3), 5, rows).double()
     assert (
         (box[:, 0] + box[:, 2] <= height).all()
         and (box[:, 1] + box[:, 3] <= width).all()
@@ -211,16 +214,10 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
 )
 def test_fallback_is_the_largest_centre_crop(height, width, expected):
     # the wanted area cannot fit with these ratios, or only by a hair: all ten tries fail
-    view = View(8, (0.999, 1.0), ratio=(3 / 4, 4 / 3))
-    _, found = views._tries(
-        torch.tensor([height]),
-        torch.tensor([width]),
-        view.scale,
-        view.ratio,
-        keyed.key(1, "crop"),
-        torch.tensor([2]),
-    )
-    box = views.boxes(view, torch.tensor([height]), torch.tensor([width]), 1, torch.tensor([2]))
+    sides = torch.tensor([height]), torch.tensor([width])
+    arguments = (*sides, (0.999, 1.0), (3 / 4, 4 / 3), keyed.key(1, "crop"), torch.tensor([2]))
+    _, found = crops.tries(*arguments)
+    box = crops.random_boxes(*arguments)
     assert found.item() or box[0].tolist() == list(expected)
     assert (height, width) == (9, 10) or not found.item()
 
@@ -249,10 +246,10 @@ def test_probabilities():
 @pytest.mark.parametrize(
     "ours,theirs,factors",
     [
-        (views.brightness, TF.adjust_brightness, (0.0, 0.4, 1.0, 1.7)),
-        (views.contrast, TF.adjust_contrast, (0.0, 0.4, 1.0, 1.7)),
-        (views.saturation, TF.adjust_saturation, (0.0, 0.4, 1.0, 1.7)),
-        (views.hue, TF.adjust_hue, (-0.5, -0.13, 0.0, 0.31, 0.5)),
+        (pixels.brightness, TF.adjust_brightness, (0.0, 0.4, 1.0, 1.7)),
+        (pixels.contrast, TF.adjust_contrast, (0.0, 0.4, 1.0, 1.7)),
+        (pixels.saturation, TF.adjust_saturation, (0.0, 0.4, 1.0, 1.7)),
+        (pixels.hue, TF.adjust_hue, (-0.5, -0.13, 0.0, 0.31, 0.5)),
     ],
 )
 def test_colour_operations_against_torchvision(ours, theirs, factors):
@@ -301,14 +298,14 @@ def test_grey_and_solarise():
 def test_blur_against_torchvision(height, width, radius):
     x = pictures(4, height, width).permute(0, 3, 1, 2).float() / 255
     sigma = torch.tensor([0.1, 0.7, 1.3, 2.0])
-    found = views.blur(x, sigma, radius)
+    found = pixels.blur(x, sigma, radius)
     for one, s, result in zip(x, sigma.tolist(), found, strict=True):
         expected = TF.gaussian_blur(one, [2 * radius + 1, 2 * radius + 1], [s, s])
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
         assert (result - expected).abs().mean() < 2e-4
     flat = torch.full((4, 3, height, width), 77 / 255)
-    torch.testing.assert_close(views.blur(flat, sigma, radius), flat, rtol=0, atol=1e-6)
-    assert views.blur(x[:, :, :4, :4], sigma, 6).shape == (
+    torch.testing.assert_close(pixels.blur(flat, sigma, radius), flat, rtol=0, atol=1e-6)
+    assert pixels.blur(x[:, :, :4, :4], sigma, 6).shape == (
         4,
         3,
         4,
@@ -319,13 +316,13 @@ def test_blur_against_torchvision(height, width, radius):
 def test_blur_is_exact_arithmetic():
     """All partial sums fit float32's 24 bits, so float64 gives the very same numbers."""
     x, sigma = floats(4, 33), torch.tensor([0.1, 0.7, 1.3, 2.0])
-    single = views.blur(x, sigma, 6)
-    original = views._exact
+    single = pixels.blur(x, sigma, 6)
+    original = pixels._exact
     try:
-        views._exact = lambda a, b: (a.double() @ b.double()).float()
-        assert torch.equal(views.blur(x, sigma, 6), single)
+        pixels._exact = lambda a, b: (a.double() @ b.double()).float()
+        assert torch.equal(pixels.blur(x, sigma, 6), single)
     finally:
-        views._exact = original
+        pixels._exact = original
 
 
 # RandAugment, erasing
@@ -365,8 +362,33 @@ def test_randaugment_is_timm_s(notation):
     assert (found.permute(0, 2, 3, 1) != images).flatten(1).any(1).sum() > 6
 
 
+def test_every_operation_of_timm_s_policies_is_known():
+    """And gets, at every magnitude and for either sign, what timm would give it."""
+    timm = pytest.importorskip("timm.data.auto_augment")
+    names = {*timm._RAND_TRANSFORMS, *timm._RAND_INCREASING_TRANSFORMS, *timm._RAND_3A}
+    names |= {*timm._RAND_WEIGHTED_3A, *timm._RAND_WEIGHTED_0}
+    state = random.getstate()
+    try:
+        for name in names:
+            for step in range(41):
+                for seed in range(6):
+                    random.seed(seed)
+                    level = timm.LEVEL_TO_ARG[name]
+                    expected = level(step / 4, {}) if level else ()
+                    random.seed(seed)
+                    assert randaugment.argument(name, step / 4, random.random) == expected
+    finally:
+        random.setstate(state)
+    with pytest.raises(ValueError, match="'Cutout' is not known"):
+        randaugment.argument("Cutout", 5.0, random.random)
+
+
 def test_posterize_to_nothing_is_black():
-    assert not np.array(views._posterize(Image.fromarray(pictures(1)[0].numpy()), 0)).any()
+    image = Image.fromarray(pictures(1)[0].numpy())
+    notation = "rand-m10-inc1-p1.0"
+    seeds = [s for s in range(200) if len(randaugment.plan(notation, s)) == 2]
+    seed = next(s for s in seeds if randaugment.plan(notation, s)[-1][0] is randaugment._black)
+    assert not np.array(randaugment.randaugment(notation, image, seed)).any()
 
 
 def test_erasing_as_timm_s():
@@ -388,6 +410,255 @@ def test_erasing_as_timm_s():
     assert values.min() >= 0 and values.max() <= 1
 
 
+# views that belong together; masks and boxes
+
+
+class Some:
+    """Nine images with masks and boxes, as a split gives them."""
+
+    def __init__(self, height: int = 40, width: int = 30) -> None:
+        self.pixels = pictures(9, height, width).numpy()
+        self.labels, self.images = np.arange(9), self.pixels
+        self.all_masks = (self.pixels[..., 0] // 32).astype(np.uint8)
+        low, high = np.random.default_rng(0).integers(0, [height // 2, width // 2], (2, 9, 2))
+        y, x, h, w = np.concatenate([low, high + 4], 1).T
+        self.all_boxes = np.stack([x, y, w, h, np.arange(9)], 1).astype(np.float32)
+        self.most_boxes = 2
+
+    def mask(self, i: int) -> np.ndarray:
+        return self.all_masks[i]
+
+    def boxes(self, i: int) -> np.ndarray:
+        return self.all_boxes[i : i + 1] if i % 3 else np.empty((0, 5), np.float32)
+
+
+def made(recipes: dict, split: Some | None = None, index=range(9)) -> dict:
+    """A batch of all views, as Batches makes it."""
+    rows = Rows(split or Some(), torch.tensor(list(index)))
+    found: dict = {}
+    for name, view in linked(recipes).items():
+        found |= view.make(name, rows, lambda name: keyed.key(5, name))
+    return found
+
+
+def test_a_view_of_another_s_crop_shows_the_same_at_another_size():
+    view = View(32, (0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.0))
+    batch = made({"view": view, "small": View(16, crop_of="view"), "own": view})
+    assert torch.equal(batch["view.box"], batch["small.box"])
+    assert not torch.equal(batch["view.box"], batch["own.box"])
+    assert 0 < batch["view.box"][:, 4].sum() < 9
+    alone = made({"view": replace(view, size=16, jitter=(0, 0, 0, 0))})
+    assert torch.equal(batch["small"], alone["view"])  # without the other's colours
+
+
+def test_the_box_is_what_is_seen():
+    split = Some()
+    batch = made({"view": View(24, (0.2, 1.0), flip=0.5)}, split)
+    for image, box, view in zip(split.pixels, batch["view.box"], batch["view"], strict=True):
+        top, left, height, width, flip = box.tolist()
+        region = torch.from_numpy(image[top : top + height, left : left + width])
+        expected = TF.resize(region.permute(2, 0, 1), [24, 24], InterpolationMode.BICUBIC)
+        expected = expected.flip(2) if flip else expected
+        assert torch.equal((view * 255).round().to(torch.uint8), expected)
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_shifted_view_is_another_window_of_the_same_resized_crop(flip):
+    """CMAE's card: img_t[..., i, j] == base[..., i + r, j + c], 0 <= r, c <= shift."""
+    view = View(20, (0.3, 1.0), flip=flip, margin=6)
+    batch = made({"view": view, "target": View(20, crop_of="view", shift=5)})
+    base = made({"view": replace(view, size=26, margin=0)})["view"]
+    assert torch.equal(batch["view"], base[:, :, :20, :20])
+    places = set()
+    for whole, target in zip(base, batch["target"], strict=True):
+        fits = [
+            (r, c)
+            for r in range(7)
+            for c in range(7)
+            if torch.equal(whole[:, r : r + 20, c : c + 20], target)
+        ]
+        assert len(fits) == 1
+        places |= set(fits)
+    assert len(places) > 4 and max(max(place) for place in places) <= 5
+
+
+def test_shifts_are_uniform_and_zero_gives_the_same_view():
+    view = View(20, (0.3, 1.0), flip=0.5, margin=6)
+    batch = made({"view": view, "target": View(20, crop_of="view")})
+    assert torch.equal(batch["view"], batch["target"])
+    images, index = torch.zeros(4000, 26, 26, 3, dtype=torch.uint8), torch.arange(4000)
+    both = linked({"view": View(20, margin=6), "t": View(20, crop_of="view", shift=5)})
+    offsets = both["t"].crops(images, 7, 3, index).offsets
+    for axis in offsets.T:
+        assert (torch.bincount(axis, minlength=6) - 4000 / 6).abs().max() < 5 * math.sqrt(4000 / 6)
+    assert abs(torch.corrcoef(offsets.T.float())[0, 1]) < 0.08
+
+
+def test_the_box_of_a_window_lies_in_the_crop_where_it_is_seen():
+    """A bright pixel block of the image appears where the box says, for windows and flips."""
+    images = torch.zeros(64, 52, 52, 3, dtype=torch.uint8)
+    images[:, 24:28, 20:24] = 255
+    index = torch.arange(64)
+    recipes = linked({"view": View(20, flip=0.5, margin=6), "t": View(20, crop_of="view", shift=6)})
+    found = recipes["t"].crops(images, 7, 3, index)
+    top, left, height, width, flip = found.seen().T
+    assert (height == 40).all() and (width == 40).all() and 0 < flip.sum() < 64
+    seen = found.pixels(images)[..., 0].float()
+    y = (seen.sum(2) * (torch.arange(20) + 0.5)).sum(1) / seen.sum((1, 2))
+    x = (seen.sum(1) * (torch.arange(20) + 0.5)).sum(1) / seen.sum((1, 2))
+    x = torch.where(flip == 1, 20 - x, x)
+    assert ((top + y * height / 20) - 26).abs().max() < 0.3
+    assert ((left + x * width / 20) - 22).abs().max() < 0.3
+
+
+def test_masks_go_through_the_same_crop_and_flip():
+    """A mask that is a grey picture: where the picture is flat, the view shows the mask's value."""
+    split = Some()
+    flat = np.kron(np.arange(1, 13, dtype=np.uint8).reshape(4, 3), np.ones((10, 10), np.uint8))
+    split.images = split.pixels = np.repeat(flat[None, ..., None] * 20, 9, 0).repeat(3, 3)
+    split.all_masks = np.repeat(flat[None], 9, 0)
+    view = View(24, (0.2, 1.0), flip=0.5, fields=("mask",), margin=6)
+    target = View(24, crop_of="view", shift=6, fields=("mask",))
+    batch = made(
+        {"view": view, "target": target, "small": replace(target, size=12, shift=3)}, split
+    )
+    for name in ("view", "target", "small"):
+        picture, mask = batch[name][:, 0] * 255 / 20, batch[f"{name}.mask"]
+        assert mask.dtype == torch.uint8 and mask.shape == picture.shape
+        whole = (picture - picture.round()).abs() < 0.01
+        assert whole.float().mean() > 0.3 and len(mask.unique()) > 6
+        agree = (picture.round() == mask)[whole].float().mean()
+        assert agree > 0.97  # edges overshoot, and may be whole by chance
+
+
+def test_boxes_go_through_the_same_crop_and_flip():
+    """A box around each object of a mask, and the object in the view lies in the box's view."""
+    split = Some(60, 50)
+    x, y, w, h, _ = split.all_boxes.astype(int).T
+    for b in range(9):
+        split.all_masks[b] = 0
+        split.all_masks[b, y[b] : y[b] + h[b], x[b] : x[b] + w[b]] = 7
+    view = View(100, (0.3, 1.0), flip=0.5, fields=("mask", "boxes"), margin=20)
+    batch = made(
+        {"view": view, "t": View(100, crop_of="view", shift=20, fields=view.fields)}, split
+    )
+    shown = 0
+    for name in ("view", "t"):
+        boxes, classes = batch[f"{name}.boxes"], batch[f"{name}.classes"]
+        assert boxes.shape == (9, 2, 4) and boxes.dtype == torch.float32
+        assert classes.shape == (9, 2) and classes.dtype == torch.int64
+        for b in range(9):
+            mask = batch[f"{name}.mask"][b]
+            if b % 3 == 0 or not mask.any():
+                assert classes[b].tolist() == [-1, -1] and not boxes[b].any()
+                continue
+            assert classes[b].tolist() == [b, -1]
+            rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+            low = torch.stack([columns[0], rows[0]])
+            size = torch.stack([columns[-1], rows[-1]]) + 1 - low
+            assert (boxes[b, 0] - torch.cat([low, size])).abs().max() < 1.01
+            shown += 1
+    assert shown > 8
+
+
+def test_fields_of_a_sample_do_not_depend_on_its_batch():
+    view = View(24, (0.2, 1.0), flip=0.5, fields=("mask", "boxes"), margin=8, blur=0.5)
+    recipes = {"view": view, "t": View(24, crop_of="view", shift=8, fields=view.fields)}
+    whole = made(recipes)
+    parts = [made(recipes, index=index) for index in ([0, 1, 2, 3], [4], [5, 6, 7, 8])]
+    assert whole.keys() == parts[0].keys() and len(whole) == 10
+    for name, value in whole.items():
+        assert torch.equal(value, torch.cat([part[name] for part in parts]))
+
+
+@pytest.mark.parametrize(
+    "recipes,message",
+    [
+        ({"a": View(8, crop_of="b")}, r"view 'a': crop_of is 'b', expected .*there is none"),
+        (
+            {"a": View(8), "b": View(8, crop_of="a"), "c": View(8, crop_of="b")},
+            r"view 'c': crop_of is 'b', expected a view with a crop of its own \(a\)",
+        ),
+        (
+            {"a": View(8, margin=2), "b": View(8, crop_of="a", shift=3)},
+            "view 'b': shift is 3, but the crop of 'a' has only 2 pixels to spare",
+        ),
+        ({"a": View(8, margin=3), "b": View(4, crop_of="a")}, "margin of 3 pixels of 'a'"),
+    ],
+)
+def test_views_that_cannot_belong_together_are_named(recipes, message):
+    with pytest.raises(ValueError, match=message):
+        linked(recipes)
+
+
+def test_a_crop_of_another_view_is_made_among_views_only():
+    with pytest.raises(ValueError, match="views.linked"):
+        apply(View(8, crop_of="view"), pictures(2), 0, ROWS[:2])
+
+
+# the same pixels as ever
+
+
+def seeded(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """uint8 (B, H, W, 3): blobs with noise, from keyed integers."""
+    samples = torch.arange(count)
+    small = keyed.bits(keyed.key(seed, "small"), samples, 5, 5, 3) & 255
+    rows, columns = torch.arange(height) * 5 // height, torch.arange(width) * 5 // width
+    noise = keyed.bits(keyed.key(seed, "noise"), samples, height, width, 3) & 31
+    return ((small[:, rows][:, :, columns] * 7 + noise * 8) // 8).to(torch.uint8)
+
+
+def digest(*tensors) -> str:
+    found = hashlib.blake2b(digest_size=12)
+    for tensor in tensors:
+        array = np.ascontiguousarray(np.asarray(tensor))
+        found.update(str((array.dtype.str, array.shape)).encode() + array.tobytes())
+    return found.hexdigest()
+
+
+OPTIONS = {
+    "plain": {"size": 24},
+    "resized": {"size": 17},
+    "enlarged": {"size": 40},
+    "crop": {"size": 20, "scale": (0.2, 1.0)},
+    "ratio": {"size": 20, "scale": (0.1, 0.6), "ratio": (0.5, 1.5)},
+    "flip": {"size": 24, "flip": 0.5},
+    "crop flip": {"size": 16, "scale": (0.3, 1.0), "flip": 0.5},
+    "jitter": {"size": 20, "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8},
+    "strong": {"size": 20, "jitter": (3.0, 3.0, 3.0, 0.5)},
+    "grey": {"size": 20, "grey": 0.5},
+    "blur": {"size": 20, "blur": 0.7, "blur_sigma": (0.1, 1.5)},
+    "blur all": {"size": 20, "blur": 1.0},
+    "solarise": {"size": 20, "solarise": 0.5},
+    "erase": {"size": 32, "erase": 0.8},
+    "everything": vars(EVERYTHING),
+    "rand-m9-mstd0.5-inc1": {},
+    "rand-m6-mstd0.5-inc1": {},
+    "rand-m9-n3-mstd0.5": {},
+    "rand-m8-inc1-tweights": {},
+    "rand-m10-inc1-p1.0": {},
+    "rand-m9-mstd101": {},
+    "rand-m5-n2-t3a-p0.8": {},
+    "rand-m15-mmax20-inc1": {},
+    "rand-m7-t3aw-n3": {},
+    "rand-m10-n4": {},
+}
+GOLDEN = json.loads((Path(__file__).parent / "golden/pixels.json").read_text())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_same_seeds_give_the_same_pixels_as_ever(name):
+    """tests/golden/pixels.json holds digests from before views could share a crop."""
+    view = View(**(OPTIONS[name] or {"size": 24, "randaugment": name}))
+    rows = torch.tensor([3, 1000, 17, 4, 2**40, 0, 99, 5, 6, 7, 8, 9])
+    for height, width in ((24, 24), (31, 50)):
+        images = seeded(12, height, width)
+        found = digest(*(apply(view, images, key, rows) for key in (7, 2**60)))
+        assert found == GOLDEN[f"{name} {height}x{width}"]
+    ragged = [seeded(1, h, w, h)[0].numpy() for h, w in ((24, 24), (31, 50), (64, 20))]
+    assert digest(apply(view, ragged, 7, rows[:3])) == GOLDEN[f"{name} ragged"]
+
+
 # bad input
 
 
@@ -407,11 +678,27 @@ def test_erasing_as_timm_s():
         ("randaugment", "m9"),
         ("randaugment", "rand-q9"),
         ("erase", -0.1),
+        ("margin", -1),
+        ("shift", 3),
+        ("fields", ("masks",)),
     ],
 )
 def test_bad_fields_are_named(field, value):
     with pytest.raises(ValueError, match=f"View.{field}: expected"):
         View(**{"size": 16, field: value})
+
+
+@pytest.mark.parametrize(
+    "field,value", [("scale", (0.2, 1.0)), ("ratio", (0.5, 2.0)), ("flip", 0.5), ("margin", 4)]
+)
+def test_a_shared_crop_is_the_other_view_s(field, value):
+    with pytest.raises(ValueError, match=f"View.{field}: expected .*crop_of is given"):
+        View(16, crop_of="view", **{field: value})
+
+
+def test_masks_do_not_follow_randaugment():
+    with pytest.raises(ValueError, match="View.fields: expected none, as masks"):
+        View(16, randaugment="rand-m9", fields=("mask",))
 
 
 def test_bad_images_are_refused():

@@ -39,9 +39,8 @@ class Optimiser(Settings):
     lr: float = 1e-3  # peak, for batches of lr_per images
     lr_per: int | None = None  # images; None: lr is not scaled by the batch
     min_lr: float = 0.0  # at the end of the cosine
-    lr_drops: tuple[
-        float, ...
-    ] = ()  # shares of the steps at which a constant rate falls to a tenth
+    # shares of the steps at which a constant rate falls to a tenth
+    lr_drops: tuple[float, ...] = ()
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.05
     weight_decay_end: float | None = None  # reached as a cosine; None: constant
@@ -66,12 +65,21 @@ class Crop(Settings):
 
     crop_min: float = 0.2  # smallest share of the image's area in a crop
     flip: float = 0.5  # probability
-    input_size: int | None = None  # side of the crop in pixels; None: image_size of the data
 
     def __post_init__(self):
         super().__post_init__()
         within(self, "(0, 1]", "crop_min")
         within(self, "[0, 1]", "flip")
+
+
+@dataclass(frozen=True)
+class SizedCrop(Crop):
+    """A crop of a size of its own. The encoder is built for it; tasks resize its positions."""
+
+    input_size: int | None = None  # side in pixels; None: image_size of the data
+
+    def __post_init__(self):
+        super().__post_init__()
         within(self, "[4, inf)", "input_size")
 
 
@@ -88,18 +96,19 @@ class Decoder(Settings):
         within(self, "[1, inf)", "decoder_dim", "decoder_depth", "decoder_heads")
         if self.decoder_dim % 4:
             raise ValueError(
-                f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 (sin-cos positions)"
+                f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 (for sin-cos "
+                "positions)"
             )
         if self.decoder_dim % self.decoder_heads:
             raise ValueError(
-                f"decoder_heads: found {self.decoder_heads}, which does not divide decoder_dim "
+                f"decoder_heads: found {self.decoder_heads}, expected a divisor of decoder_dim "
                 f"{self.decoder_dim}"
             )
 
 
 @dataclass(frozen=True)
-class SelfDistillation(Settings):
-    """DINO's student, teacher, head and crops (kit/parts/selfdistil.py)."""
+class SelfDistillation(Optimiser):
+    """DINO's student, teacher, head and crops (kit/parts/selfdistil.py), and its optimiser."""
 
     prototypes: int = 2048
     hidden: int = 512  # width of the head
@@ -111,9 +120,8 @@ class SelfDistillation(Settings):
     teacher_temp_end: float | None = None  # reached linearly; None: constant
     teacher_temp_warmup: float = 0.1  # share of the training until teacher_temp_end
     centre_momentum: float = 0.9
-    momentum: float = (
-        0.99  # of the teacher; rises to 1 as a cosine. Fewer steps per epoch want less
-    )
+    # of the teacher; rises to 1 as a cosine. Trainings with few steps per epoch need a lower one
+    momentum: float = 0.99
     drop_path: float = 0.1  # of the student
     n_local: int = 4  # local crops
     local_size: float = 0.5  # side of a local crop, share of the image's, rounded to whole patches
@@ -131,6 +139,14 @@ class SelfDistillation(Settings):
     # least mutual information of prototypes and images, as a share of ln(prototypes); a training
     # that stays below it for long is stopped
     min_information: float = 0.01
+    lr: float = 5e-4
+    lr_per: int | None = 256
+    min_lr: float = 1e-6
+    warmup: float = 0.1
+    weight_decay: float = 0.04
+    weight_decay_end: float | None = 0.4
+    clip: float | None = 3.0
+    clip_mode: Literal["global", "tensor"] = "tensor"
 
     @property
     def views_per_image(self) -> float:
@@ -141,12 +157,29 @@ class SelfDistillation(Settings):
         super().__post_init__()
         within(self, "[2, inf)", "prototypes")
         within(self, "[1, inf)", "hidden", "bottleneck")
-        within(self, "[0, inf)", "n_local", "freeze_last_layer")
+        within(self, "[0, inf)", "n_local", "freeze_last_layer", "jitter")
         within(self, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end")
         within(self, "[0, 1]", "centre_momentum", "momentum", "min_information", "drop_path")
         within(self, "[0, 1]", "teacher_temp_warmup", "flip", "jitter_p", "grey", "solarise")
         within(self, "(0, 1]", "local_size")
         spans(self, "global_scale", "local_scale")
+
+
+@dataclass(frozen=True)
+class MaskedSelfDistillation(SelfDistillation):
+    """Self-distillation that hides patches of the global views, as iBOT (kit/parts/ibot.py)."""
+
+    cls_weight: float = 1.0  # of the loss between class tokens, DINO's
+    patch_weight: float = 1.0  # of the loss at hidden patches
+    shared_head: bool = True  # False: patches have prototypes of their own
+    prototypes: int = 1024
+    teacher_temp_end: float | None = 0.06
+    patch_temp_end: float | None = 0.06  # for patches, which also start at teacher_temp
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[0, inf)", "cls_weight", "patch_weight")
+        within(self, "(0, inf)", "patch_temp_end")
 
 
 @dataclass(frozen=True)
@@ -168,6 +201,11 @@ class Encoder(Settings):
         within(self, "(0, inf)", "mlp_ratio")
 
     @property
+    def styles(self) -> tuple[str, ...]:
+        """What `encoders.create` may be asked for."""
+        return ("timm", "sincos", "beit")
+
+    @property
     def stride(self) -> int:
         """Side in pixels of a token that the encoder gives."""
         return self.patch_size
@@ -180,8 +218,8 @@ class Encoder(Settings):
         """ValueError unless there can be such an encoder for images of `image_size` pixels."""
         if image_size % self.stride:
             raise ValueError(
-                f"patch_size: found {self.patch_size}, tokens of {self.stride} pixels do not divide "
-                f"image_size {image_size}"
+                f"patch_size: found {self.patch_size}, which makes tokens of {self.stride} pixels, "
+                f"expected a divisor of image_size {image_size}"
             )
 
 
@@ -223,7 +261,8 @@ def sincos(model: Encoder) -> None:
     """An encoder of this model can have sin-cos positions."""
     if model.embed_dim % 4:
         raise ValueError(
-            f"model.embed_dim: found {model.embed_dim}, expected a multiple of 4 (sin-cos positions)"
+            f"model.embed_dim: found {model.embed_dim}, expected a multiple of 4 (for sin-cos "
+            "positions)"
         )
 
 
@@ -249,7 +288,7 @@ def unit_count(units: int, ratio: float) -> int:
 
 
 def hidden_count(patches: int, ratio: float) -> int:
-    """Patches to hide: patches * ratio rounded to the nearest; at least one of them, and not all."""
+    """Patches to hide: patches * ratio rounded to the nearest; at least one, and not all."""
     count = round(patches * ratio)
     _both(patches, ratio, count)
     return count
@@ -258,6 +297,6 @@ def hidden_count(patches: int, ratio: float) -> int:
 def _both(patches: int, ratio: float, hidden: int, what: str = "patches") -> None:
     if not (0 < ratio < 1 and 0 < hidden < patches):
         raise ValueError(
-            f"mask_ratio: {ratio} of {patches} {what} hides {hidden}, expected at least one hidden "
-            "and one visible"
+            f"mask_ratio: found {ratio}, which hides {hidden} of {patches} {what}, expected at "
+            "least one hidden and one visible"
         )

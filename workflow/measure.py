@@ -20,21 +20,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from stages.kit.nets.teacher import Teacher
 
 from stages import data, methods, targets, tasks
 from stages.kit import keyed
 from stages.kit.data import store
-from stages.kit.data.decode import cores
 from stages.kit.data.loader import Batches
 from stages.kit.job.device import resolved
 from stages.kit.job.provenance import peak_mb
 from stages.kit.nets import encoders as encoder
-from stages.kit.nets.teacher import Teacher
 from stages.kit.spec import Spec, configure
 from stages.kit.train import compiled
 from stages.kit.train.loop import Recipe, fit
-from stages.sources import SPLITS, assign
+from stages.sources import SPLITS
+from stages.sources._splits import assign
 from stages.tasks import _features
+from workflow.machine import cores
 
 POOL = 256  # different images of noise; as many are encoded at once by tasks/_features.py
 WARM = 2  # first steps: what they do once is not done again by later ones

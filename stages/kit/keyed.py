@@ -23,7 +23,7 @@ MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def key(*parts: int | str) -> int:
-    """Hash the parts into an integer in [0, 2^63): the same in every process and on every machine.
+    """Hashes the parts into an integer in [0, 2^63): the same in every process and machine.
 
     The parts' types, order and borders count: key("ab", "c"), key("a", "bc"), key(1) and key("1")
     all differ.
@@ -45,11 +45,10 @@ def key(*parts: int | str) -> int:
 def bits(
     base: int, rows: torch.Tensor, *shape: int, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Uniform random int64 (B, *shape), all 64 bits random; element (b, ...) depends on base,
-    rows[b] and its place only.
+    """Uniform random int64 (B, *shape), all 64 bits random.
 
-    `base` is an integer (see `key`), `rows` (B,) integers; the result lies on `device`, by default
-    where `rows` does.
+    Element (b, ...) depends on `base`, rows[b] and its place alone. `base` is an integer (see
+    `key`), `rows` (B,) are integers. The result lies on `device`, by default where `rows` does.
     """
     if rows.ndim != 1 or rows.is_floating_point():
         raise ValueError(
@@ -57,9 +56,8 @@ def bits(
         )
     rows = rows.to(device=device if device is not None else rows.device, dtype=torch.int64)
     base = (int(base) + (1 << 63)) % (1 << 64) - (1 << 63)
-    stream = _mix(rows * GOLDEN + base)[
-        :, None
-    ]  # hashed twice, so that neighbouring rows are not shifted copies
+    # hashed twice, so that neighbouring rows are not shifted copies
+    stream = _mix(rows * GOLDEN + base)[:, None]
     column = torch.arange(1, math.prod(shape) + 1, device=rows.device) * GOLDEN
     return _mix(stream + column).reshape(len(rows), *shape)
 
@@ -80,16 +78,13 @@ def normal(
     for `bits`.
 
     Computed in float64 and then rounded, because logarithm and cosine differ between devices in
-    their last bit: after rounding about one number in 10^8 can still differ between a CPU and a
-    GPU. On one device it is exact.
+    their last bit. About one number in 10^8 still differs between a CPU and a GPU. On one device
+    it is exact.
     """
     pair = _shift(bits(base, rows, 2, math.prod(shape), device=device), 11).double() + 0.5
     first, second = (pair * 2.0**-53).unbind(1)
-    return (
-        ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos())
-        .float()
-        .reshape(len(rows), *shape)
-    )
+    found = (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
+    return found.float().reshape(len(rows), *shape)
 
 
 def generator(*parts: int | str) -> torch.Generator:
@@ -98,9 +93,7 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 def permutation(n: int, *parts: int | str) -> torch.Tensor:
-    """A random order of 0..n-1, int64 (n,); unlike torch.randperm's it cannot change with torch's
-    version.
-    """
+    """A random order of 0..n-1, int64 (n,); torch.randperm's could change with torch's version."""
     return bits(key(*parts), torch.zeros(1, dtype=torch.int64), n)[0].argsort(stable=True)
 
 

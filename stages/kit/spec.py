@@ -1,26 +1,29 @@
-"""What a model must know about the data: sizes, normalisation, counts. Built from data.json and
-params, nothing else.
-"""
+"""What a model must know about the data and its encoder: sizes, normalisation, counts."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
+
+from stages.kit.eager import constant
+from workflow import plugins
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Facts shared by methods, targets and tasks.
+    """Facts that methods, targets and tasks share; built from data.json and params, nothing else.
 
-    image_size: side of the (square) training image in pixels; model: the `model` section of
-    params.yaml; mean, std: of pixels in [0, 1], per channel; num_classes: of the data set; images:
-    size of the train split.
+    image_size: side of the square images in pixels; kind, model: the encoder's family (a file in
+    stages/encoders) and its Config; mean, std: of pixels in [0, 1], per channel; num_classes: of the
+    data set; images: size of the train split.
     """
 
     image_size: int
-    model: dict
+    kind: str
+    model: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
@@ -28,10 +31,11 @@ class Spec:
 
     @classmethod
     def of(cls, info: dict, image_size: int, model: dict) -> Spec:
-        """From the content of data.json (`store.info`), the image size and the model section."""
+        """From the content of data.json (`store.info`), the image size and {"kind", "config"}."""
         return cls(
             image_size=image_size,
-            model=dict(model),
+            kind=model["kind"],
+            model=encoder_config(model["kind"], model["config"]),
             mean=tuple(info["mean"]),
             std=tuple(info["std"]),
             num_classes=len(info["classes"]),
@@ -40,31 +44,32 @@ class Spec:
 
     @classmethod
     def from_json(cls, values: dict) -> Spec:
-        """The inverse of `to_json`; unknown keys (of a later version) are ignored."""
-        known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in values.items() if key in known}
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """The inverse of `to_json`."""
+        model = encoder_config(values["kind"], values["model"])
+        mean, std = tuple(values["mean"]), tuple(values["std"])
+        return cls(**{**values, "model": model, "mean": mean, "std": std})
 
     def to_json(self) -> dict:
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
+    def at(self, image_size: int | None) -> Spec:
+        """The same for images of another size; None leaves it as it is."""
+        return replace(self, image_size=image_size or self.image_size)
+
     @property
-    def hierarchical(self) -> bool:
-        """Whether the student has stages of falling resolution (a list of depths), as Swin has."""
-        return isinstance(self.model.get("depth"), list | tuple)
+    def patch(self) -> int:
+        """Side in pixels of a patch, as the encoder embeds it."""
+        return self.model.patch_size
 
     @property
     def stride(self) -> int:
-        """Side in pixels of a token that the student gives: patch_size, doubled by each stage after
-        the first.
-        """
-        stages = len(self.model["depth"]) if self.hierarchical else 1
-        return self.model["patch_size"] * 2 ** (stages - 1)
+        """Side in pixels of a token that the encoder gives; more than `patch` after stages."""
+        return self.model.stride
 
     @property
     def grid(self) -> int:
-        """Tokens per side that the student gives, which is where targets lie."""
-        return self.image_size // self.stride
+        """Tokens per side that the encoder gives, which is where targets lie."""
+        return self.model.grid(self.image_size)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """(B,3,H,W) in [0,1] -> zero mean and unit variance per channel, by this data set's
@@ -79,7 +84,7 @@ class Spec:
         return images / inverse + mean
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _constants(mean: tuple, std: tuple, device: torch.device, dtype: torch.dtype):
     return _copied(mean, std, device, dtype)
 
@@ -91,9 +96,14 @@ def _copied(mean: tuple, std: tuple, device: torch.device, dtype: torch.dtype):
     return mean.to(device, dtype), inverse.to(device, dtype)
 
 
+def encoder_config(kind: str, values: dict):
+    """The Config of a family of encoders."""
+    return configure(plugins.module("encoder", kind).Config, values)
+
+
 def configure(config_class: type, values: dict):
-    """`config_class(**values)` for values that came through JSON: its lists become tuples again, as
-    in the defaults.
+    """`config_class(**values)` for values that came through JSON: lists become tuples, as in the
+    defaults.
     """
     return config_class(**{key: _tuples(value) for key, value in values.items()})
 

@@ -1,18 +1,7 @@
-"""Masked-image-modelling methods, one file each; the file's name is the method's name in
-params.yaml.
+"""Masked-image-modelling methods, one file each; the file's name is its kind in params.yaml.
 
-A method module has: a docstring (paper, idea, every departure), `TARGET`, `LABELS`, `TRAINS`, a
-frozen dataclass `Config`, `views(config, spec)` and `class Method(nn.Module)`. docs/ tells how to
-write one; the tests sweep this folder.
+A method module has: a docstring (paper, idea, every departure), a frozen dataclass `Config`,
+`PUBLISHED` (the paper's recipe), `TARGET` (what it needs of its target), `NEEDS` (of its encoder),
+`LABELS`, `TRAINS`, `views(config, spec)` and `class Method(nn.Module)`. docs/adding-a-method.md
+tells how to write one; the tests sweep this folder.
 """
-
-from __future__ import annotations
-
-from types import ModuleType
-
-from stages.kit.plugin import load
-
-
-def find(name: str) -> ModuleType:
-    """The module of method `name`; a ValueError with the nearest name if there is no such file."""
-    return load("stages.methods", name)

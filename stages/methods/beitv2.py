@@ -15,10 +15,8 @@ initialisation pass. Departures:
   crop);
 - student and tokenizer see the same resized pixels, where the official code resizes a crop twice;
 - `mask_ratio` is rounded to a count of patches; 0.3827 gives the official 75 of 196;
-- defaults are for small images. As published, for ImageNet and ViT-B/16: mask_ratio 0.3827,
-  min_block 16, early_layer 9, head_depth 2, lr 1.5e-3 not scaled by the batch of 2048, 300 epochs
-  (1600 with betas 0.9, 0.999 and drop_path 0.1), 10 of them warm up; ViT-L: layer_scale 1e-5,
-  early_layer 21.
+- defaults are for small images; PUBLISHED is the recipe for ImageNet and ViT-B/16 over 300 epochs
+  (1600 epochs: betas 0.9, 0.999, drop_path 0.1; ViT-L: layer_scale 1e-5, early_layer 21).
 """
 
 from __future__ import annotations
@@ -34,114 +32,111 @@ from torch import nn
 
 from stages.kit.data.views import View
 from stages.kit.nets import encoders
+from stages.kit.nets.init import scale_by_depth, trunc_init
 from stages.kit.nets.masks import exact_block_masks, hidden_ids, take
-from stages.kit.nets.patches import colour_codes, contact_sheet, paint
+from stages.kit.nets.pictures import colour_codes, contact_sheet, paint
 from workflow import checks
 
-TARGET = "ids"
+TARGET = {"ids"}
+NEEDS = {"mask", "cls", "taps"}
 LABELS = False
 TRAINS = True
+PUBLISHED = {
+    "epochs": 300,
+    "batch_size": 2048,
+    "mask_ratio": 0.3827,
+    "min_block": 16,
+    "early_layer": 9,
+    "head_depth": 2,
+    "shared_head": True,
+    "layer_scale": 0.1,
+    "drop_path": 0.0,
+    "crop_min": 0.2,
+    "jitter": 0.4,
+    "lr": 0.0015,
+    "lr_per": None,
+    "min_lr": 1e-05,
+    "warmup": 0.0333,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.98],
+    "clip": 3.0,
+}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Optimiser, checks.Crop):
     mask_ratio: float = 0.39  # share of the patches that is hidden: 25 of 64
     min_block: int = 4  # patches in the smallest block
-    early_layer: int | None = (
-        None  # aggregation takes patches after this block; None: 3/4 of the depth
-    )
+    early_layer: int | None = None  # whose patches aggregation takes; None: 3/4 of the depth
     head_depth: int = 1  # aggregation blocks; 0: no patch aggregation
     shared_head: bool = True  # one norm and linear layer for both losses
     layer_scale: float = 0.1
     drop_path: float = 0.0
-    crop_min: float = 0.2  # smallest share of the image's area in a crop
-    flip: float = 0.5
     jitter: float = 0.4  # of brightness, contrast and saturation
     lr: float = 1e-3
-    lr_per: int | None = None  # not scaled by the batch, as in the official code
     min_lr: float = 1e-5
-    warmup: float = 0.05  # share of all steps
-    weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float | None = 3.0
 
     def __post_init__(self):
+        super().__post_init__()
         checks.within(self, "(0, 1)", "mask_ratio")
         checks.within(self, "[1, inf)", "min_block", "early_layer")
-        checks.within(self, "[0, inf)", "head_depth")
-        checks.within(self, "(0, 1]", "crop_min")
+        checks.within(self, "[0, inf)", "head_depth", "jitter")
         checks.within(self, "[0, 1)", "drop_path")
 
     def early(self, depth: int) -> int:
         """The block, counted from 1, after which aggregation takes the patch tokens."""
         return max(1, 3 * depth // 4) if self.early_layer is None else self.early_layer
 
-    def check(self, image_size: int, model: dict) -> None:
-        count = checks.hidden_count((image_size // model["patch_size"]) ** 2, self.mask_ratio)
+    def check(self, image_size: int, model) -> None:
+        count = checks.hidden_count(model.grid(image_size) ** 2, self.mask_ratio)
         if self.min_block > count:
             raise ValueError(
-                f"min_block: found {self.min_block}, but only {count} patches are hidden"
+                f"min_block: found {self.min_block}, expected at most the {count} hidden patches"
             )
-        if self.head_depth and self.early(model["depth"]) >= model["depth"]:
+        if self.head_depth and self.early(model.depth) >= model.depth:
             raise ValueError(
-                f"early_layer: found {self.early(model['depth'])}, expected less than "
-                f"model.depth {model['depth']} (or head_depth 0)"
+                f"early_layer: found {self.early(model.depth)}, expected less than model.depth "
+                f"{model.depth} (or head_depth 0)"
             )
 
 
 def views(config: Config, spec) -> dict[str, View]:
-    return {
-        "view": View(
-            size=spec.image_size,
-            scale=(config.crop_min, 1.0),
-            flip=config.flip,
-            jitter=(config.jitter, config.jitter, config.jitter, 0.0),
-        )
-    }
+    jitter = (config.jitter, config.jitter, config.jitter, 0.0)
+    scale = (config.crop_min, 1.0)
+    return {"view": View(spec.image_size, scale, flip=config.flip, jitter=jitter)}
 
 
 class Method(nn.Module):
-    def __init__(self, config: Config, spec, target=None):
+    def __init__(self, config: Config, spec, target):
         super().__init__()
-        if not hasattr(target, "codes"):
-            raise ValueError(
-                f"beitv2 needs a tokenizer (a target of ids), found {type(target).__name__}"
-            )
-        self.config, self.spec = config, spec
-        self.tokenizer = [target]  # in a list: frozen, neither trained nor saved with the student
-        self.grid, self.count = (
-            (spec.grid, spec.grid),
-            checks.hidden_count(spec.grid**2, config.mask_ratio),
+        self.config, self.spec, self.tokenizer = config, spec, target
+        self.grid = (spec.grid, spec.grid)
+        self.count = checks.hidden_count(spec.grid**2, config.mask_ratio)
+        self.encoder = encoders.create(
+            spec, "beit", layer_scale=config.layer_scale, drop_path=config.drop_path
         )
-        self.encoder = encoders.beit_vit(
-            spec, init_values=config.layer_scale, drop_path_rate=config.drop_path
-        )
-        width, depth = self.encoder.embed_dim, len(self.encoder.blocks)
+        width, codes = self.encoder.embed_dim, target.sizes["ids"]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.head = nn.Linear(width, target.codes)
-        self.early = config.early(depth)
-        last = self.early + config.head_depth
-        rates = torch.linspace(0, config.drop_path, max(depth, last), device="cpu").tolist()[
-            self.early : last
-        ]
-        self.aggregation = nn.ModuleList(
-            [
-                Block(
-                    width,
-                    spec.model["num_heads"],
-                    qkv_bias=True,
-                    mlp_ratio=spec.model["mlp_ratio"],
-                    drop_path=rate,
-                    init_values=config.layer_scale,
-                    norm_layer=LayerNorm,
-                )
-                for rate in rates
-            ]
-        )
+        self.head = nn.Linear(width, codes)
+        self.early = config.early(spec.model.depth)
+        self.aggregation = self._aggregation()
         separate = config.head_depth and not config.shared_head
         self.aggregation_norm = LayerNorm(width) if separate else None
-        self.aggregation_head = nn.Linear(width, target.codes) if separate else None
+        self.aggregation_head = nn.Linear(width, codes) if separate else None
         self._initialise()
+
+    def _aggregation(self) -> nn.ModuleList:
+        """Blocks as the encoder's, whose drop path goes on rising behind the early layer."""
+        config, model, last = self.config, self.spec.model, self.early + self.config.head_depth
+        rates = torch.linspace(0, config.drop_path, max(model.depth, last), device="cpu").tolist()
+        shape = {"num_heads": model.num_heads, "mlp_ratio": model.mlp_ratio, "qkv_bias": True}
+        shape |= {"init_values": config.layer_scale, "norm_layer": LayerNorm}
+        width = self.encoder.embed_dim
+        return nn.ModuleList(
+            [Block(width, drop_path=rate, **shape) for rate in rates[self.early : last]]
+        )
 
     def _initialise(self) -> None:
         """As the encoder: normal weights of deviation 0.02, cut there; zero biases; block n's
@@ -149,13 +144,13 @@ class Method(nn.Module):
         """
         for part in (self.head, self.aggregation_head):
             if part is not None:
-                encoders.trunc_init(part)
+                trunc_init(part)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        encoders.scale_by_depth(self.aggregation, first=self.early + 1)
+        scale_by_depth(self.aggregation, first=self.early + 1)
 
     def no_weight_decay(self) -> set[str]:
-        """Besides one-dimensional parameters; the mask token and the relative-position table are
-        decayed.
+        """Besides one-dimensional parameters. The mask token and the table of relative positions
+        are decayed.
         """
         return {"encoder.cls_token"}
 
@@ -164,13 +159,9 @@ class Method(nn.Module):
         predictions}.
         """
         images = batch["view"]
-        with torch.no_grad():
-            codes = self.tokenizer[0](images)  # the same view, with every patch visible
-        expected = (len(images), self.grid[0] * self.grid[1])
-        if codes.shape != expected:
-            raise ValueError(f"target: gave ids of shape {tuple(codes.shape)}, expected {expected}")
+        codes = self.tokenizer(images, "ids")["ids"]  # (B,N), of the whole view
         mask = exact_block_masks(progress.uniform, self.grid, self.count, self.config.min_block)
-        ids = hidden_ids(mask, self.count)
+        ids = hidden_ids(mask, self.count)  # (B,n)
         labels = codes.gather(1, ids).flatten()
         out = {"loss": 0.0}
         for name, logits in self.predict(self.spec.normalise(images), mask, ids).items():
@@ -183,50 +174,40 @@ class Method(nn.Module):
     def predict(
         self, images: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Normalised images, bool mask (B,N), its ones' positions ids (B,n) -> logits (B,n,codes)
-        by name.
-
-        "mim" from the last block; "aggregation", if there is any, from the aggregation blocks.
+        """Normalised images, bool mask (B,N), the positions ids (B,n) of its ones -> logits
+        (B,n,codes): "mim" from the last block, "aggregation" from the aggregation blocks.
         """
-        tokens = encoders.patch_tokens(self.encoder, images, mask, self.mask_token)
-        bias = encoders.shared_bias(self.encoder)
         taps = (self.early,) if len(self.aggregation) else ()
-        x, tapped = encoders.run_blocks(
-            self.encoder, encoders.with_prefix(self.encoder, tokens), taps=taps, bias=bias
-        )
-        logits = {"mim": self.head(self.encoder.norm(take(x[:, 1:], ids)))}
+        how = {"norm": False, "taps": taps}
+        seen = encoders.masked(self.encoder, images, mask, self.mask_token, **how)
+        logits = {"mim": self.head(self.encoder.norm(take(seen["patch"], ids)))}
         if taps:
-            x = torch.cat(
-                [x[:, :1], tapped[self.early][:, 1:]], dim=1
-            )  # early states enter un-normalised
+            # the last class token beside the early patches, none of them normalised
+            early = seen["taps"][self.early][:, 1:]
+            x = torch.cat([seen["tokens"][:, :1], early], dim=1)
             for block in self.aggregation:
-                x = block(x, shared_rel_pos_bias=bias)
-            norm, head = (
-                self.aggregation_norm or self.encoder.norm,
-                self.aggregation_head or self.head,
-            )
+                x = block(x, shared_rel_pos_bias=seen["bias"])
+            norm = self.aggregation_norm or self.encoder.norm
+            head = self.aggregation_head or self.head
             logits["aggregation"] = head(norm(take(x[:, 1:], ids)))
         return logits
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
-        """A contact sheet of at most 8 images: original | masked | predicted codes | tokenizer's
-        codes.
-
-        One colour per code. Predictions are shown at the hidden patches only.
+        """Of at most 8 images: original | masked | predicted codes, where hidden | tokenizer's
+        codes. One colour per code.
         """
         images = batch["view"][:8]
         generator = torch.Generator().manual_seed(0)
-        mask = exact_block_masks(
-            lambda name, *shape: torch.rand(len(images), *shape, generator=generator),
-            self.grid,
-            self.count,
-            self.config.min_block,
-        ).to(images.device)
-        ids, codes = hidden_ids(mask, self.count), self.tokenizer[0](images)
+
+        def uniform(name: str, *shape: int) -> torch.Tensor:
+            return torch.rand(len(images), *shape, generator=generator)
+
+        mask = exact_block_masks(uniform, self.grid, self.count, self.config.min_block)
+        mask = mask.to(images.device)
+        ids, codes = hidden_ids(mask, self.count), self.tokenizer(images, "ids")["ids"]
         predicted = self.predict(self.spec.normalise(images), mask, ids)["mim"].argmax(dim=-1)
         size = self.spec.image_size
-        guess = paint(colour_codes(torch.zeros_like(codes).scatter(1, ids, predicted), size), ~mask)
-        return {
-            "codes": contact_sheet([images, paint(images, mask), guess, colour_codes(codes, size)])
-        }
+        guess = colour_codes(torch.zeros_like(codes).scatter(1, ids, predicted), size)
+        columns = [images, paint(images, mask), paint(guess, ~mask), colour_codes(codes, size)]
+        return {"codes": contact_sheet(columns)}

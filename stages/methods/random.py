@@ -1,11 +1,13 @@
 """The untrained encoder, the floor that every pretraining must beat.
 
-By default exactly MAE's encoder at initialisation: a ViT with xavier weights and fixed sin-cos
+By default it is MAE's encoder at initialisation: a ViT with xavier weights and fixed sin-cos
 positions (arXiv 2111.06377), or a Swin with its own initial weights (arXiv 2103.14030). With
-`family: beit` that of BEiT v2 and SimMIM, which knows no absolute positions and starts far lower:
-compare these two with it. Nothing is trained, so this file has no views and no loss. With `depth`,
-the first blocks only; 0 leaves projected patches and positions, which is dBOT's first teacher of
-large students (arXiv 2209.03917).
+`style: beit` it is that of BEiT v2 and SimMIM, which has no absolute positions and starts far
+lower: compare those two methods with this one. Nothing is trained, so this file has no views and
+no loss.
+
+With `depth` it is the first blocks only; 0 leaves projected patches and positions, which is dBOT's
+first teacher of large students (arXiv 2209.03917).
 """
 
 from __future__ import annotations
@@ -19,45 +21,37 @@ from stages.kit.nets import encoders
 from workflow import checks
 
 TARGET = None
-ENCODERS = ("vit", "swin", "convvit")
+NEEDS = set()
 LABELS = False
 TRAINS = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Settings):
     depth: int | None = None  # blocks; None: all of model.depth
-    family: Literal["vit", "beit"] = "vit"  # of a ViT: whose positions and initial weights
-    layer_scale: float = 0.1  # of family beit
+    style: Literal["sincos", "beit"] = "sincos"  # of a ViT: its positions and initial weights
+    layer_scale: float = 0.1  # of style beit
 
-    def check(self, image_size: int, model: dict) -> None:
-        if self.depth is not None and not (
-            isinstance(model["depth"], int) and 0 <= self.depth <= model["depth"]
-        ):
+    def check(self, image_size: int, model) -> None:
+        plain = isinstance(model.depth, int)  # one stage
+        if self.depth is not None and not (plain and 0 <= self.depth <= model.depth):
             raise ValueError(
-                f"depth: found {self.depth}, expected 0 to model.depth {model['depth']} of a ViT"
+                f"depth: found {self.depth}, expected 0 to model.depth {model.depth} of a ViT"
             )
-        if self.family == "beit":
-            if not isinstance(model["depth"], int) or model["name"].startswith("convvit"):
-                raise ValueError(
-                    f"family: found 'beit', expected 'vit' with model.name {model['name']}"
-                )
-            if self.depth is not None:
-                raise ValueError("depth: cuts an encoder of family vit, found family 'beit'")
-        elif isinstance(model["depth"], int):
+        if self.style not in model.styles:
+            raise ValueError(f"style: found {self.style!r}, expected {' or '.join(model.styles)}")
+        if self.style == "beit" and self.depth is not None:
+            raise ValueError(f"depth: found {self.depth}, expected none with style 'beit'")
+        if self.style == "sincos" and plain:
             checks.sincos(model)
 
 
 class Method(nn.Module):
     def __init__(self, config: Config, spec, target=None):
         super().__init__()
-        if config.family == "beit":
-            self.encoder = encoders.beit_vit(spec, init_values=config.layer_scale)
-        else:
-            self.encoder = encoders.create(spec) if spec.hierarchical else encoders.sincos_vit(spec)
+        scale = config.layer_scale if config.style == "beit" else None
+        self.encoder = encoders.create(spec, config.style, layer_scale=scale)
         if config.depth is not None:
-            whole, self.encoder = (
-                self.encoder.state_dict(),
-                encoders.create(spec, depth=config.depth),
-            )
+            whole = self.encoder.state_dict()
+            self.encoder = encoders.create(spec, config.style, depth=config.depth)
             self.encoder.load_state_dict({key: whole[key] for key in self.encoder.state_dict()})

@@ -18,11 +18,10 @@ positions; its class token is carried along without a loss of its own. Departure
   and the cosine is not shifted by the warm-up, so that the base rate is never quite reached;
 - without the final norm (`final_norm: false`) the exported encoder still normalises its tokens,
   with weights 1 and 0;
-- defaults are for small images: mask_unit a quarter of the image (8 at 32 px, 16 at 64 px), lr 1e-3
-  per 512 images. As published, for ImageNet: mask_unit 32; Swin-B at 192 px, window 6, 100 epochs:
-  lr 2e-4 per 512, min_lr 4e-5 at batch 2048, 10 epochs warm up; 800 epochs: lr 1e-4 per 512, 10
-  epochs warm up, lr_drops [0.875]; ViT-B/16 at 224 px, 800 epochs: the same and drop_path 0.1.
-  SwinV2: local_norm 47.
+- defaults are for small images: mask_unit is a quarter of the image (8 at 32 px, 16 at 64 px).
+  PUBLISHED is the recipe for ImageNet and Swin-B at 192 px over 100 epochs. Over 800 epochs, and
+  for ViT-B/16 at 224 px (drop_path 0.1), lr is 1e-4, min_lr 1e-5, warmup 0.0125, lr_drops [0.875].
+  SwinV2 has local_norm 47.
 """
 
 from __future__ import annotations
@@ -37,44 +36,48 @@ from torch import nn
 from stages.kit.data.views import View
 from stages.kit.nets import encoders
 from stages.kit.nets.masks import unit_masks
-from stages.kit.nets.patches import contact_sheet, paint
+from stages.kit.nets.pictures import contact_sheet, paint
 from workflow import checks
 
 TARGET = None
-ENCODERS = ("vit", "swin")
+NEEDS = {"mask"}
 LABELS = False
 TRAINS = True
+PUBLISHED = {
+    "epochs": 100,
+    "batch_size": 2048,
+    "mask_ratio": 0.6,
+    "mask_unit": 32,
+    "crop_min": 0.67,
+    "lr": 0.0002,
+    "lr_per": 512,
+    "min_lr": 4e-05,
+    "warmup": 0.1,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.999],
+    "clip": 5.0,
+}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Optimiser, checks.SizedCrop):
     mask_ratio: float = 0.6  # share of the units that is hidden, rounded up
     mask_unit: int | None = None  # side of a unit in pixels; None: a quarter of the image's
     masked_only: bool = True  # loss over hidden pixels; False: over all
-    local_norm: int | None = (
-        None  # side in pixels of the window that normalises the target; None: raw pixels
-    )
+    local_norm: int | None = None  # side of the window that normalises the target; None: raw pixels
     final_norm: bool = True  # the encoder's last norm stands before the head
     layer_scale: float = 0.1  # of a ViT
     drop_path: float = 0.0
-    crop_min: float = 0.67  # smallest share of the image's area in a crop
-    flip: float = 0.5
-    lr: float = 1e-3  # at batch lr_per
+    crop_min: float = 0.67
     lr_per: int | None = 512
     min_lr: float = 1e-5
-    lr_drops: tuple[
-        float, ...
-    ] = ()  # shares of all steps at which a constant rate falls to a tenth; (): cosine
-    warmup: float = 0.05  # share of all steps
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = 5.0
 
     def __post_init__(self):
-        checks.within(self, "(0, 1)", "mask_ratio", "lr_drops")
+        super().__post_init__()
+        checks.within(self, "(0, 1)", "mask_ratio")
         checks.within(self, "[1, inf)", "mask_unit")
         checks.within(self, "[0, 1)", "drop_path")
-        checks.within(self, "(0, 1]", "crop_min")
         if self.local_norm is not None and (self.local_norm < 3 or self.local_norm % 2 == 0):
             raise ValueError(
                 f"local_norm: found {self.local_norm}, expected an odd number of pixels from 3"
@@ -84,12 +87,12 @@ class Config:
         """Side of a mask unit in pixels."""
         return image_size // 4 if self.mask_unit is None else self.mask_unit
 
-    def check(self, image_size: int, model: dict) -> None:
-        unit, patch = self.unit(image_size), model["patch_size"]
+    def check(self, image_size: int, model) -> None:
+        unit, patch = self.unit(image_size), model.patch_size
         if unit < 1 or image_size % unit or unit % patch:
             raise ValueError(
-                f"mask_unit: found {unit} pixels, expected a multiple of model.patch_size {patch} that "
-                f"divides data.image_size {image_size}"
+                f"mask_unit: found {unit} pixels, expected a multiple of model.patch_size {patch} "
+                f"that divides image_size {image_size}"
             )
         checks.unit_count((image_size // unit) ** 2, self.mask_ratio)
 
@@ -102,29 +105,26 @@ class Method(nn.Module):
     def __init__(self, config: Config, spec, target=None):
         super().__init__()
         self.config, self.spec = config, spec
-        unit, self.patch = config.unit(spec.image_size), spec.model["patch_size"]
+        unit, self.patch = config.unit(spec.image_size), spec.patch
         self.units = spec.image_size // unit  # per side
         self.cell = unit // self.patch  # patches per side of a unit
         self.count = checks.unit_count(self.units**2, config.mask_ratio)
-        if spec.hierarchical:
-            self.encoder = encoders.create(spec, drop_path_rate=config.drop_path)
-        else:
-            self.encoder = encoders.beit_vit(
-                spec, drop_path_rate=config.drop_path, init_values=config.layer_scale
-            )
+        self.encoder = encoders.create(
+            spec, "beit", drop_path=config.drop_path, layer_scale=config.layer_scale
+        )
         self.encoder.norm.requires_grad_(config.final_norm)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.embed_dim))
-        self.head = nn.Conv2d(
-            self.encoder.num_features, 3 * spec.stride**2, kernel_size=1
-        )  # torch's initial weights
-        cut = 2.0 if spec.hierarchical else 0.02
+        # the head has torch's initial weights
+        self.head = nn.Conv2d(self.encoder.num_features, 3 * spec.stride**2, kernel_size=1)
+        self.staged = len(encoders.depths(self.encoder)) > 1  # a Swin
+        cut = 2.0 if self.staged else 0.02
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-cut, b=cut)
 
     def no_weight_decay(self) -> set[str]:
         """Besides one-dimensional parameters. As run officially, a ViT's mask token and all
         relative-position tables are decayed, a Swin's mask token is not.
         """
-        return {"mask_token"} if self.spec.hierarchical else {"encoder.cls_token"}
+        return {"mask_token"} if self.staged else {"encoder.cls_token"}
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean absolute error of (hidden) normalised
@@ -145,14 +145,9 @@ class Method(nn.Module):
         """Normalised images (B,3,H,W), mask (B,N) -> features (B,D,h,w) of all places, h = w =
         spec.grid.
         """
-        tokens = encoders.patch_tokens(self.encoder, images, mask, self.mask_token)
-        x, _ = encoders.run_blocks(self.encoder, encoders.with_prefix(self.encoder, tokens))
-        x = self.encoder.norm(x) if self.config.final_norm else x
-        return (
-            encoders.split(self.encoder, x)["patch"]
-            .transpose(1, 2)
-            .unflatten(2, (self.spec.grid, self.spec.grid))
-        )
+        norm, grid = self.config.final_norm, self.spec.grid
+        seen = encoders.masked(self.encoder, images, mask, self.mask_token, norm=norm)
+        return seen["patch"].transpose(1, 2).unflatten(2, (grid, grid))
 
     def decode(self, features: torch.Tensor) -> torch.Tensor:
         """Features (B,D,h,w) -> predicted pixels (B,3,H,W); channel c s^2 + i s + j is pixel (i,j)

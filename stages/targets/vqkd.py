@@ -10,15 +10,14 @@ says how the codes move and where that departs. Further departures:
 - input must be in [0,1]; the official code guesses from the batch's maximum whether it is 0..1 or
   0..255, and reads normalised images as 0..255;
 - k-means runs after a fifth of the training (`kmeans_after`), and until then nothing is quantised.
-  The official code clusters what the untrained encoder gives; in short trainings the encoder then
-  leaves most codes behind. In 150 steps of batch 64 (512 codes, rendered scenes of 32 pixels) usage
-  over the validation images rose from 36 to 100 % with a DINO teacher and from 12 to 64 % with
-  EfficientNet-Lite0, and the reconstruction improved too;
+  The official code clusters what the untrained encoder gives; in short trainings most codes are
+  then never used. In 150 steps of batch 64 (512 codes, rendered scenes of 32 pixels) usage over the
+  validation images rose from 36 to 100 % with a DINO teacher and from 12 to 64 % with
+  EfficientNet-Lite0, and the reconstruction improved, too;
 - timm's ViT has a bias for keys, which the official one lacks; softmax cancels it;
 - the learning rate's warm-up is a share of the steps (official: 10 of 100 epochs, the same share);
-- defaults are for small images. As published, for ImageNet: codes 8192, code_dim 32, decoder_depth
-  3 (also released: 1), crop_min 0.08, kmeans_after 0, lr 2e-4 at batch 512, 100 epochs, teacher
-  CLIP ViT-B/16 at 224 pixels.
+- defaults are for small images; PUBLISHED is the recipe for ImageNet, with a CLIP ViT-B/16 as
+  teacher (decoder_depth 1 was also released).
 """
 
 from __future__ import annotations
@@ -31,112 +30,115 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages import targets
 from stages.kit import dist
 from stages.kit.data.views import View
+from stages.kit.eager import eager
 from stages.kit.nets import encoders
-from stages.kit.nets.patches import contact_sheet, patchify
+from stages.kit.nets.init import scale_by_depth
+from stages.kit.nets.patches import patchify
+from stages.kit.nets.pictures import colour_codes, contact_sheet
 from stages.kit.parts import health as measure
 from stages.kit.parts.quantize import Codebook, Learner
 from workflow import checks
 
-UPSTREAM = "features"
-PRODUCES = "ids"
+PRODUCES = {"ids", "logits"}
+UPSTREAM = {"patch"}
+NEEDS = {"plain"}
 LABELS = False
+PUBLISHED = {
+    "epochs": 100,
+    "batch_size": 512,
+    "codes": 8192,
+    "code_dim": 32,
+    "decoder_depth": 3,
+    "kmeans_after": 0.0,
+    "crop_min": 0.08,
+    "lr": 5e-5,
+    "lr_per": 128,
+    "min_lr": 1e-5,
+    "warmup": 0.1,
+    "weight_decay": 1e-4,
+    "betas": [0.9, 0.99],
+}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Optimiser, checks.Crop):
     codes: int = 512
     code_dim: int = 16
     encoder_depth: int | None = None  # blocks; None: as many as the student
     decoder_depth: int = 1  # deeper rebuilds better and uses fewer codes (ablation in the paper)
     decay: float = 0.99  # of the codes' moving average
     kmeans: bool = True  # start from k-means of the first vectors
-    kmeans_after: float = (
-        0.2  # share of the training before k-means, without quantisation; 0 as published
-    )
+    kmeans_after: float = 0.2  # share of the training before k-means, without quantisation
     vectors_per_code: int = 10  # that k-means waits for
-    reseed: int = (
-        0  # steps without a hit after which a code restarts from the batch; 0: never, as published
-    )
-    crop_min: float = 0.2  # smallest share of the image's area in a crop
-    flip: float = 0.5
+    reseed: int = 0  # steps without a hit after which a code restarts; 0: never, as published
     min_usage: float = 0.2  # of the codes, over the validation images; below, the stage fails
     min_perplexity: float = 0.05  # as a share of the codes
     lr: float = 1e-3
-    lr_per: int | None = None  # not scaled by the batch
     min_lr: float = 1e-5
-    warmup: float = 0.1  # share of all steps
+    warmup: float = 0.1
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
-    clip: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         checks.within(self, "[2, inf)", "codes", "code_dim")
         checks.within(self, "[1, inf)", "decoder_depth", "vectors_per_code", "encoder_depth")
         checks.within(self, "[0, inf)", "reseed")
         checks.within(self, "[0, 1)", "decay")
         checks.within(self, "[0, 1]", "min_usage", "min_perplexity", "kmeans_after")
-        checks.within(self, "(0, 1]", "crop_min")
 
 
 def views(config: Config, spec) -> dict[str, View]:
     return {"view": View(size=spec.image_size, scale=(config.crop_min, 1.0), flip=config.flip)}
 
 
-class Target(nn.Module):
-    """The tokenizer: images -> codes. `codes` is how many there are."""
+class Target(targets.Target):
+    """The tokenizer: images -> codes ("ids"), or each patch's cosines with all codes ("logits")."""
 
     def __init__(self, config: Config, spec):
         super().__init__()
         self.spec, self.codes = spec, config.codes
-        depth = spec.model["depth"] if config.encoder_depth is None else config.encoder_depth
+        self.sizes = {"ids": config.codes, "logits": config.codes}
+        depth = spec.model.depth if config.encoder_depth is None else config.encoder_depth
         self.encoder = _transformer(spec, depth=depth)
         self.head = _head(self.encoder.embed_dim, config.code_dim)
         self.codebook = Codebook(config.codes, config.code_dim)
-        self.register_buffer(
-            "reconstruction", torch.zeros(())
-        )  # mean cosine, over the last few hundred training steps
-        self._check = measure.UnitRange("vqkd")
+        # mean cosine over the last few hundred training steps
+        self.register_buffer("reconstruction", torch.zeros(()))
         self.eval()
-
-    def train(self, mode: bool = True) -> Target:
-        return super().train(False)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B,3,H,W) in [0,1] -> unit vectors (B,N,code_dim), float32."""
-        self._check(images)
         tokens = encoders.features(self.encoder, 2 * images - 1)["patch"]
         with torch.autocast(images.device.type, enabled=False):
             return F.normalize(self.head(tokens.float()), dim=-1)
 
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> ids (B,N), int64 in 0..codes-1. ValueError for pixels outside of
-        [0,1].
-        """
-        return self.codebook.assign(self.encode(images))
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
+        u, found = self.encode(images), {}
+        if "ids" in wanted:
+            found["ids"] = self.codebook.assign(u)
+        if "logits" in wanted:
+            found["logits"] = u @ self.codebook.vectors.T
+        return found
 
 
 class Training(nn.Module):
-    """Trains `target` to keep what matters of the features of `upstream`, a frozen Target that
-    PRODUCES features.
-    """
+    """Trains `target` to keep what matters of the features of `upstream` (targets.Frozen)."""
 
     def __init__(self, config: Config, spec, upstream):
         super().__init__()
-        if not getattr(upstream, "dim", None):
-            raise ValueError(
-                f"vqkd: `upstream` must be a target that gives features, found {type(upstream).__name__}"
-            )
-        self.config, self.grid = config, spec.grid
-        self.upstream = [upstream]  # in a list: frozen, neither trained nor saved here
+        self.config, self.grid, self.upstream = config, spec.grid, upstream
         self.target = Target(config, spec)
-        codes_as_image = replace(spec, image_size=spec.grid, model={**spec.model, "patch_size": 1})
+        codes_as_image = replace(
+            spec, image_size=spec.grid, model=replace(spec.model, patch_size=1)
+        )
         self.decoder = _transformer(
             codes_as_image, depth=config.decoder_depth, in_chans=config.code_dim
         )
-        self.head = _head(self.decoder.embed_dim, upstream.dim)
+        self.head = _head(self.decoder.embed_dim, upstream.sizes["patch"])
         self.learner = Learner(
             self.target.codebook,
             config.decay,
@@ -154,26 +156,23 @@ class Training(nn.Module):
         }
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss", its two terms, and usage and perplexity of the
-        codes in this batch}.
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "reconstruction", "commitment", "usage",
+        "perplexity"}: the loss, its two terms, and how many codes this batch uses.
         """
         images = batch["view"]
-        with torch.no_grad():
-            wanted = self.upstream[0](images)  # (B,N,dim)
+        wanted = self.upstream(images, "patch")["patch"]  # (B,N,dim)
         u = self.target.encode(images)
         quantised, commitment, hits = u, u.new_zeros(()), u.new_zeros(self.config.codes)
         if not self.training or self.learner.ready():
             ids, quantised, commitment = self.target.codebook(u)
-            hits = torch.zeros_like(hits).scatter_add_(
-                0, ids.flatten(), torch.ones_like(hits[:1]).expand(ids.numel())
-            )
+            ones = torch.ones_like(hits[:1]).expand(ids.numel())
+            hits = torch.zeros_like(hits).scatter_add_(0, ids.flatten(), ones)
             if self.training:
                 self.learner.count(u, ids)
         elif self.clusters(progress):
             self.learner.collect(u)
-        reconstruction = (
-            1 - F.cosine_similarity(self.decode(quantised).float(), wanted.float(), dim=-1).mean()
-        )
+        rebuilt = self.decode(quantised).float()
+        reconstruction = 1 - F.cosine_similarity(rebuilt, wanted.float(), dim=-1).mean()
         if self.training:
             self._cosines.append(1 - reconstruction.detach())
         return {
@@ -184,11 +183,12 @@ class Training(nn.Module):
             "perplexity": measure.perplexity(hits).float(),
         }
 
-    @torch.compiler.disable  # it reads the step
+    @eager  # it reads the step
     def clusters(self, progress) -> bool:
-        """Whether this step's vectors are for k-means. It runs as soon as it has enough of them,
-        and from the middle of the training on with whatever it has; the codes are used from the
-        next step on.
+        """Whether this step's vectors are for k-means.
+
+        It runs as soon as it has enough of them, and from the middle of the training on with all
+        that it has. The codes are used from the next step on.
         """
         return (progress.step + 1) / progress.steps > self.config.kmeans_after
 
@@ -210,24 +210,19 @@ class Training(nn.Module):
 
 
 def _transformer(spec, **kw) -> nn.Module:
-    """A ViT with learnt positions and nothing else, initialised as BEiT v2's tokenizer.
+    """A plain ViT with learnt positions, initialised as BEiT v2's tokenizer.
 
     Weights normal with deviation 0.02; the patch embedding keeps torch's default; what block i
     (from 1) adds to the residual stream is divided by sqrt(2 i).
     """
-    vit = encoders.create(
-        spec, "vit", init_values=None, drop_path_rate=0.0, pos_embed="learn", **kw
-    )
+    vit = encoders.create(spec, "timm", init_values=None, pos_embed="learn", **kw)
     for layer in vit.modules():
         if isinstance(layer, nn.Linear):
             _normal(layer)
     for token in (vit.cls_token, vit.reg_token, vit.pos_embed):
         if token is not None:
             nn.init.trunc_normal_(token, std=0.02, a=-2.0, b=2.0)
-    with torch.no_grad():
-        for number, block in enumerate(vit.blocks, start=1):
-            block.attn.proj.weight.div_(math.sqrt(2 * number))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+    scale_by_depth(vit.blocks)
     return vit
 
 
@@ -245,28 +240,28 @@ def _normal(layer: nn.Linear) -> None:
 
 
 def health(target: Target, images, config: Config) -> dict:
-    """Over the validation images: usage (share of the codes that were hit), perplexity, and how
-    often each code was hit.
-    """
+    """Over the validation images: usage (share of the codes that were hit), perplexity, counts."""
     counts = torch.zeros(target.codes, dtype=torch.int64)
     for batch in images:
-        counts += torch.bincount(target(batch).flatten().cpu(), minlength=target.codes)
+        ids = target(batch, "ids")["ids"].flatten().cpu()
+        counts += torch.bincount(ids, minlength=target.codes)
     used, spread = measure.usage(counts), float(measure.perplexity(counts))
     possible = min(target.codes, int(counts.sum()))
     advice = (
-        "Fewer codes or a smaller code_dim, decoder_depth 1, more or more varied images and longer training all raise "
-        "it; so may `reseed` (steps; not published)."
+        "Fewer codes or a smaller code_dim, decoder_depth 1, more or more varied images and longer "
+        "training all raise it; so may `reseed` (steps; not published)."
     )
     problems = []
     if used < config.min_usage:
         problems.append(
-            f"the codebook has collapsed: {used:.1%} of {possible} codes are used, expected at least "
-            f"{config.min_usage:.0%} (min_usage). {advice}"
+            f"the codebook has collapsed: {used:.1%} of {possible} codes are used, expected at "
+            f"least {config.min_usage:.0%} (min_usage). {advice}"
         )
     if spread < config.min_perplexity * possible:
         problems.append(
-            f"a few codes take almost all patches: perplexity {spread:.1f} of {possible}, expected at least "
-            f"{config.min_perplexity * possible:.1f} (min_perplexity {config.min_perplexity:g}). {advice}"
+            f"a few codes take almost all patches: perplexity {spread:.1f} of {possible}, expected "
+            f"at least {config.min_perplexity * possible:.1f} (min_perplexity "
+            f"{config.min_perplexity:g}). {advice}"
         )
     cosine = float(target.reconstruction)
     if not math.isfinite(cosine):
@@ -284,22 +279,16 @@ def health(target: Target, images, config: Config) -> dict:
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """code_map: images | their codes, a colour each. codebook: a row for each of the codes used
-    most here, with the patches that are nearest to it.
+    """code_map: images | their codes, a colour each. codebook: the codes that are used most here,
+    each with a row of the patches that are nearest to it.
     """
     u = target.encode(images)
     ids = target.codebook.assign(u)
-    grid, patch = target.spec.grid, target.spec.model["patch_size"]
-    phase = (
-        ids[:, None].float() * 0.618034
-        + torch.tensor([0, 1 / 3, 2 / 3], device=ids.device)[:, None]
-    )
-    colours = (0.5 + 0.5 * (2 * math.pi * phase).cos()).unflatten(2, (grid, grid))
-    maps = F.interpolate(colours, size=images.shape[-2:], mode="nearest")
+    patch = target.spec.patch
+    maps = colour_codes(ids, images.shape[-1])
     cosine = (u * target.codebook.vectors[ids]).sum(dim=-1).flatten()
-    patches = (
-        patchify(images, patch).unflatten(2, (patch, patch, 3)).flatten(0, 1).permute(0, 3, 1, 2)
-    )
+    patches = patchify(images, patch).unflatten(2, (patch, patch, 3))
+    patches = patches.flatten(0, 1).permute(0, 3, 1, 2)
     counts = torch.bincount(ids.flatten(), minlength=target.codes)
     rows = []
     for code in counts.argsort(descending=True, stable=True)[:12].tolist():

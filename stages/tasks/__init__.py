@@ -1,112 +1,109 @@
-"""Downstream tasks, one file each; the file's name is the task's name in params.yaml.
+"""Downstream tasks, one file each: what a pretrained encoder is worth.
 
-A task module has: a docstring (protocol, source, every departure), a frozen dataclass `Config`,
-`LABELS` (whether it needs class labels), `SPREADS = True` if several processes can share its work,
-and `run(encoder_dir, data_dir, config, run, seed, spec) -> metrics`. Whatever it selects, it
-selects on the validation split; the test split is read once, after that. Here: what classification
-tasks share.
+A task module has
+- a docstring: the protocol, its source, every departure;
+- a frozen dataclass `Config`;
+- `HEADLINE = (key, label, unit)`: the number that the report compares, such as
+  ("top1", "top-1 accuracy", "%"). `run` returns it under `key`, as a fraction in [0, 1];
+- `NEEDS`: what its data must have, out of {"labels", "masks", "boxes", "points"};
+- `AFTER`: the kind of task whose model it tests (its folder is `trial.after`), or None;
+- `SPREADS = True` if several processes can share its work;
+- `run(trial) -> metrics`, which also calls `save_scores` with a score for every test image.
+
+Whatever a task selects, it selects on the validation split. It reads the test split once, after
+that. What classification tasks share is in _classify.py, frozen features in _features.py.
 """
 
 from __future__ import annotations
 
 import io
-from types import ModuleType
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from stages.kit.job.job import JobError, write_atomic
-from stages.kit.plugin import load
+from stages.kit.data import store
+from workflow.files import JobError, write_atomic
 
 SPLITS = ("train", "val", "test")
 
 
-def find(name: str) -> ModuleType:
-    """The module of task `name`; a ValueError with the nearest name if there is no such file."""
-    return load("stages.tasks", name)
+@dataclass(frozen=True)
+class Trial:
+    """One task on one encoder: all that a task may know.
 
-
-def require_labels(task: str, info: dict) -> None:
-    """JobError unless train, val and test have images with labels; `info` is the content of
-    data.json.
+    name: the task's name in params.yaml; encoder: timm folder of the pretrained encoder; data:
+    folder of the task's data set; config: the task's Config; spec: of that data set, at its image
+    size; run: job.Run (device, out, work, compute, job); after: output folder of the earlier task.
     """
-    splits = info["splits"]
-    bare = [name for name in SPLITS if not splits.get(name, {}).get("labelled")]
-    if len(bare) == len(SPLITS) or not info["classes"]:
-        raise JobError(
-            f"tasks.{task} needs labels; source {info['source']!r} has none: remove the task from "
-            "params.yaml, or give the labels (data.label_column, or one folder per class)"
-        )
-    for name in bare:
-        count = splits.get(name, {}).get("count", 0)
-        found = f"{count} images and no label" if count else "no images"
-        hint = "label some of them" if count else f"set data.{name}_fraction above 0"
-        raise JobError(
-            f"tasks.{task} needs labels in train, val and test; the {name} split of source "
-            f"{info['source']!r} has {found}: {hint}"
-        )
+
+    name: str
+    encoder: Path
+    data: Path
+    config: Any
+    spec: Any
+    seed: int
+    run: Any
+    after: Path | None = None
+
+    def open(self, split: str) -> store.Split:
+        """A split of the task's data set."""
+        return store.Split.open(self.data, split)
+
+    @property
+    def info(self) -> dict:
+        """The facts of the task's data set (data.json)."""
+        return store.info(self.data)
+
+    def error(self, text: str, key: str = "") -> JobError:
+        """An error for the user that names the task, and a setting of it."""
+        return JobError(f"tasks.{self.name}{f'.{key}' if key else ''}: {text}")
 
 
-def labelled(split) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, labels), both int64 (n,): where in the split an image has a class label, and which."""
-    labels = torch.from_numpy(np.array(split.labels, dtype=np.int64))
-    rows = (labels >= 0).nonzero().flatten()
-    return rows, labels[rows]
+def require(name: str, needs: set[str], data: str, info: dict) -> None:
+    """JobError unless train, val and test have what a task needs.
 
-
-def score(scores: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Accuracies as fractions in [0, 1] from class scores (n, K), the higher the likelier, and
-    labels (n,).
-
-    top1; top5 (None below 5 classes); per_class_mean: the mean over the classes that occur in
-    `labels` of their recall.
+    name: the task's; data: the data set's name in params.yaml; info: the content of its data.json.
     """
-    prediction = scores.argmax(1)
-    right = (prediction == labels).double()
-    count = torch.bincount(labels, minlength=scores.shape[1])
-    hits = torch.bincount(labels, weights=right, minlength=scores.shape[1])
-    top5 = (scores.topk(5, 1).indices == labels[:, None]).any(1) if scores.shape[1] >= 5 else None
-    return {
-        "top1": right.mean().item(),
-        "top5": None if top5 is None else top5.double().mean().item(),
-        "per_class_mean": (hits / count)[count > 0].mean().item(),
-    }
+    source = f"data set {data!r} (source {info['source']!r})"
+    for need in sorted(needs):
+        bare = [split for split in SPLITS if not has(info["splits"].get(split, {}), need)]
+        if len(bare) == len(SPLITS):
+            give = ", or give them (label_column of the data, or one folder per class)"
+            raise JobError(
+                f"tasks.{name} needs {need}; {source} has none: name another data set in "
+                f"tasks.{name}.data, or remove the task{give if need == 'labels' else ''}"
+            )
+        for split in bare:
+            count = info["splits"].get(split, {}).get("count", 0)
+            found = f"{count} images without {need}" if count else "no images"
+            hint = f"give them {need}" if count else f"set {split}_fraction of the data above 0"
+            raise JobError(
+                f"tasks.{name} needs {need} in train, val and test; the {split} split of {source} "
+                f"has {found}: {hint}"
+            )
 
 
-def average(results: list[dict]) -> dict:
-    """The mean of several `score`s, entry by entry; None stays None."""
-    return {
-        key: None if first is None else sum(result[key] for result in results) / len(results)
-        for key, first in results[0].items()
-    }
+def has(split: dict, need: str) -> bool:
+    """Whether the images of a split have labels, masks, boxes or points; `split`: its facts."""
+    return bool(split.get("labelled")) if need == "labels" else need in split.get("fields", ())
 
 
-def unseen(train: torch.Tensor, test: torch.Tensor, info: dict) -> list[str]:
-    """Names of the classes that the test split has and the train split lacks: no task can get those
-    right.
+def save_scores(trial: Trial, index, score, **arrays) -> None:
+    """Writes scores.npz, which the report's paired tests read.
+
+    index (n,): rows of the test split; score (n,): how well the task did on each, in [0, 1] (right
+    or wrong, the share of head seeds that were right, an IoU, ...); arrays: whatever else is worth
+    keeping of each image. ValueError for other shapes, scores outside of [0, 1] or a row twice.
     """
-    return [info["classes"][i] for i in sorted(set(test.tolist()) - set(train.tolist()))]
-
-
-def save_predictions(
-    run, rows: torch.Tensor, labels: torch.Tensor, predictions: torch.Tensor
-) -> None:
-    """predictions.npz: index (n,) into the test split, label (n,), prediction (n,), correct (n,)
-    fraction of seeds right.
-
-    `predictions` is (n,), or (seeds, n) for a task that repeats its head: `prediction` is then the
-    first seed's, all of them are kept as `predictions`, and the mean of `correct` is the reported
-    top1.
-    """
-    every = predictions.reshape(-1, len(labels)).numpy()
-    arrays = {
-        "index": rows.numpy(),
-        "label": labels.numpy(),
-        "prediction": every[0],
-        "correct": (every == labels.numpy()).mean(0),
-    }
-    if len(every) > 1:
-        arrays["predictions"] = every
+    index, score = np.asarray(index, np.int64), np.asarray(score, np.float64)
+    if index.ndim != 1 or index.shape != score.shape:
+        raise ValueError(f"scores of {trial.name}: found {score.shape} for {index.shape} images")
+    if not ((score >= 0) & (score <= 1)).all():
+        raise ValueError(f"scores of {trial.name}: found values outside of [0, 1]")
+    if len(np.unique(index)) < len(index):
+        raise ValueError(f"scores of {trial.name}: found an image more than once")
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_atomic(run.out / "predictions.npz", buffer.getvalue())
+    np.savez(buffer, index=index, score=score, **{k: np.asarray(v) for k, v in arrays.items()})
+    write_atomic(trial.run.out / "scores.npz", buffer.getvalue())

@@ -3,10 +3,23 @@
 They lie in work/features/<fingerprint of the pretraining>/<digest>/ as one .npy file per kind, and
 are memory-mapped: a data set's features never have to fit in memory. The digest covers whatever
 alters a feature (the encoder's bytes, the data's hash, split, image size, precision, device kind,
-augmentation and the code that makes them), so an entry is never wrong, only unused. A file lock
-lets parallel tasks extract an entry once; an entry appears by a rename, whole or not at all. The
-folder may be deleted whenever nothing runs, and keeps itself under `KEEP_BYTES` by dropping what
-was used longest ago.
+augmentation, what is asked for, and the code that makes them), so an entry is never wrong, only
+unused. A file lock lets parallel tasks extract an entry once; an entry appears by a rename, whole
+or not at all. The folder may be deleted whenever nothing runs, and keeps itself under `KEEP_BYTES`
+by dropping what was used longest ago.
+
+Images of another size than the pretraining's. The encoder is loaded at the size of the task's data
+set, by timm, with the mean and standard deviation of its own pretraining:
+
+- absolute positions (ViT, ConvViT): bicubic with antialiasing, the patches' alone. MAE's and
+  iBOT's code has no antialiasing, and with it torch takes another bicubic kernel, so a larger grid
+  differs slightly too. MAE's sin-cos table is resized like any other, as in its code;
+- relative tables (BEiT): the old offsets are placed on a geometric progression, which is dense for
+  near patches, as in BEiT's own code. Between them timm is linear and BEiT's code cubic (by scipy's
+  interp2d, which no longer exists). The three entries of the class token are copied in both;
+- Swin: the windows keep their size, so its tables stay as they are and there are more windows, as
+  in its code. Only a grid smaller than a window makes that window, and the table, smaller. Swin V2
+  computes its bias from coordinates, so nothing is resized.
 """
 
 from __future__ import annotations
@@ -24,52 +37,61 @@ import torch
 from numpy.lib.format import open_memmap
 
 from stages.kit import keyed
-from stages.kit.data import loader, store, views
-from stages.kit.nets import attention, encoders, hybrid
+from stages.kit.data import loader, views
+from stages.kit.nets import attention, encoders
+from stages.tasks import Trial
+from workflow.closure import closure
+from workflow.manifest import Manifest
+from workflow.plugins import ROOT
 
 KEEP_BYTES = 16 << 30
-CODE = (attention, encoders, hybrid, keyed, loader, store, views)
 
 
 def frozen(
-    encoder_dir: Path,
-    data_dir: Path,
-    run,
+    trial: Trial,
     split: str,
     *,
-    image_size: int,
     precision: str = "fp32",
     augment: tuple[int, float, int] | None = None,
+    tokens: bool = False,
+    taps: tuple[int, ...] = (),
+    norm: bool = False,
     batch_size: int = 256,
 ) -> dict[str, torch.Tensor]:
-    """Features of all images of a split, in its order: {"cls": (N, D), "patch": (N, D)}, fp32, on
-    the CPU.
+    """Features of all images of a split of the task's data, in its order; float32, on the CPU.
 
-    "cls" is the class token (the patches' mean if the encoder has none) and "patch" the mean patch
-    token, both after the encoder's final norm. The encoder is in eval mode and under
-    inference_mode. With `augment` = (passes, smallest crop area, seed) every image is seen `passes`
-    times through a random crop and flip, a pure function of seed, pass and image, and the tensors
-    are (passes, N, D). `precision` is "fp32" or "bf16" (autocast; results are stored in fp32).
-    Tensors are copy-on-write views of the cached files. Raises FileNotFoundError naming a missing
-    encoder or split.
+    "cls" (N, D) is the class token (the patches' mean if the encoder has none) and "patch" (N, D)
+    the mean patch token, both after the encoder's final norm. On request, besides:
+    tokens: "tokens" (N, T, D), every patch token, row by row;
+    taps: the same of inner blocks (1 = after the first, counted over all stages), "cls.3",
+    "patch.3" and with `tokens` "tokens.3". They are the blocks' raw states, as BEiT probes them;
+    with `norm` they go through the encoder's final norm, as in DINO's last four blocks. T and D are
+    those of their stage.
+
+    The encoder is in eval mode and under inference_mode. With `augment` = (passes, smallest crop
+    area, seed) every image is seen `passes` times through a random crop and flip, a pure function
+    of seed, pass and image, and the tensors are (passes, N, ...). `precision` is "fp32" or "bf16"
+    (autocast; results are stored in float32). Tensors are copy-on-write views of the cached files.
+    Raises FileNotFoundError naming a missing encoder or split, ValueError for taps that there are
+    not or, with `norm`, of another width.
     """
-    encoder_dir, data_dir = Path(encoder_dir), Path(data_dir)
-    what = {
-        "encoder": _digest(encoder_dir),
-        "data": store.info(data_dir)["hash"],
+    run, size, taps = trial.run, trial.spec.image_size, tuple(sorted(set(taps)))
+    asked = {"tokens": tokens, "taps": taps, "norm": norm}
+    what = asked | {
+        "encoder": _digest(trial.encoder),
+        "data": trial.info["hash"],
+        "mode": trial.info["mode"],  # crops are of the stored square, or of the whole image
         "split": split,
-        "size": image_size,
+        "size": size,
         "precision": precision,
         "device": run.device.type,
         "augment": augment,
         "torch": torch.__version__,
-        "code": hashlib.sha256(
-            b"".join(Path(m.__file__).read_bytes() for m in CODE) + Path(__file__).read_bytes()
-        ).hexdigest(),
+        "code": _code(trial.spec.kind),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(run.work).parent / "features"
-    entry = root / _fingerprint(encoder_dir) / digest
+    entry = root / _fingerprint(trial.encoder) / digest
     entry.parent.mkdir(parents=True, exist_ok=True)
     with _locked(entry.with_suffix(".lock")):
         if not entry.is_dir():
@@ -78,10 +100,11 @@ def frozen(
             part.mkdir()
             try:
                 workers = run.compute.get("workers", 1)
-                images = _images(
-                    store.Split.open(data_dir, split), image_size, batch_size, augment, workers
-                )
-                _extract(encoder_dir, images, part, run.device, precision)
+                images = _images(trial.open(split), size, batch_size, augment, workers)
+                encoder = encoders.load(trial.encoder, img_size=size).to(run.device).eval()
+                if precision == "bf16":
+                    attention.unfused(encoder, run.device)
+                _extract(encoder, images, part, run.device, precision, **asked)
                 (part / "what.json").write_text(json.dumps(what, indent=1))
                 os.rename(part, entry)
             finally:
@@ -96,38 +119,56 @@ def frozen(
 
 
 @torch.inference_mode()
-def _extract(encoder_dir: Path, images, folder: Path, device: torch.device, precision: str) -> None:
-    """Writes cls.npy and patch.npy; `images` as `_images` gives them."""
-    encoder = encoders.load(encoder_dir).to(device).eval()
+def _extract(
+    encoder, images, folder: Path, device: torch.device, precision: str, tokens, taps, norm
+) -> None:
+    """Writes an .npy file of each kind of feature; `images` as `_images` gives them."""
     mean = torch.tensor(encoder.pretrained_cfg["mean"], device=device).view(3, 1, 1)
     std = torch.tensor(encoder.pretrained_cfg["std"], device=device).view(3, 1, 1)
     shape, batches = images
     files: dict[str, np.ndarray] = {}
     for place, batch in batches:
         batch = (batch.to(device, non_blocking=True) - mean) / std
-        low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        with attention.multiplied_out(device), low:
-            tokens = encoders.features(encoder, batch)
-        for name, values in (
-            ("cls", tokens["cls"].float()),
-            ("patch", tokens["patch"].float().mean(1)),
-        ):
-            if name not in files:
-                files[name] = open_memmap(
-                    folder / f"{name}.npy",
-                    mode="w+",
-                    dtype=np.float32,
-                    shape=(*shape, values.shape[1]),
-                )
-            files[name][place] = values.cpu().numpy()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            states = _states(encoder, batch, taps, norm)
+        for end, state in states.items():
+            dense = state["patch"].float()
+            kinds = {"cls": state["cls"].float(), "patch": dense.mean(1)}
+            for kind, values in (kinds | ({"tokens": dense} if tokens else {})).items():
+                name = f"{kind}{end}"
+                if name not in files:
+                    files[name] = open_memmap(
+                        folder / f"{name}.npy",
+                        mode="w+",
+                        dtype=np.float32,
+                        shape=(*shape, *values.shape[1:]),
+                    )
+                files[name][place] = values.cpu().numpy()
     for file in files.values():
         file.flush()
+
+
+def _states(encoder, images: torch.Tensor, taps: tuple, norm: bool) -> dict[str, dict]:
+    """{"": {"cls", "patch"} after the final norm, ".3": those after block 3, ...}."""
+    if not taps:
+        return {"": encoders.features(encoder, images)}
+    last = encoders.masked(encoder, images, None, None, taps=taps)
+    states = {"": last}
+    for tap, state in last["taps"].items():
+        width = last["tokens"].shape[-1]
+        if norm and state.shape[-1] != width:
+            raise ValueError(
+                f"taps: block {tap} is {state.shape[-1]} wide, expected {width} for the final norm"
+            )
+        state = encoder.norm(state) if norm else state
+        states[f".{tap}"] = encoders.split(encoder, state)
+    return states
 
 
 def _images(
     split, size: int, batch_size: int, augment: tuple[int, float, int] | None, workers: int
 ):
-    """The leading shape of the split's table, and an iterator of (place in it, images in [0, 1])."""
+    """The leading shape of the split's table, and (place in it, images in [0, 1]) one by one."""
     if augment is None:
         batches = loader.evaluation(split, size, batch_size, workers)
         placed = (
@@ -150,14 +191,16 @@ def _images(
     return (passes, len(split)), loader.prefetch(make, tasks, workers)
 
 
+def _code(family: str) -> str:
+    """A digest of the code that makes features with a family of encoders."""
+    files = closure(["stages/tasks/_features.py", f"stages/encoders/{family}.py"], ROOT)
+    return hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in files)).hexdigest()
+
+
 def _fingerprint(encoder_dir: Path) -> str:
     """The pretraining job's fingerprint; of an encoder from elsewhere, the digest of its files."""
-    manifest = encoder_dir.parent / "manifest.json"
-    return (
-        json.loads(manifest.read_text())["fingerprint"]
-        if manifest.is_file()
-        else _digest(encoder_dir)
-    )
+    manifest = Manifest.read(encoder_dir.parent / "manifest.json")
+    return manifest.fingerprint if manifest else _digest(encoder_dir)
 
 
 def _digest(encoder_dir: Path) -> str:

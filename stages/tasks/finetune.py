@@ -7,18 +7,18 @@ on every batch with label smoothing inside the mixed labels, cosine per step aft
 A random encoder put through it is training from scratch with the same recipe and budget.
 
 Departures. Defaults are for small images and sets: rate 1e-3 at batch 256, layer decay 0.75, 50
-epochs, crops of at least half the area, RandAugment of magnitude 6, no erasing (published at 224 px
-for ViT-B: 100 epochs, lr 5e-4 per 256, layer decay 0.65, crop_min 0.08, rand-m9-mstd0.5-inc1, erase
-0.25). Images 2j and 2j + 1 of a batch are mixed with each other, not the first with the last, so
-that partners stay together however a batch is cut into micro batches and processes; in a shuffled
-batch the pairs are as random. Boxes of CutMix have the size of timm's and their place drawn alike;
-the label's share is the area really kept. The last epoch is reported; official code prints the best
-one on the test set.
+epochs of which a tenth warms up, crops of at least half the area, RandAugment of magnitude 6, no
+erasing (`PUBLISHED` has MAE's). Neighbours in a batch are mixed with each other, see
+kit/train/mixing.py. The share of a mixed label is the area really kept. The last epoch is reported;
+official code prints the best one on the test set.
+
+Images have `input_size`, or the size of the task's data set. Positions are resized to it as
+tasks/_features.py says. Mean and standard deviation are those of the pretraining.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,62 +27,65 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.kit import dist, keyed
-from stages.kit.data import loader, store
+from stages.kit.data import loader
 from stages.kit.data.views import View
-from stages.kit.job.job import JobError
+from stages.kit.eager import eager
 from stages.kit.nets import encoders
-from stages.kit.train import loop, optim
-from stages.tasks import SPLITS, labelled, save_predictions, score, unseen
+from stages.kit.train import loop, mixing, optim
+from stages.tasks import Trial
+from stages.tasks._classify import Labelled, accuracy, save, unseen
 from workflow import checks
 
-LABELS = True
+HEADLINE = ("top1", "top-1 accuracy", "%")
+NEEDS = {"labels"}
 SPREADS = True  # over compute.processes
 
 
-@dataclass(frozen=True)
-class Config:
-    """lr: peak at a batch of lr_per (None: as it is); warmup: fraction of all steps; pool: "avg" =
-    patch mean, "token" = class token; mixup, cutmix: alpha of their Beta distributions (0 = off),
-    switch: probability of CutMix if both are on, mixup_prob: that a batch is mixed at all;
-    smoothing: of labels; randaugment: timm's notation; crop_min: least area of a crop (1 = centre
-    square); erase: probability of random erasing; save_model: keep the classifier as a timm folder.
-    """
+# MAE's ViT-B at 224 px
+PUBLISHED = {
+    "epochs": 100,
+    "batch_size": 1024,
+    "lr": 5e-4,
+    "warmup": 0.05,
+    "layer_decay": 0.65,
+    "crop_min": 0.08,
+    "randaugment": "rand-m9-mstd0.5-inc1",
+    "erase": 0.25,
+}
 
+
+@dataclass(frozen=True)
+class Config(checks.Optimiser, checks.SizedCrop):
     epochs: int = 50
     batch_size: int = 256
-    lr: float = 1e-3
     lr_per: int | None = 256
     min_lr: float = 1e-6
     warmup: float = 0.1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05
-    clip: float | None = None
     layer_decay: float = 0.75
     drop_path: float = 0.1
-    pool: Literal["avg", "token"] = "avg"
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    switch: float = 0.5
-    mixup_prob: float = 1.0
-    smoothing: float = 0.1
-    randaugment: str | None = "rand-m6-mstd0.5-inc1"
-    crop_min: float = 0.5
-    flip: float = 0.5
-    erase: float = 0.0
-    save_model: bool = False
+    pool: Literal["avg", "token"] = "avg"  # what the head reads: mean of patches, or class token
+    mixup: float = 0.8  # alpha of the Beta distribution; 0: off
+    cutmix: float = 1.0  # the same
+    switch: float = 0.5  # probability of CutMix where both are on
+    mixup_prob: float = 1.0  # probability that a batch is mixed at all
+    smoothing: float = 0.1  # of labels
+    randaugment: str | None = "rand-m6-mstd0.5-inc1"  # timm's notation
+    crop_min: float = 0.5  # 1: the centre square
+    erase: float = 0.0  # probability of random erasing
+    save_model: bool = False  # keep the classifier, as a timm folder
 
     def __post_init__(self):
+        super().__post_init__()
         checks.within(self, "[1, inf)", "epochs")
         checks.within(self, "[2, inf)", "batch_size")
-        checks.within(self, "[0, 1]", "switch", "mixup_prob", "flip", "erase")
-        checks.within(self, "[0, 1)", "warmup", "drop_path", "smoothing")
-        checks.within(self, "(0, 1]", "layer_decay", "crop_min")
-        checks.within(self, "[0, inf)", "mixup", "cutmix", "min_lr", "weight_decay")
-        checks.within(self, "(0, inf)", "lr")
+        checks.within(self, "[0, 1]", "switch", "mixup_prob", "erase")
+        checks.within(self, "[0, 1)", "drop_path", "smoothing")
+        checks.within(self, "(0, 1]", "layer_decay")
+        checks.within(self, "[0, inf)", "mixup", "cutmix")
         if self.batch_size % 2:
             raise ValueError(
-                f"batch_size: found {self.batch_size}, expected an even number (images are mixed in pairs)"
+                f"batch_size: found {self.batch_size}, expected an even number (images are mixed "
+                "in pairs)"
             )
 
 
@@ -95,55 +98,34 @@ def view(config: Config, size: int) -> View:
 def kept(config: Config, height: int, width: int, *key: int | str) -> torch.Tensor:
     """What share of its own image each pixel keeps, (H, W) in [0, 1], a function of the arguments.
 
-    Mixup: one Beta(mixup, mixup) number everywhere. CutMix: 1 outside and 0 inside a box of sides
-    sqrt(1 - l) times the image's with l from Beta(cutmix, cutmix), its centre uniform and its rim
-    cut off at the image's, as in timm. 1 if the batch is not mixed. The mean is the share of the
-    label that the image keeps, corrected for the cut-off rim by itself.
+    Mixup: one Beta(mixup, mixup) number everywhere. CutMix: 1 outside and 0 inside a box for a
+    share from Beta(cutmix, cutmix), its centre uniform. 1 if the batch is not mixed.
     """
     random = np.random.default_rng(keyed.key(*key, "mix"))
     mix, cut, row, column = random.random(4)
-    share = torch.ones(height, width)
     if mix >= config.mixup_prob or not (config.mixup or config.cutmix):
-        return share
+        return torch.ones(height, width)
     if config.cutmix and (not config.mixup or cut < config.switch):
-        side = (1 - random.beta(config.cutmix, config.cutmix)) ** 0.5
-        across = []
-        for place, size in ((row, height), (column, width)):
-            centre, half = int(place * size), int(size * side) // 2
-            across.append(slice(max(centre - half, 0), centre + half))
-        share[tuple(across)] = 0
-        return share
-    return share.fill_(random.beta(config.mixup, config.mixup))
+        share = random.beta(config.cutmix, config.cutmix)
+        centre = int(row * height), int(column * width)
+        return mixing.outside(height, width, mixing.box(height, width, *centre, share))
+    return torch.ones(height, width).fill_(random.beta(config.mixup, config.mixup))
 
 
-def mixed(
-    images: torch.Tensor, labels: torch.Tensor, classes: int, share: torch.Tensor, smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (B, 3, H, W), labels (B,), share (H, W) of `kept` -> mixed images, soft labels (B, K).
-
-    Image 2j is mixed with 2j + 1 and the other way round, so B must be even. With smoothing s a
-    label is s / K everywhere and 1 - s more at its class. Rows sum to 1.
-    """
-
-    def partner(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-
-    part = share.mean()
-    target = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
-    target.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
-    return images * share + partner(images) * (1 - share), target * part + partner(target) * (
-        1 - part
-    )
+def softened(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
+    """Labels (B,) -> (B, K): smoothing / K everywhere and 1 - smoothing more at the class."""
+    soft = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
+    return soft.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
 
 
 class Classifier(nn.Module):
-    """An encoder with a linear head, as kit/train/loop.py trains it."""
+    """An encoder with a linear head for images of `size` pixels, as kit/train/loop.py trains it."""
 
-    def __init__(self, encoder_dir, config: Config, classes: int):
+    def __init__(self, encoder_dir, config: Config, classes: int, size: int):
         super().__init__()
         self.config, self.classes = config, classes
         self.model = encoders.classifier(
-            encoder_dir, classes, pool=config.pool, drop_path=config.drop_path
+            encoder_dir, classes, pool=config.pool, drop_path=config.drop_path, img_size=size
         )
         for name in ("mean", "std"):
             values = torch.tensor(self.model.pretrained_cfg[name]).view(3, 1, 1)
@@ -154,23 +136,21 @@ class Classifier(nn.Module):
         return self.model((images - self.mean) / self.std).float()
 
     def forward(self, batch: dict, progress) -> dict:
-        images, labels = batch["view"], batch["label"]
-        images, target = mixed(
-            images, labels, self.classes, self.share(images, progress), self.config.smoothing
-        )
+        images, share = batch["view"], self.share(batch["view"], progress)
+        soft = softened(batch["label"], self.classes, self.config.smoothing)
+        images, soft = mixing.mixed(images, soft, share, share.mean())
         logits = self.logits(images)
-        loss = -(target * F.log_softmax(logits, 1)).sum(1).mean()
-        return {"loss": loss, "agreement": (logits.argmax(1) == target.argmax(1)).float().mean()}
+        loss = -(soft * F.log_softmax(logits, 1)).sum(1).mean()
+        return {"loss": loss, "agreement": (logits.argmax(1) == soft.argmax(1)).float().mean()}
 
-    @torch.compiler.disable  # it reads the step
+    @eager  # it reads the step
     def share(self, images: torch.Tensor, progress) -> torch.Tensor:
         """`kept` of this step, on the images' device."""
         return kept(self.config, *images.shape[-2:], progress.seed, progress.step).to(images.device)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
-        # Relative-position tables: decayed as in BEiT's official fine-tuning, though timm would
-        # spare them; a
-        # Swin's are spared, as in SimMIM's.
+        # Tables of relative positions are decayed, as in BEiT's official fine-tuning; timm would
+        # spare them. A Swin's are spared, as in SimMIM's.
         depths = encoders.depths(self.model)
         spared = self.model.no_weight_decay() if len(depths) > 1 else set()
         return optim.layer_decay_groups(
@@ -179,7 +159,7 @@ class Classifier(nn.Module):
 
 
 class Subset:
-    """Some rows of a split, as the loader reads a split: for training on the labelled images alone."""
+    """Some rows of a split, as the loader reads one: for training on labelled images alone."""
 
     images = None  # so that the loader asks for one image at a time
 
@@ -194,10 +174,8 @@ class Subset:
 
 
 @torch.inference_mode()
-def predict(
-    classifier: Classifier, split, rows: torch.Tensor, run, size: int, batch: int
-) -> torch.Tensor:
-    """Class scores (n, K) of the rows of a split under the evaluation transform, fp32, on the CPU."""
+def predict(classifier: Classifier, split, rows: torch.Tensor, run, size: int, batch: int):
+    """Class scores (n, K) of the rows of a split in the evaluation view, float32, on the CPU."""
     classifier.eval()
     batches = loader.evaluation(split, size, batch, run.compute.get("workers", 1))
     return torch.cat([classifier.logits(images.to(run.device)).cpu() for images, _, _ in batches])[
@@ -205,47 +183,47 @@ def predict(
     ]
 
 
-def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
-    """Trains; metrics of the last epoch on test, accuracy on val; writes predictions.npz,
-    history.jsonl.
+def run(trial: Trial) -> dict:
+    """Trains; metrics of the last epoch on test, accuracy on val; writes scores.npz, history.jsonl.
 
-    Under torchrun every process trains and the first one evaluates; the others get {}.
+    Under torchrun every process trains and the first one evaluates; the others return {}.
     """
-    splits = {name: store.Split.open(data_dir, name) for name in SPLITS}
-    rows, labels = {}, {}
-    for name, split in splits.items():
-        rows[name], labels[name] = labelled(split)
-    train = splits["train"]
-    if len(rows["train"]) < len(train):
-        train = Subset(train, rows["train"])
-    batch = min(config.batch_size, len(train) - len(train) % (2 * dist.world()))
+    run, config, spec = trial.run, trial.config, trial.spec.at(trial.config.input_size)
+    images, train = Labelled(trial), trial.open("train")
+    if len(images.rows["train"]) < len(train):
+        train = Subset(train, images.rows["train"])
+    world, need = dist.world(), 2 * dist.world()
+    batch = min(config.batch_size, len(train) - len(train) % need)
     if not batch:
-        need = 2 * dist.world()
-        raise JobError(
-            f"tasks.finetune: needs {need} labelled training images or more, found {len(train)}"
-        )
+        raise trial.error(f"needs {need} labelled training images or more, found {len(train)}")
     settings = {**run.job.params["train"], "epochs": config.epochs, "batch_size": batch}
-    settings["micro_batch"] = micro = micro_batch(batch // dist.world(), settings["micro_batch"])
-    how = {"workers": run.compute.get("workers", 1), "rank": dist.rank(), "world": dist.world()}
+    settings["micro_batch"] = micro = micro_batch(batch // world, settings["micro_batch"])
+    how = {"workers": run.compute.get("workers", 1), "rank": dist.rank(), "world": world}
     views = {"view": view(config, spec.image_size)}
-    order = keyed.key(seed, "finetune")
+    order = keyed.key(trial.seed, "finetune")
     batches = loader.Batches(train, views, batch, order, micro=micro, labels=True, **how)
-    torch.manual_seed(keyed.key(seed, "finetune", "head"))
-    classifier = Classifier(encoder_dir, config, spec.num_classes)
+    torch.manual_seed(keyed.key(trial.seed, "finetune", "head"))
+    classifier = Classifier(trial.encoder, config, spec.num_classes, spec.image_size)
     recipe = loop.Recipe.of(config, settings, batches.steps_per_epoch)
-    loop.fit(classifier, batches, recipe, run, seed)
+    loop.fit(classifier, batches, recipe, run, trial.seed)
     if not dist.is_main():
         return {}
 
     classifier.to(run.device)
-    val = predict(classifier, splits["val"], rows["val"], run, spec.image_size, micro)
-    scores = predict(classifier, splits["test"], rows["test"], run, spec.image_size, micro)
-    save_predictions(run, rows["test"], labels["test"], scores.argmax(1))
+
+    def scores(split: str) -> torch.Tensor:
+        rows = images.rows[split]
+        return predict(classifier, trial.open(split), rows, run, spec.image_size, micro)
+
+    val = accuracy(scores("val"), images.labels["val"])
+    test = scores("test")
+    save(trial, images, test.argmax(1))
     if config.save_model:
-        encoders.save(classifier.model, run.out / "classifier", spec)
+        own = {name: tuple(classifier.model.pretrained_cfg[name]) for name in ("mean", "std")}
+        encoders.save(classifier.model, run.out / "classifier", replace(spec, **own))
     return {
-        **score(scores, labels["test"]),
-        "n_test": len(labels["test"]),
+        **accuracy(test, images.labels["test"]),
+        "n_test": len(images.labels["test"]),
         "n_train": len(train),
         "protocol": "fine-tuning",
         "split": "test",
@@ -257,16 +235,12 @@ def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
         "batch_size": batch,
         "layer_decay": config.layer_decay,
         "drop_path": config.drop_path,
-        "seed": seed,
-        "k": None,
-        "T": None,
-        "classes_unseen": unseen(labels["train"], labels["test"], store.info(data_dir)),
-        "val": {"last epoch": score(val, labels["val"])["top1"]},
+        "seed": trial.seed,
+        "classes_unseen": unseen(trial, images),
+        "val": {"last epoch": val["top1"]},
     }
 
 
 def micro_batch(share: int, limit: int | None) -> int:
-    """The largest even number up to `limit` (None: any) that divides a process's even share of the
-    batch.
-    """
+    """The largest even divisor of a process's even share of a batch, up to `limit` (None: any)."""
     return max(m for m in range(2, share + 1, 2) if share % m == 0 and m <= max(limit or share, 2))

@@ -23,18 +23,18 @@ import torch
 import torch.nn.functional as F
 
 from stages.kit import dist
-from stages.kit.data import store
-from stages.kit.job.job import JobError
-from stages.tasks import SPLITS, labelled, save_predictions, score, unseen
+from stages.tasks import Trial
+from stages.tasks._classify import Labelled, accuracy, save, unseen
 from stages.tasks._features import frozen
 from workflow import checks
 
-LABELS = True
+HEADLINE = ("top1", "top-1 accuracy", "%")
+NEEDS = {"labels"}
 BLOCK = 65536  # training images compared at once
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Settings):
     """k: candidates for the number of neighbours, those not below the number of training images are
     left out (and listed); temperature: T of the vote; centred: also try features less the training
     mean; precision: of the feature extraction.
@@ -46,6 +46,7 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.k:
             raise ValueError("k: found [], expected at least one number of neighbours")
         checks.within(self, "[1, inf)", "k")
@@ -84,30 +85,23 @@ def vote(
     return {k: vote.scatter_add_(1, owner[:, :k], weight[:, :k]).cpu() for k, vote in votes.items()}
 
 
-def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
-    """Metrics on test of the chosen (feature, k) and of k = 20, accuracies on val; writes
-    predictions.npz.
+def run(trial: Trial) -> dict:
+    """Metrics on test of the chosen (feature, k) and of k = 20, accuracies on val.
 
-    Under torchrun the first process does it all; the others get {}.
+    Writes scores.npz. Under torchrun the first process does it all; the others return {}.
     """
     if not dist.is_main():
         return {}
-    info = store.info(data_dir)
-    rows, labels = {}, {}
-    for split in SPLITS:
-        rows[split], labels[split] = labelled(store.Split.open(data_dir, split))
+    config, device, images = trial.config, trial.run.device, Labelled(trial)
+    rows, labels = images.rows, images.labels
     ks = sorted({k for k in config.k if k < len(labels["train"])})
     if not ks:
-        raise JobError(
-            f"tasks.knn.k: every k of {list(config.k)} must be below the number of labelled training images, "
-            f"found {len(labels['train'])}: use a smaller k or more images"
+        raise trial.error(
+            f"every k of {list(config.k)} must be below the number of labelled training images, "
+            f"found {len(labels['train'])}: use a smaller k or more images",
+            "k",
         )
-
-    def features(split: str) -> dict[str, torch.Tensor]:
-        how = {"image_size": spec.image_size, "precision": config.precision}
-        return frozen(encoder_dir, data_dir, run, split, **how)
-
-    train = features("train")
+    train = frozen(trial, "train", precision=config.precision)
     centres = {name: (name, torch.zeros(())) for name in train}
     if config.centred:
         for name, values in train.items():
@@ -115,18 +109,18 @@ def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
 
     def scores(split: str, ks: list[int]) -> dict[str, dict[int, torch.Tensor]]:
         """{feature: {k: class scores}} of a split's labelled images."""
-        found, queries = {}, features(split)
+        result, queries = {}, frozen(trial, split, precision=config.precision)
         for name, (kind, centre) in centres.items():
             parts = zip(
-                rows["train"].split(BLOCK), labels["train"].to(run.device).split(BLOCK), strict=True
+                rows["train"].split(BLOCK), labels["train"].to(device).split(BLOCK), strict=True
             )
-            blocks = ((unit(train[kind][part], centre, run.device), owner) for part, owner in parts)
-            mine = unit(queries[kind][rows[split]], centre, run.device)
-            found[name] = vote(mine, blocks, ks, config.temperature, spec.num_classes)
-        return found
+            blocks = ((unit(train[kind][part], centre, device), owner) for part, owner in parts)
+            mine = unit(queries[kind][rows[split]], centre, device)
+            result[name] = vote(mine, blocks, ks, config.temperature, trial.spec.num_classes)
+        return result
 
     val = {
-        (name, k): score(each, labels["val"])["top1"]
+        (name, k): accuracy(each, labels["val"])["top1"]
         for name, by_k in scores("val", ks).items()
         for k, each in by_k.items()
     }
@@ -136,9 +130,9 @@ def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
     # the one reading of the test split: every choice is made
     test = scores("test", sorted({*best.values(), *({20} & set(ks))}))
     headline = test[feature][best[feature]]
-    save_predictions(run, rows["test"], labels["test"], headline.argmax(1))
+    save(trial, images, headline.argmax(1))
     metrics = {
-        **score(headline, labels["test"]),
+        **accuracy(headline, labels["test"]),
         "n_test": len(labels["test"]),
         "protocol": "weighted k-NN",
         "split": "test",
@@ -146,19 +140,18 @@ def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
         "norm": "l2",
         "k": best[feature],
         "T": config.temperature,
-        "lr": None,
         "epochs": 0,
-        "seed": seed,
+        "seed": trial.seed,
         "precision": config.precision,
         "k_tried": ks,
         "k_left_out": sorted(set(config.k) - set(ks)),
-        "classes_unseen": unseen(labels["train"], labels["test"], info),
+        "classes_unseen": unseen(trial, images),
         "val": {f"{name}/k={k}": value for (name, k), value in val.items()},
     }
     for name, k in best.items():
-        metrics |= {f"{name}_top1": score(test[name][k], labels["test"])["top1"], f"{name}_k": k}
+        metrics |= {f"{name}_top1": accuracy(test[name][k], labels["test"])["top1"], f"{name}_k": k}
         if 20 in ks:
-            metrics[f"{name}_k20_top1"] = score(test[name][20], labels["test"])["top1"]
+            metrics[f"{name}_k20_top1"] = accuracy(test[name][20], labels["test"])["top1"]
     return metrics
 
 

@@ -28,23 +28,21 @@ from typing import Literal
 import torch
 
 from stages.kit import dist, keyed
-from stages.kit.data import store
-from stages.kit.job.job import JobError
 from stages.kit.train.lars import adapted
 from stages.kit.train.schedule import warmup_cosine
-from stages.tasks import SPLITS, average, labelled, save_predictions, score, unseen
+from stages.tasks import Trial
+from stages.tasks._classify import Labelled, accuracy, average, save, unseen
 from stages.tasks._features import frozen
 from workflow import checks
 
-LABELS = True
+HEADLINE = ("top1", "top-1 accuracy", "%")
+NEEDS = {"labels"}
 EPS = 1e-6  # of the BatchNorm
-ON_DEVICE = (
-    4 << 30
-)  # bytes of features that are moved to a GPU as a whole; more are fetched by the batch
+ON_DEVICE = 4 << 30  # bytes of features that a GPU holds as a whole; more are fetched by the batch
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Settings):
     """features, norms, lrs: the sweep; lr is absolute, at the batch size; warmup: fraction of the
     steps; head_seeds: how often the chosen heads are trained, from other weights and in another
     order; passes: 1 = features of the evaluation transform, more = that many random crops (area
@@ -65,6 +63,7 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("features", "norms", "lrs"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: found [], expected at least one entry")
@@ -111,7 +110,7 @@ class Stack:
         return x.mul_((var + EPS).rsqrt())
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Whitened (B, D) -> (H, K, B): one matrix product; images last, for a fast softmax over K."""
+        """Whitened (B, D) -> (H, K, B) by one product; images last, for a fast softmax over K."""
         flat = torch.addmm(self.bias.view(-1, 1), self.weight.flatten(0, 1), x.T)
         return flat.unflatten(0, self.bias.shape)
 
@@ -183,7 +182,7 @@ def update(
 
 
 def rows_of(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of a table, wherever that lies."""
+    """Rows of a table, on the table's device."""
     return table.index_select(0, rows.to(table.device))
 
 
@@ -220,64 +219,55 @@ def scores(
 
 
 @torch.no_grad()
-def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
-    """Mean over head seeds on test of the head chosen on val, of the best "cls" and the best
-    "patch" head besides, and every validation accuracy (None where a head diverged); writes
-    predictions.npz.
+def run(trial: Trial) -> dict:
+    """Mean over head seeds on test of the head that val chose, and of the best of each feature.
 
-    Under torchrun the first process does it all; the others get {}.
+    "val" has every validation accuracy (None where a head diverged). Writes scores.npz. Under
+    torchrun the first process does it all; the others return {}.
     """
     if not dist.is_main():
         return {}
-    rows, labels = {}, {}
-    for split in SPLITS:
-        rows[split], labels[split] = labelled(store.Split.open(data_dir, split))
-    if len(labels["train"]) < 2:
-        found = len(labels["train"])
-        raise JobError(f"tasks.linear: needs 2 or more labelled training images, found {found}")
+    config, device, images = trial.config, trial.run.device, Labelled(trial)
+    rows, labels = images.rows, images.labels
+    if (count := len(labels["train"])) < 2:
+        raise trial.error(f"needs 2 or more labelled training images, found {count}")
 
     def features(split: str, augment=None) -> dict[str, torch.Tensor]:
-        how = {"image_size": spec.image_size, "precision": config.precision, "augment": augment}
-        found = frozen(encoder_dir, data_dir, run, split, **how)
-        return {name: found[name] for name in config.features}
+        every = frozen(trial, split, precision=config.precision, augment=augment)
+        return {name: every[name] for name in config.features}
 
     def fit(heads: list[Head], number: int) -> list[Stack]:
-        base = keyed.key(seed, "linear", number)
-        return train(tables, labels["train"], heads, spec.num_classes, config, base, run.device)
+        base = keyed.key(trial.seed, "linear", number)
+        return train(tables, labels["train"], heads, trial.spec.num_classes, config, base, device)
 
     if config.passes == 1:
         tables = {name: values[None] for name, values in features("train").items()}
     else:
-        tables = features("train", (config.passes, config.crop_min, seed))
-    if len(rows["train"]) < next(iter(tables.values())).shape[1]:
+        tables = features("train", (config.passes, config.crop_min, trial.seed))
+    if count < next(iter(tables.values())).shape[1]:
         tables = {name: values[:, rows["train"]] for name, values in tables.items()}
     if sum(values.nbytes for values in tables.values()) < ON_DEVICE:
-        tables = {name: values.to(run.device) for name, values in tables.items()}
+        tables = {name: values.to(device) for name, values in tables.items()}
     sweep = [Head(*point) for point in itertools.product(config.features, config.norms, config.lrs)]
     stacks = fit(sweep, 1)
     val = {}
     for head, each in scores(stacks, features("val"), rows["val"]).items():
-        val[head] = score(each, labels["val"])["top1"] if each.isfinite().all() else None
-    alive = [head for head in sweep if val[head] is not None]
-    if not alive:
-        raise JobError(
-            f"tasks.linear.lrs: every head diverged at rates {list(config.lrs)}: add lower ones"
+        val[head] = accuracy(each, labels["val"])["top1"] if each.isfinite().all() else None
+    best = chosen_on(val, config)
+    if not best:
+        raise trial.error(
+            f"every head diverged at rates {list(config.lrs)}, expected one that does not: "
+            "add lower ones",
+            "lrs",
         )
-    best = {
-        "": max(alive, key=val.get)
-    }  # the first of equals: the lower rate as the sweep is written
-    for name in config.features:
-        if mine := [head for head in alive if head.feature == name]:
-            best[name] = max(mine, key=val.get)
 
     chosen = list(dict.fromkeys(best.values()))
     trained = [stacks, *(fit(chosen, number) for number in range(2, config.head_seeds + 1))]
     test = features("test")  # its one reading: every choice is made
     outcome = [scores(keep(each, chosen), test, rows["test"]) for each in trained]
-    result = {head: [score(each[head], labels["test"]) for each in outcome] for head in chosen}
+    result = {head: [accuracy(each[head], labels["test"]) for each in outcome] for head in chosen}
     top = best[""]
-    predictions = torch.stack([each[top].argmax(1) for each in outcome])
-    save_predictions(run, rows["test"], labels["test"], predictions)
+    save(trial, images, torch.stack([each[top].argmax(1) for each in outcome]))
     top1 = torch.tensor([each["top1"] for each in result[top]], dtype=torch.float64)
     metrics = {
         **average(result[top]),
@@ -291,23 +281,35 @@ def run(encoder_dir, data_dir, config: Config, run, seed: int, spec) -> dict:
         "lr": top.lr,
         "optimizer": config.optimizer,
         "epochs": config.epochs,
-        "batch_size": min(config.batch_size, len(labels["train"])),
+        "batch_size": min(config.batch_size, count),
         "passes": config.passes,
-        "seed": seed,
+        "seed": trial.seed,
         "head_seeds": config.head_seeds,
         "precision": config.precision,
-        "k": None,
-        "T": None,
         "head": "Linear, {1} x {0} + {0} parameters".format(*stacks[0].weight.shape[1:]),
-        "classes_unseen": unseen(labels["train"], labels["test"], store.info(data_dir)),
+        "classes_unseen": unseen(trial, images),
         "val": {str(head): value for head, value in val.items()},
     }
-    for name in config.features:
-        if name in best:
-            head = best[name]
+    for name, head in best.items():
+        if name:
             metrics[f"{name}_top1"] = average(result[head])["top1"]
             metrics |= {f"{name}_norm": head.norm, f"{name}_lr": head.lr}
     return metrics
+
+
+def chosen_on(val: dict[Head, float | None], config: Config) -> dict[str, Head]:
+    """{"": the best head on validation, "cls": the best of that feature, ...}; {} if all diverged.
+
+    Of equal heads the first one is taken, which has the lower rate as the sweep is written.
+    """
+    alive = [head for head, value in val.items() if value is not None]
+    if not alive:
+        return {}
+    best = {"": max(alive, key=val.get)}
+    for name in config.features:
+        if mine := [head for head in alive if head.feature == name]:
+            best[name] = max(mine, key=val.get)
+    return best
 
 
 def keep(stacks: list[Stack], heads: list[Head]) -> list[Stack]:

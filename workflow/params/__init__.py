@@ -1,9 +1,8 @@
 """params.yaml: its sections, its plug-ins' settings, and errors that a person can act on.
 
-`read(path)` checks everything that can be known before a job runs and lists all problems at once. A
-plug-in (`stages/{methods,targets,tasks,sources}/<name>.py`) is named by its file; its settings are
-the fields of its dataclass `Config`, read from the source text without importing it, so nothing
-here needs torch.
+`read(path)` checks everything that can be known before a job runs and lists all problems at once.
+A plug-in is named by its file (workflow/plugins.py); its settings are the fields of its dataclass
+Config, read from the source text, so nothing here needs torch.
 
     python -m workflow.params [FILE]      check a params file
     python -m workflow.params --schema    print the JSON Schema that editors use for completion
@@ -16,29 +15,45 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from workflow.params import encoder
+from workflow.messages import ParamsError
+from workflow.params.consistency import contradictions
+from workflow.params.entries import (
+    DataSet,
+    Encoder,
+    data_entries,
+    data_sets,
+    encoders,
+    model_entries,
+)
 from workflow.params.messages import listing, sentences
+from workflow.params.methods import check_methods
+from workflow.params.pairs import Pairs
 from workflow.params.reading import read_yaml
 from workflow.params.runs import Student, check_runs
 from workflow.params.sections import Params, keys_at
 from workflow.params.settings import Checker, Settings, as_json
-from workflow.params.source import check_source
 from workflow.params.targets import Target, check_targets
-from workflow.params.together import contradictions
-from workflow.plugins import ROOT, ParamsError
+from workflow.params.tasks import Task, check_tasks
+from workflow.plugins import ROOT
+
+__all__ = ["DataSet", "Encoder", "Experiment", "Params", "ParamsError", "Settings", "Student"]
+__all__ += ["Target", "Task", "check", "read"]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that params.yaml says, checked and complete. Teachers come before their students
-    in `runs`.
+    """Everything that params.yaml says, checked and complete; all dicts are by name.
+
+    Teachers come before their students in `runs`. A run's own tasks are in `runs[name].tasks`;
+    `tasks` has them as the section `tasks` says.
     """
 
     params: Params
-    source: tuple[str, str | None, Settings]  # name, argument, settings
+    data: dict[str, DataSet]
+    models: dict[str, Encoder]
     targets: dict[str, Target]
     runs: dict[str, Student]
-    tasks: dict[str, Settings]
+    tasks: dict[str, Task]
 
 
 def read(path: str | Path = "params.yaml", root: Path = ROOT) -> Experiment:
@@ -48,22 +63,23 @@ def read(path: str | Path = "params.yaml", root: Path = ROOT) -> Experiment:
 
 def check(content: dict, path: str = "params.yaml", root: Path = ROOT) -> Experiment:
     """Check the content of a params file (see `read`)."""
+    problems: list[str] = []
     try:
         params = Params.model_validate_json(as_json(content))
     except ValidationError as error:
-        raise ParamsError(listing(path, sentences(error, str, keys_at))) from None
-    flaws = encoder.flaws(params.model, params.data.image_size)
-    problems = [*flaws, *contradictions(params), *encoder.unknown(params.model.name)]
-    checker = Checker(params, root, problems, sound=not flaws)
-    source = check_source(checker)
-    targets = check_targets(checker)
-    for name, section in params.methods.items():  # also those that no run uses
-        checker.settings("method", name, (f"methods.{name}", section), suits=False)
-    runs = check_runs(checker, targets)
-    tasks = {
-        n: checker.settings("task", n, (f"tasks.{n}", section))
-        for n, section in params.tasks.items()
-    }
+        problems += sentences(error, str, keys_at)
+    entries = data_entries(content.get("data"), problems)
+    sections = model_entries(content, problems)
+    if problems:
+        raise ParamsError(listing(path, problems))
+    problems += contradictions(params, entries)
+    checker = Checker(params, root, problems)
+    data, models = data_sets(checker, entries), encoders(checker, sections)
+    pairs = Pairs(checker, list(entries), list(sections), data, models)
+    methods = check_methods(checker)
+    targets = check_targets(checker, pairs)
+    tasks = check_tasks(checker, pairs)
+    runs = check_runs(checker, pairs, methods, targets, tasks)
     if problems:
         raise ParamsError(listing(path, list(dict.fromkeys(problems))))
-    return Experiment(params, source, targets, runs, tasks)
+    return Experiment(params, data, models, targets, runs, tasks)

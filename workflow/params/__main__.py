@@ -27,8 +27,8 @@ def main(argv=None) -> int:
     except ParamsError as error:
         print(error, file=sys.stderr)
         return 1
-    counts = f"{len(experiment.runs)} runs, {len(experiment.targets)} targets, {len(experiment.tasks)} tasks"
-    print(f"{args.file}: good ({counts})")
+    counts = {key: len(getattr(experiment, key)) for key in ("runs", "targets", "tasks")}
+    print(f"{args.file}: good ({', '.join(f'{n} {key}' for key, n in counts.items())})")
     return 0
 
 

@@ -1,6 +1,4 @@
-"""What pydantic and plug-ins object to, as "dotted.key: what is wrong, what is expected (found
-...)".
-"""
+"""What pydantic and plug-ins object to, as "dotted.key: what is expected (found ...)"."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from pydantic import ValidationError
 
-from workflow.plugins import did_you_mean, nearest
+from workflow.messages import did_you_mean, nearest, shown
 
 # pydantic names the member of a union that it tried; that is no key
 UNION = re.compile(r"int|float|str|bool|none|\w+\[.*\]")
@@ -24,8 +22,9 @@ def listing(path: str, problems: list[str]) -> str:
 def sentences(
     error: ValidationError, where: Callable[[str], str], keys: Callable[[Iterable[str]], list[str]]
 ) -> list[str]:
-    """One sentence for each key at fault. `where`: the dotted key of a field; `keys`: those allowed
-    at a place.
+    """One sentence for each key at fault.
+
+    `where`: the dotted key of a field; `keys`: the keys that are allowed at a place.
     """
     found: dict[str, list[dict]] = {}
     for e in error.errors():
@@ -33,7 +32,7 @@ def sentences(
         found.setdefault(".".join([where(first), *inner]), []).append(
             e | {"place": [first, *inner]}
         )
-    # of a union, the member that fits best: the one in which something deeper is wrong
+    # The best fitting member of a union is the one in which something deeper is wrong.
     deepest = {
         key: es
         for key, es in found.items()
@@ -58,8 +57,9 @@ def _sentence(key: str, errors: list[dict], keys) -> str:
     if kind in ("model_type", "dict_type"):
         allowed = ", ".join(keys(place)) or "and values"
         return f"{key}: must be a section with keys {allowed} (found {value})"
-    expected = [_expected(e["msg"]) for e in errors]  # several of a union
-    return f"{key}: must {' or '.join([expected[0], *(e.removeprefix('be ') for e in expected[1:])])} (found {value})"
+    first, *others = (_expected(e["msg"]) for e in errors)  # several of a union
+    expected = " or ".join([first, *(e.removeprefix("be ") for e in others)])
+    return f"{key}: must {expected} (found {value})"
 
 
 def _expected(message: str) -> str:
@@ -70,16 +70,10 @@ def _expected(message: str) -> str:
     return rule.replace("a valid array", "a list").replace("a valid string", "text")
 
 
-def shown(value) -> str:
-    """A value as it was found: not more of it than fits into a line."""
-    if value is None:
-        return "nothing"
-    return repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
-
-
 def blame(error: Exception, key: str, values: dict, origin: dict[str, str]) -> str:
-    """A plug-in's ValueError("field: why") with the field as it stands in params.yaml (`origin`,
-    else below `key`) and the value given there.
+    """A plug-in's ValueError("field: why"), with the value that was given.
+
+    The field is named as it stands in params.yaml: by `origin`, else below `key`.
     """
     field, colon, why = str(error).partition(":")
     if not colon or not re.fullmatch(r"\w+(\.\w+)*", field):

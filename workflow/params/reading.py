@@ -1,5 +1,6 @@
-"""YAML as it is meant: 1e-3 is a number, a key is a word and stands once, and a mistake is named
-with its line.
+"""YAML as it is meant: 1e-3 is a number, and a key is a word that stands once.
+
+A mistake is named with its line.
 """
 
 from __future__ import annotations
@@ -9,28 +10,27 @@ from pathlib import Path
 
 import yaml
 
-from workflow.plugins import ParamsError, did_you_mean
+from workflow.messages import ParamsError, did_you_mean
 
 STRING, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 HINTS = {  # what PyYAML says -> what to do
     r"'\t'": "; indent with spaces, not with tabs",
-    "mapping values are not allowed here": "; is a space missing after a colon, or are quotes around a text with a colon?",
+    "mapping values are not allowed here": "; is a space missing after a colon, or are quotes "
+    "around a text with a colon?",
 }
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with numbers as in YAML 1.2 (as DVC reads them), and keys as they are
-    written, none twice.
-    """
+    """The safe loader, with numbers as in YAML 1.2 (DVC reads them so) and keys as written."""
 
     def scan_plain(self):
         token = super().scan_plain()
-        if (
-            self.flow_level and ":" in token.value
-        ):  # YAML allows it, but not the C parser that DVC reads params.yaml with
+        # YAML allows it, but not the C parser with which DVC reads params.yaml
+        if self.flow_level and ":" in token.value:
             at = f"{token.start_mark.name}, line {token.start_mark.line + 1}"
             raise ParamsError(
-                f"{at}: found {token.value} within brackets, expected quotes around a text with a colon"
+                f"{at}: found {token.value} within brackets, expected quotes around a text with "
+                "a colon"
             )
         return token
 
@@ -41,7 +41,8 @@ class _Loader(yaml.SafeLoader):
             at = f"{key.start_mark.name}, line {key.start_mark.line + 1}"
             if not isinstance(key, yaml.ScalarNode):
                 raise ParamsError(
-                    f"{at}: found brackets as a key, expected a word (quote a text that begins with one)"
+                    f"{at}: found brackets as a key, expected a word (quote a text that begins "
+                    "with one)"
                 )
             if key.tag == MERGE:
                 continue
@@ -61,7 +62,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path) -> dict:
-    """The mapping in a YAML file. ParamsError if it is missing, empty, not YAML, or not a mapping."""
+    """The mapping in a YAML file; ParamsError if it is missing, empty, not YAML, or no mapping."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:

@@ -1,185 +1,230 @@
-"""The section `grid`: its runs, chains of runs that teach one another, and the contrasts between
-them.
-"""
+"""The section `grid`: its runs, chains of runs that teach one another, and contrasts of runs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
 
+from workflow.messages import listed, nearest
+from workflow.params.entries import DataSet, Encoder
+from workflow.params.methods import Method
+from workflow.params.pairs import Pairs
 from workflow.params.sections import Grid, Run
-from workflow.params.settings import Checker, Settings
-from workflow.params.targets import Target, circles, such_as
-from workflow.plugins import ParamsError, nearest, plugin, plugin_names
+from workflow.params.settings import Checker, Layer, Settings
+from workflow.params.targets import Target
+from workflow.params.tasks import Task, run_tasks
+from workflow.params.teachers import (
+    RUN,
+    Above,
+    Learner,
+    Teachers,
+    circles,
+    run_gives,
+    run_name,
+    tokens,
+)
 
 
 @dataclass(frozen=True)
 class Student:
-    """A run of the grid, or one stage of a chain. It learns from the target `target`, from the
-    encoder of the run `teacher` with the same seed, or from neither. `stage` counts the runs of its
-    method in a row of which each taught the next, itself included.
+    """A run of the grid, or one stage of a chain.
+
+    It learns from the target `target`, from the encoder of the run `teacher` with the same seed, or
+    from neither. `stage` counts the runs of its method in a row of which each taught the next,
+    itself included. `method` is a name under methods, `kind` the file in stages/methods.
     """
 
     name: str
     key: str  # where it is declared, as a dotted key of params.yaml
     method: str
+    kind: str
     target: str | None
     teacher: str | None
     stage: int
     seeds: list[int]
-    set: dict[str, Any]
+    data: str
+    model: str
     settings: Settings
+    tasks: dict[str, Task]
 
 
-class Declared(NamedTuple):
-    key: str  # in params.yaml
-    run: Run
+@dataclass(frozen=True)
+class Draft:
+    """A declared run, or one stage of a chain; what is not good of it is None."""
+
+    name: str
+    key: str
+    run: Run  # `target` is that of this stage
+    data: DataSet | None
+    model: Encoder | None
+    method: Method | None
+    settings: Settings | None
+    tasks: dict[str, Task]
+
+    def as_teacher(self, grid: Grid) -> Above:
+        """What its encoder gives to others."""
+        seeds = self.run.seeds or grid.seeds
+        return Above(run_gives(self.model), seeds, tokens(self.data, self.model))
 
 
-def check_runs(checker: Checker, targets: dict[str, Target]) -> dict[str, Student]:
-    """All runs, teachers before their students; none if there is any problem. Problems go to the
-    checker.
-    """
-    params, problems = checker.params, checker.problems
-    declared = _unrolled(params.grid.runs, problems)
-    problems += _idle_contrasts(params.grid, declared)
-    settings: dict[str, Settings | None] = {}
-    for name, (key, run) in declared.items():
-        if run.method not in params.methods:
-            problems.append(_no_method(key, run.method, checker))
-            continue
-        section = f"methods.{run.method}", params.methods[run.method]
-        settings[name] = checker.settings("method", run.method, section, (f"{key}.set", run.set))
-        try:
-            needs = plugin("method", run.method, checker.root).literals["TARGET"]
-        except ParamsError:  # noted by the checker
-            continue
-        problems += filter(
-            None, [_above_problem(name, needs, declared, params.grid, targets, params.targets)]
-        )
-    teachers = {name: _teacher(run) for name, (_, run) in declared.items()}
-    for circle in circles(teachers):
-        problems.append(
-            f"{declared[circle[0]].key}.target: goes round in a circle: {' -> '.join(circle)}"
-        )
-    if problems:
-        return {}
-    students: dict[str, Student] = {}
-
-    def add(name: str) -> Student:
-        if name not in students:
-            (key, run), teacher = declared[name], teachers[name]
-            above = add(teacher) if teacher else None
-            stage = above.stage + 1 if above and above.method == run.method else 1
-            target, seeds = None if teacher else run.target, run.seeds or params.grid.seeds
-            students[name] = Student(
-                name, key, run.method, target, teacher, stage, seeds, run.set, settings[name]
-            )
-        return students[name]
-
-    for name in declared:
-        add(name)
-    return students
+def check_runs(
+    checker: Checker,
+    pairs: Pairs,
+    methods: dict[str, Method],
+    targets: dict[str, Target],
+    tasks: dict[str, Task],
+) -> dict[str, Student]:
+    """All runs, each after those from which it learns; none if there is any problem."""
+    grid, problems = checker.params.grid, checker.problems
+    drafts = {
+        name: _draft(checker, pairs, methods, tasks, name, key, run)
+        for name, (key, run) in _unrolled(grid.runs, problems).items()
+    }
+    problems += _contrasts_without_runs(grid, drafts)
+    problems += _learning_problems(checker, pairs, targets, drafts)
+    above = {name: target.upstream for name, target in targets.items()}
+    above |= {f"{RUN}{name}": draft.run.target for name, draft in drafts.items()}
+    for circle in circles(above):
+        run = run_name(circle[0])
+        key = f"{drafts[run].key}.target" if run else f"targets.{circle[0]}.upstream"
+        problems.append(f"{key}: goes round in a circle: {' -> '.join(circle)}")
+    return {} if problems else _students(drafts, above, grid)
 
 
-def _unrolled(declared: dict[str, Run], problems: list[str]) -> dict[str, Declared]:
-    """Runs by name; one with `stages` becomes as many, each the teacher of the next."""
-    found: dict[str, Declared] = {}
+def _unrolled(declared: dict[str, Run], problems: list[str]) -> dict[str, tuple[str, Run]]:
+    """{name: (dotted key, run)}; a run with `stages` becomes as many, each taught by the last."""
+    found: dict[str, tuple[str, Run]] = {}
     for name, run in declared.items():
-        key, stages = f"grid.runs.{name}", run.stages or 1
-        names = [f"{name}-{n}" for n in range(1, stages + 1)] if run.stages else [name]
-        targets = [run.target, *(f"run:{n}" for n in names)]
-        for each, target in zip(names, targets):
+        key, target = f"grid.runs.{name}", run.target
+        names = [f"{name}-{n + 1}" for n in range(run.stages)] if run.stages else [name]
+        for each in names:
             if each in found:
-                chain = key if run.stages else found[each].key
+                chain = key if run.stages else found[each][0]
                 problems.append(
                     f"{chain}.stages: makes a run {each!r}, but there is another of that name"
                 )
-            found[each] = Declared(key, run.model_copy(update={"target": target}))
+            found[each] = key, run.model_copy(update={"target": target})
+            target = f"{RUN}{each}"
     return found
 
 
-def _idle_contrasts(grid: Grid, names: dict) -> list[str]:
-    """Contrasts of runs that there are not."""
-    return [
-        f"grid.contrasts.{name}.{side}: there is no run {p!r}{nearest(p, names)}"
-        for name, contrast in grid.contrasts.items()
-        for side, patterns in (("of", contrast.of), ("against", contrast.against))
-        for p in patterns
-        if not any(fnmatchcase(run, p) for run in names)
-    ]
+def _contrasts_without_runs(grid: Grid, runs: dict) -> Iterator[str]:
+    """Names and patterns in grid.contrasts that fit no run."""
+    for name, contrast in grid.contrasts.items():
+        for side, patterns in (("of", contrast.of), ("against", contrast.against)):
+            for pattern in patterns:
+                if not any(fnmatchcase(run, pattern) for run in runs):
+                    yield (
+                        f"grid.contrasts.{name}.{side}: there is no run {pattern!r}"
+                        f"{nearest(pattern, runs)}"
+                    )
 
 
-def _no_method(key: str, method: str, checker: Checker) -> str:
-    known = plugin_names("method", checker.root)
-    hint = f"; add `{method}: {{}}` to methods" if method in known else nearest(method, known)
-    return f"{key}.method: {method!r} has no section under methods{hint}"
-
-
-def _teacher(run: Run) -> str | None:
-    """The run that `run:NAME` names, None for a name under targets."""
-    return run.target[4:] if run.target is not None and run.target.startswith("run:") else None
-
-
-def _above_problem(
+def _draft(
+    checker: Checker,
+    pairs: Pairs,
+    methods: dict[str, Method],
+    tasks: dict[str, Task],
     name: str,
-    needs: str | None,
-    runs: dict[str, Declared],
-    grid: Grid,
-    targets: dict[str, Target],
-    sections: dict,
-) -> str | None:
-    """What is wrong with that from which a run learns. `needs`: "ids", "features" or None, of its
-    method.
-    """
-    key, run = runs[name]
-    if run.stages and needs != "features":
-        what = f"needs a target that produces {needs}" if needs else "takes no target"
-        return (
-            f"{key}.stages: method {run.method} {what}, expected one that learns from features, as those of the stage "
-            f"before (found {run.stages})"
-        )
-    if needs is None:
-        return (
-            None
-            if run.target is None
-            else f"{key}.target: method {run.method} takes no target (found {run.target!r})"
-        )
-    if _teacher(run):
-        return _teacher_problem(name, needs, runs, grid)
-    also = ", or run:NAME, the encoder of another run" if needs == "features" else ""
-    fit = such_as(targets, needs) + also
-    if run.target is None:
-        return f"{key}.target: method {run.method} needs a target that produces {needs}{fit}"
-    if run.target not in sections:
-        return (
-            f"{key}.target: no target is called {run.target!r}{nearest(run.target, sections)}{also}"
-        )
-    made = targets[run.target].produces if run.target in targets else needs
-    return (
-        None
-        if made == needs
-        else f"{key}.target: {run.target!r} produces {made}, method {run.method} needs {needs}{fit}"
+    key: str,
+    run: Run,
+) -> Draft:
+    """A run with the data, encoder, settings and tasks that it uses; problems are noted."""
+    data, model = pairs.choose(key, run.data, run.model)
+    own_tasks = run_tasks(checker, pairs, tasks, key, run)
+    for task in own_tasks.values():
+        tested = data if task.data is None else pairs.data[task.data]
+        pairs.suits(f"task {task.kind}", task.key, task.settings, tested, model)
+    if run.method not in checker.params.methods:
+        known = checker.kinds("method")
+        hint = f"; add `{run.method}: {{}}` to methods" if run.method in known else ""
+        hint = hint or nearest(run.method, [*checker.params.methods, *known])
+        checker.problems.append(f"{key}.method: {run.method!r} has no section under methods{hint}")
+    method, settings = methods.get(run.method), None
+    if method is not None:
+        layers = list(method.layers)
+        if run.recipe:
+            layers.append(checker.published(method.plugin, key))
+        layers.append(Layer(f"{key}.set", run.set))
+        settings = checker.settings("method", method.kind, method.plugin, method.key, layers)
+        pairs.suits(f"method {method.kind}", method.key, settings, data, model)
+    return Draft(name, key, run, data, model, method, settings, own_tasks)
+
+
+def _learning_problems(
+    checker: Checker, pairs: Pairs, targets: dict[str, Target], drafts: dict[str, Draft]
+) -> Iterator[str]:
+    """What is wrong with that from which targets and runs learn."""
+    grid = checker.params.grid
+    teachers = Teachers(
+        {name: _as_teacher(targets.get(name), pairs) for name in checker.params.targets},
+        {draft.name: draft.as_teacher(grid) for draft in drafts.values()},
+        {name: run.stages for name, run in grid.runs.items() if run.stages},
     )
-
-
-def _teacher_problem(name: str, needs: str, runs: dict[str, Declared], grid: Grid) -> str | None:
-    """What is wrong with the run whose encoder is to teach the run `name`."""
-    (key, run), teacher = runs[name], _teacher(runs[name].run)
-    if needs != "features":
-        return f"{key}.target: {run.target!r} gives features, method {run.method} needs {needs}"
-    if teacher not in runs:
-        stages = grid.runs[teacher].stages if teacher in grid.runs else None
-        hint = (
-            f"; it is a chain: name a stage, as in 'run:{teacher}-{stages}'"
-            if stages
-            else nearest(teacher, runs)
+    learners = [target.learner(pairs) for target in targets.values()]
+    for draft in drafts.values():
+        if draft.method is None:
+            continue
+        who, needs = f"method {draft.method.kind}", draft.method.plugin.literals["TARGET"]
+        if draft.run.stages and not (needs and teachers.a_run_may_give(needs)):
+            does = f"needs a target that produces {listed(needs)}" if needs else "takes no target"
+            yield (
+                f"{draft.key}.stages: {who} {does}, expected a method that can learn from the "
+                f"encoder of the stage before (found {draft.run.stages})"
+            )
+            continue
+        learners.append(
+            Learner(
+                f"{draft.key}.target",
+                who,
+                "target",
+                draft.run.target,
+                needs,
+                draft.run.seeds or grid.seeds,
+                tokens(draft.data, draft.model, draft.settings),
+            )
         )
-        return f"{key}.target: no run is called {teacher!r}{hint}"
-    given = runs[teacher].run.seeds or grid.seeds
-    missing = [str(seed) for seed in run.seeds or grid.seeds if seed not in given]
-    if missing:
-        seeds = ", ".join(missing)
-        return f"{key}.target: run {teacher!r} has seeds {given}, but {name!r} needs its encoder of seed {seeds} too"
-    return None
+    yield from filter(None, map(teachers.problem, learners))
+
+
+def _as_teacher(target: Target | None, pairs: Pairs) -> Above:
+    if target is None:
+        return Above(None)
+    return Above(target.produces, grid=tokens(pairs.data[target.data], pairs.models[target.model]))
+
+
+def _students(
+    drafts: dict[str, Draft], above: dict[str, str | None], grid: Grid
+) -> dict[str, Student]:
+    """The runs, each after every run from which it learns, be it through targets."""
+    students: dict[str, Student] = {}
+
+    def add(name: str) -> None:
+        if name in students:
+            return
+        draft, learns_from = drafts[name], above[f"{RUN}{name}"]
+        at = learns_from
+        while at is not None and run_name(at) is None:
+            at = above[at]
+        if at is not None:
+            add(run_name(at))
+        teacher = students.get(run_name(learns_from))
+        students[name] = Student(
+            name=name,
+            key=draft.key,
+            method=draft.run.method,
+            kind=draft.method.kind,
+            target=None if teacher else learns_from,
+            teacher=teacher and teacher.name,
+            stage=teacher.stage + 1 if teacher and teacher.method == draft.run.method else 1,
+            seeds=draft.run.seeds or grid.seeds,
+            data=draft.data.name,
+            model=draft.model.name,
+            settings=draft.settings,
+            tasks=draft.tasks,
+        )
+
+    for name in drafts:
+        add(name)
+    return students

@@ -1,5 +1,6 @@
-"""The sections of params.yaml and what each key of them may hold. Settings of plug-ins are theirs:
-see settings.py.
+"""The sections of params.yaml and what each key of them may hold.
+
+The settings of a plug-in are declared in its own file; here are only the words beside them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ class Section(BaseModel):
 
 
 class Data(Section):
+    """One data set."""
+
     source: str = Field(description="shapes | folder:PATH | parquet:PATH | hub:NAME")
-    image_size: int = Field(
-        ge=4, le=4096, description="side of the square that encoders see, in pixels"
+    image_size: int | None = Field(
+        None, ge=4, le=4096, description="side in pixels of the square that encoders see"
     )
     store_size: int | None = Field(
         None, ge=4, le=8192, description="side of the stored images (null: image_size)"
@@ -38,29 +41,14 @@ class Data(Section):
         0.05, ge=0, le=1, description="stop when a larger share of the files is broken"
     )
     memory_map_gb: float = Field(
-        8, ge=0, description="decode once into a memory map when it is no larger than this"
+        8,
+        ge=0,
+        description="a set no larger than this is decoded once, into squares of store_size from "
+        "which crops are cut; of a larger one, crops are cut from the whole originals",
     )
     image_column: str | None = None
     label_column: str | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the source's own settings")
-
-
-class Model(Section):
-    name: str = Field(
-        "vit_tiny_patch16_224",
-        description="a timm model: a ViT, a Swin or SwinV2, or a convvit_* (stages/kit/nets/hybrid.py)",
-    )
-    patch_size: int = Field(16, ge=1, description="side in pixels; of a Swin, in its first stage")
-    embed_dim: int = Field(192, ge=1, description="width; of a Swin, in its first stage")
-    depth: int | list[int] = Field(
-        12, description="number of blocks; of a Swin, a list: of each stage"
-    )
-    num_heads: int | list[int] = Field(3, description="of a Swin, a list: in each stage")
-    window_size: int | None = Field(None, ge=1, description="side of a Swin's windows, in tokens")
-    mlp_ratio: float = Field(4.0, gt=0)
-    args: dict[str, Any] = Field(
-        default_factory=dict, description="more arguments for timm.create_model"
-    )
 
 
 class Train(Section):
@@ -76,11 +64,47 @@ class Train(Section):
     )
 
 
+# What an entry may say beside the settings of its plug-in.
+
+KIND = Field(None, description="file name of the plug-in (null: the entry's name)")
+RECIPE = Field(None, description="published: the plug-in's PUBLISHED, then what is given")
+DATA = Field(None, description="a name under data, where there are several")
+MODEL = Field(None, description="a name under models, where there are several")
+LEARNS_FROM = "a name under targets, or run:NAME: the encoder of that run with the same seed"
+
+
+class ModelWords(Section):
+    kind: str | None = Field(None, description="file in stages/encoders (null: from name)")
+
+
+class TargetWords(Section):
+    kind: str | None = KIND
+    recipe: Literal["published"] | None = RECIPE
+    upstream: str | None = Field(None, description=LEARNS_FROM)
+    seed: int = Field(0, ge=0)
+    data: str | None = DATA
+    model: str | None = MODEL
+
+
+class MethodWords(Section):
+    kind: str | None = KIND
+    recipe: Literal["published"] | None = RECIPE
+
+
+class TaskWords(Section):
+    kind: str | None = KIND
+    recipe: Literal["published"] | None = RECIPE
+    data: str | None = Field(None, description="a name under data (null: the run's)")
+    after: str | None = Field(None, description="the task whose model is tested")
+
+
 class Run(Section):
-    method: str
-    target: str | None = Field(
-        None,
-        description="a name under targets, or run:NAME: the encoder of that run with the same seed",
+    method: str = Field(description="a name under methods")
+    target: str | None = Field(None, description=LEARNS_FROM)
+    data: str | None = DATA
+    model: str | None = MODEL
+    recipe: Literal["published"] | None = Field(
+        None, description="published: the method's PUBLISHED, whatever its section says"
     )
     stages: int | None = Field(
         None,
@@ -91,6 +115,9 @@ class Run(Section):
     seeds: list[int] | None = Field(None, min_length=1, description="instead of grid.seeds")
     set: dict[str, Any] = Field(
         default_factory=dict, description="settings of the method (or of train) for this run only"
+    )
+    tasks: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict, description="changes of tasks for this run; null leaves a task out"
     )
 
 
@@ -140,8 +167,9 @@ class Params(Section):
     """One experiment of mimlab."""
 
     experiment: str
-    data: Data
-    model: Model
+    data: dict[str, Any] = Field(min_length=1)  # one entry, or named ones: see entries.py
+    model: dict[str, Any] | None = Field(None, min_length=1)  # one entry
+    models: dict[str, dict[str, Any] | None] | None = Field(None, min_length=1)  # named ones
     train: Train
     targets: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     methods: dict[str, dict[str, Any] | None]
@@ -151,13 +179,16 @@ class Params(Section):
 
 
 def keys_at(place: Iterable[str]) -> list[str]:
-    """The keys that the section at this place may have, such as ("grid", "runs", "mae"); none where
-    any name may stand.
+    """The keys that the section at this place may have, such as ("grid", "runs", "mae").
+
+    None where any name may stand.
     """
     section: Any = Params
     for key in place:
         fields = getattr(section, "model_fields", {})
-        if key in fields:
+        if section is Params and key == "data":
+            section = Data
+        elif key in fields:
             section = fields[key].annotation
         else:
             section = get_args(section)[1] if get_origin(section) is dict else None

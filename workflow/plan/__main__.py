@@ -6,14 +6,57 @@ import argparse
 import sys
 import warnings
 
-from workflow.plan import load
+from workflow.engines.dvc import RUNS, follow
+from workflow.plan import Plan, load
 from workflow.plan.explain import explain
-from workflow.plan.manifests import leftovers, prune
-from workflow.plan.runs import RUNS, write_runs
+from workflow.plan.leftovers import leftovers, prune
 from workflow.plugins import ParamsError
 
+DEFAULT = ("params.yaml", "results")  # what dvc.yaml is about
 
-def main(argv=None) -> int:
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        plan = load(args.params, args.results)
+        if args.explain:
+            id = args.explain.removeprefix(f"{args.results}/").removesuffix("/manifest.json")
+            print(explain(plan, id))
+            return 0
+    except ParamsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if args.cost:
+        from workflow import cost
+
+        print(cost.table(plan, cost.estimate(plan)))
+        return 0
+    if args.prune:
+        for folder in prune(plan):
+            print(f"deleted {folder}")
+        return 0
+    changed = (args.params, args.results) == DEFAULT and follow(plan)
+    if args.check:
+        if changed:
+            said = f"{RUNS} did not list the jobs of {args.params}; it does now."
+            print(f"{said} Please run `dvc repro` again.", file=sys.stderr)
+        return int(changed)
+    _show(plan)
+    return 0
+
+
+def _show(plan: Plan) -> None:
+    width = max(map(len, plan.jobs))
+    for id, job in plan.jobs.items():
+        state = "fresh" if plan.fresh(id) else "stale" if plan.manifest(id) else "to run"
+        print(f"{id:<{width}}  {state:<6}  {job.fingerprint[:12]}")
+    for folder in leftovers(plan):
+        print(f"{folder} belongs to no job of {plan.params_file} (--prune deletes such folders)")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m workflow.plan", description="The jobs of a params file and their state."
     )
@@ -29,7 +72,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help=f"fail when {RUNS} does not follow from params.yaml (and write it)",
+        help=f"fail when {RUNS} did not list the jobs of params.yaml (and write it)",
     )
     parser.add_argument(
         "--prune", action="store_true", help="delete outputs of jobs that are no longer in the plan"
@@ -39,46 +82,7 @@ def main(argv=None) -> int:
         action="store_true",
         help="measure a few steps of each kind of job and tell what all will take",
     )
-    args = parser.parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        plan = load(args.params, args.results)
-        if args.explain:
-            print(
-                explain(
-                    plan,
-                    args.explain.removeprefix(f"{args.results}/").removesuffix("/manifest.json"),
-                )
-            )
-            return 0
-    except ParamsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if args.cost:
-        from workflow import cost
-
-        print(cost.table(plan, cost.estimate(plan)))
-        return 0
-    if args.prune:
-        for folder in prune(plan):
-            print(f"deleted {folder}")
-        return 0
-    default = (args.params, args.results) == ("params.yaml", "results")
-    changed = default and write_runs(plan)
-    if args.check:
-        if changed:
-            print(
-                f"{RUNS} did not follow from {args.params}; it does now. Please run `dvc repro` again.",
-                file=sys.stderr,
-            )
-        return int(changed)
-    width = max(map(len, plan.jobs))
-    for id, job in plan.jobs.items():
-        state = "fresh" if plan.fresh(id) else "stale" if plan.manifest(id) else "to run"
-        print(f"{id:<{width}}  {state:<6}  {job.fingerprint[:12]}")
-    for folder in leftovers(plan):
-        print(f"{folder} belongs to no job of {args.params} (delete such folders with --prune)")
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -6,16 +6,37 @@ import hashlib
 import json
 from pathlib import Path
 
+from workflow.files import sha256
+from workflow.plugins import ParamsError
 
-def of_bytes(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+
+def of_text(text: str) -> str:
+    """Of a text's UTF-8 bytes, as 64 hexadecimal digits; all of these are."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def of_value(value) -> str:
-    """Of anything that JSON can hold; the order of a mapping's keys does not matter."""
-    return of_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+    """Of anything that JSON can hold. The order of a mapping's keys does not matter."""
+    return of_text(json.dumps(value, sort_keys=True, separators=(",", ":")))
 
 
-def of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class Files:
+    """Hashes of the files below `root`, each read once."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._known: dict[str, str] = {}
+
+    def hashes(self, paths: tuple[str, ...]) -> dict[str, str]:
+        """{path: hash}; ParamsError if a file cannot be read."""
+        return {path: self._hash(path) for path in paths}
+
+    def _hash(self, path: str) -> str:
+        if path not in self._known:
+            try:
+                self._known[path] = sha256(self.root / path)
+            except OSError as error:
+                raise ParamsError(
+                    f"{path}: part of the code is missing or unreadable: {error.strerror}"
+                ) from None
+        return self._known[path]

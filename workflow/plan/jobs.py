@@ -1,56 +1,59 @@
-"""Every job that params.yaml asks for: its parameters, its inputs, its code. The only declaration
-of the DAG.
-"""
+"""Every job that params.yaml asks for: its parameters, inputs and code. All of the DAG is here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
-from workflow.params import Experiment, Settings
+from workflow.closure import closure
+from workflow.params import DataSet, Encoder, Experiment, Settings, Student, Target, Task
+from workflow.plan.facts import table
 from workflow.plan.user_files import source_state, weights_state
 
-# What the data stage imports of the kit: editing anything else in it does not decode the images
-# again.
-DATA_KIT = (
-    "job/job",
-    "job/files",
-    "job/device",
-    "job/provenance",
-    "data/store",
-    "data/decode",
-    "keyed",
-    "dist",
-)
-REPORT_CODE = ("stages/report.py", "stages/reporting")
 REPORT_FILES = ("index.html", "summary.md", "summary.csv")
+TEMPLATES = "stages/reporting/templates"
+# The options of each stage's command; their values, joined by /, are the name of a job.
+OPTIONS = {
+    "data": ("name",),
+    "target": ("name",),
+    "pretrain": ("run",),
+    "transfer": ("run", "task"),
+    "report": (),
+}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one stage. `keys`: the params.yaml keys behind `params`; `code`: files, and
-    folders that end in /.
-    """
+    """One run of one stage. Its name is unique in its stage, its id in the plan: <stage>/<name>."""
 
     stage: str
     name: str
     id: str
     output: Path
-    inputs: tuple[str, ...]
+    inputs: dict[str, str]  # role -> id of the job; the one made last is last
     params: dict
-    keys: tuple[str, ...]
-    code: tuple[str, ...]
-    spreads: bool = False  # trains, so that several processes can share its work
+    code: tuple[str, ...]  # paths of the files that it runs, below the root
+    origins: dict[
+        str, str
+    ]  # dotted key of `params` -> dotted key of params.yaml, where they differ
+    spreads: bool = False  # trains, so several processes can share its work
+    user_files: bool = False  # its parameters hold the state of files of the user's
     fingerprint: str = ""
-    hashes: dict = field(default_factory=dict)  # path of each code file -> sha256
-    origins: dict = field(
-        default_factory=dict
-    )  # dotted key of `params` -> dotted key of params.yaml
+    hashes: dict[str, str] = field(default_factory=dict)  # path of each code file -> sha256
 
     @property
     def manifest(self) -> Path:
         return self.output / "manifest.json"
+
+    @property
+    def command(self) -> str:
+        """The command that runs the job, as both engines call it."""
+        options = zip(
+            OPTIONS[self.stage], self.name.split("/"), strict=False
+        )  # the report has none
+        return " ".join([f"python -m stages.{self.stage}", *(f"--{o} {v}" for o, v in options)])
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -59,175 +62,204 @@ class Job:
         return (self.manifest, *(self.output / name for name in pages))
 
 
-def jobs(experiment: Experiment, results: Path, params_file: Path) -> Iterator[Job]:
-    """Every job without its fingerprint, inputs first. Targets that no run needs are left out."""
-    p = experiment.params
-    base = {"image_size": p.data.image_size, "model": p.model.model_dump()}
-    shared = ("data.image_size", "model", "train")
+def jobs(experiment: Experiment, results: Path, params_file: Path, root: Path) -> list[Job]:
+    """Every job without its fingerprint, inputs first; the report is last.
 
-    def job(stage: str, name: str = "", **rest) -> Job:
+    Data sets and targets that no run needs are left out.
+    """
+    lab = _Lab(experiment, results, params_file, root)
+    makers = lab.makers()
+    wanted = [id for id in makers if id.startswith(("pretrain/", "transfer/"))]
+    needed = _inputs_first(wanted, makers)
+    # the same jobs again, stage by stage as far as inputs allow
+    found = _inputs_first([id for id in makers if id in needed], makers)
+    return [*found.values(), lab.report(list(found.values()))]
+
+
+def _inputs_first(wanted: list[str], makers: dict[str, Callable[[], Job]]) -> dict[str, Job]:
+    """The wanted jobs and all that they need, each after its inputs; params has no circles."""
+    found: dict[str, Job] = {}
+
+    def add(id: str) -> None:
+        if id not in found:
+            job = makers[id]()
+            for name in job.inputs.values():
+                add(name)
+            found[id] = job
+
+    for id in wanted:
+        add(id)
+    return found
+
+
+class _Lab:
+    """Makes the jobs of one experiment."""
+
+    def __init__(self, experiment: Experiment, results: Path, params_file: Path, root: Path):
+        self.experiment, self.results = experiment, results
+        self.params_file, self.root = params_file, root
+        self.closure = cache(lambda *entries: closure(entries, root))
+
+    def makers(self) -> dict[str, Callable[[], Job]]:
+        """{id: what makes the job} of all that may be asked for, stage by stage."""
+        e = self.experiment
+        pairs = [(run, seed) for run in e.runs.values() for seed in run.seeds]
+        found: dict[str, Callable[[], Job]] = {}
+        for data in e.data.values():
+            found[f"data/{data.name}"] = cache(partial(self.data, data))
+        for target in e.targets.values():
+            found[f"target/{target.name}"] = cache(partial(self.target, target))
+        for run, seed in pairs:
+            found[f"pretrain/{run.name}-s{seed}"] = cache(partial(self.pretrain, run, seed))
+        for run, seed in pairs:
+            for task in run.tasks.values():
+                id = f"transfer/{run.name}-s{seed}/{task.name}"
+                found[id] = cache(partial(self.transfer, run, seed, task))
+        return found
+
+    def job(self, stage: str, name: str, code: tuple[str, ...], **rest) -> Job:
+        """`code`: the stage's plug-in files, to which the stage's own file is added."""
         id = f"{stage}/{name}" if name else stage
-        return Job(stage, name or stage, id, results / id, **rest)
+        files = self.closure(f"stages/{stage}.py", *code)
+        return Job(stage, name or stage, id, self.results / id, code=files, **rest)
 
-    def code(stage: str, folder: str, name: str, *more: str) -> tuple[str, ...]:
-        return (
-            f"stages/{stage}.py",
-            f"stages/{folder}/__init__.py",
-            f"stages/{folder}/{name}.py",
-            *more,
+    def data(self, data: DataSet) -> Job:
+        plugin, config = data.settings.plugin, data.settings.config
+        source = {"name": data.source, "argument": data.argument, "config": config}
+        state = source_state(data, source, self.results / f"data/{data.name}", self.params_file)
+        what = {file: f"what {data.key}.options.{file} names" for file in state or ()}
+        what |= {"argument": f"what {data.entry['source']} holds"}
+        return self.job(
+            "data",
+            data.name,
+            (plugin.path,),
+            inputs={},
+            params={"data": data.entry, "source": source, "source_state": state},
+            origins={
+                "data": data.key,
+                "source.name": f"{data.key}.source",
+                "source.argument": f"{data.key}.source",
+                "source.config": f"{data.key}.options",
+                "source_state": what["argument"],
+                **{f"source_state.{file}": text for file, text in what.items()},
+            },
+            user_files=state is not None,
         )
 
-    name, argument, settings = experiment.source
-    source = {"name": name, "argument": argument, "config": settings.config}
-    held = source_state(experiment, results, params_file)
-    yield job(
-        "data",
-        inputs=(),
-        params={"data": p.data.model_dump(), "source": source, "source_state": held},
-        keys=("data",),
-        code=code("data", "sources", name, *(f"stages/kit/{n}.py" for n in DATA_KIT)),
-        origins={
-            "source.name": "data.source",
-            "source.argument": "data.source",
-            "source.config": "data.options",
-            "source_state": f"what {p.data.source} holds",
-        },
-    )
-    for target in (experiment.targets[t] for t in _needed(experiment)):
-        key, settings = f"targets.{target.name}", target.settings
-        about = {"name": target.name, "kind": target.kind, "config": settings.config}
-        if (files := weights_state(target, results, params_file)) is not None:
-            about["files"] = files
-        yield job(
+    def target(self, target: Target) -> Job:
+        data, model = self.experiment.data[target.data], self.experiment.models[target.model]
+        settings, key = target.settings, target.key
+        inputs = {"data": f"data/{data.name}"}
+        if target.upstream and target.upstream.startswith("run:"):
+            inputs["upstream"] = f"pretrain/{target.upstream[4:]}-s{target.seed}"
+        elif target.upstream:
+            inputs["upstream"] = f"target/{target.upstream}"
+        facts = {"name": target.name, "kind": target.kind, "config": settings.config}
+        output = self.results / f"target/{target.name}"
+        if files := weights_state(settings, key, output, self.params_file):
+            facts["files"] = files
+        base = _base(data, model) | {"train": settings.train}
+        return self.job(
             "target",
             target.name,
-            inputs=("data", f"target/{target.upstream}") if target.upstream else ("data",),
-            params={**base, "train": settings.train, "target": about, "seed": target.seed},
-            keys=(*shared, key),
+            (settings.plugin.path, model.settings.plugin.path),
+            inputs=inputs,
+            params=base | {"target": facts, "seed": target.seed},
+            origins=_origins("target", settings, key, data, model)
+            | {"seed": f"{key}.seed"}
+            | {f"target.files.{file}": f"what {key}.{file} names" for file in files or ()},
             spreads=True,
-            # how batches are made is shared with stages/pretrain.py
-            code=code("target", "targets", target.kind, "stages/pretrain.py", "stages/kit/"),
-            origins=_origins(settings, "target", key)
-            | {"seed": f"{key}.seed", "target.files": f"what {key}.weights names"},
+            user_files=bool(files),
         )
-    pairs = [(run, seed) for run in experiment.runs.values() for seed in run.seeds]
-    for run, seed in pairs:
-        key, literals, settings = (
-            f"methods.{run.method}",
-            run.settings.plugin.literals,
-            run.settings,
-        )
-        about = {"name": run.method, "config": settings.config}
-        about |= {"labels": literals["LABELS"], "trains": literals["TRAINS"]}
-        taught = {"stage": run.stage} if run.teacher else {}
-        above = (
-            f"pretrain/{run.teacher}-s{seed}"
-            if run.teacher
-            else run.target and f"target/{run.target}"
-        )
-        yield job(
+
+    def pretrain(self, run: Student, seed: int) -> Job:
+        data, model = self.experiment.data[run.data], self.experiment.models[run.model]
+        settings, key = run.settings, f"methods.{run.method}"
+        inputs = {"data": f"data/{data.name}"}
+        if run.teacher:
+            inputs["target"] = f"pretrain/{run.teacher}-s{seed}"
+        elif run.target:
+            inputs["target"] = f"target/{run.target}"
+        facts = {"name": run.method, "kind": run.kind, "config": settings.config}
+        facts |= {"labels": settings.plugin.literals["LABELS"]}
+        facts |= {"trains": settings.plugin.literals["TRAINS"]}
+        params = _base(data, model) | {"train": settings.train, "method": facts}
+        params |= {"seed": seed, "run": run.name}
+        return self.job(
             "pretrain",
             f"{run.name}-s{seed}",
-            inputs=("data", above) if above else ("data",),
-            params={
-                **base,
-                "train": settings.train,
-                "method": about,
-                "seed": seed,
-                "run": run.name,
-                **taught,
-            },
-            keys=(*shared, key, run.key),
-            spreads=literals["TRAINS"],
-            code=code("pretrain", "methods", run.method, "stages/kit/"),
-            origins=_origins(settings, "method", key)
+            (settings.plugin.path, model.settings.plugin.path),
+            inputs=inputs,
+            params=params | ({"stage": run.stage} if run.teacher else {}),
+            origins=_origins("method", settings, key, data, model)
             | {"method.name": f"{run.key}.method", "stage": f"{run.key}.target"},
+            spreads=facts["trains"],
         )
-    for run, seed in pairs:
-        name, known = run.name, {"seed": seed, "run": run.name, "method": run.method}
-        for task, settings in experiment.tasks.items():
-            about = {"name": task, "config": settings.config}
-            yield job(
-                "transfer",
-                f"{name}-s{seed}/{task}",
-                inputs=("data", f"pretrain/{name}-s{seed}"),
-                params={**base, "train": p.train.model_dump(), "task": about, **known},
-                keys=(*shared, f"tasks.{task}"),
-                spreads=settings.plugin.literals["SPREADS"],
-                code=code("transfer", "tasks", task, "stages/kit/"),
-                origins=_origins(settings, "task", f"tasks.{task}"),
-            )
-    table = {
-        f"{run.name}-s{seed}": {
-            "run": run.name,
-            "method": run.method,
-            "seed": seed,
-            "target": run.target,
-            "teacher": run.teacher,
-            "stage": run.stage,
-            **_labels(experiment, run.name),
-        }
-        for run, seed in pairs
-    }
-    everything = [
-        "data",
-        *(f"target/{t}" for t in _needed(experiment)),
-        *(f"pretrain/{r}" for r in table),
-    ]
-    everything += [f"transfer/{r}/{t}" for r in table for t in p.tasks]
-    yield job(
-        "report",
-        inputs=tuple(everything),
-        params={
-            "experiment": p.experiment,
-            "runs": table,
-            "tasks": list(p.tasks),
-            "contrasts": {
-                name: contrast.sides(experiment.runs) for name, contrast in p.grid.contrasts.items()
+
+    def transfer(self, run: Student, seed: int, task: Task) -> Job:
+        params, settings = self.experiment.params, task.settings
+        data = self.experiment.data[task.data or run.data]
+        model = self.experiment.models[run.model]
+        inputs = {"data": f"data/{data.name}", "encoder": f"pretrain/{run.name}-s{seed}"}
+        if task.after:
+            inputs["after"] = f"transfer/{run.name}-s{seed}/{task.after}"
+        facts = {"name": task.name, "kind": task.kind, "config": settings.config}
+        base = _base(data, model) | {"train": params.train.model_dump(), "task": facts}
+        return self.job(
+            "transfer",
+            f"{run.name}-s{seed}/{task.name}",
+            (settings.plugin.path, model.settings.plugin.path),
+            inputs=inputs,
+            params=base | {"seed": seed, "run": run.name, "method": run.method},
+            origins=_origins("task", settings, task.key, data, model),
+            spreads=settings.plugin.literals["SPREADS"],
+        )
+
+    def report(self, inputs: list[Job]) -> Job:
+        params, runs = self.experiment.params, self.experiment.runs
+        contrasts = params.grid.contrasts.items()
+        folder = self.root / TEMPLATES
+        templates = [p.relative_to(self.root).as_posix() for p in folder.rglob("*") if p.is_file()]
+        return self.job(
+            "report",
+            "",
+            tuple(sorted(templates)),
+            inputs={job.id: job.id for job in inputs},
+            params={
+                "experiment": params.experiment,
+                "runs": table(self.experiment),
+                "tasks": {task.name: _headline(task) for task in self.experiment.tasks.values()},
+                "contrasts": {name: contrast.sides(runs) for name, contrast in contrasts},
             },
-        },
-        keys=("experiment", "grid", "tasks"),
-        code=REPORT_CODE,
-        origins={"runs": "grid.runs"},
-    )
+            origins={"runs": "grid.runs", "contrasts": "grid.contrasts"},
+        )
 
 
-def _needed(experiment: Experiment) -> list[str]:
-    """Targets that some run needs, upstream ones first."""
-    order: list[str] = []
-
-    def add(name: str | None) -> None:
-        if name is not None and name not in order:
-            add(experiment.targets[name].upstream)
-            order.append(name)
-
-    for run in experiment.runs.values():
-        add(run.target)
-    return order
+def _headline(task: Task) -> dict[str, str]:
+    key, label, unit = task.settings.plugin.literals["HEADLINE"]
+    return {"kind": task.kind, "key": key, "label": label, "unit": unit}
 
 
-def _labels(experiment: Experiment, name: str) -> dict:
-    """Where labels had a part in a run: in its own training, or in that of a run or target above
-    it.
-    """
-    run = experiment.runs[name]
-    own, found = run.settings.plugin.literals, []
-    while run.teacher is not None:
-        run = experiment.runs[run.teacher]
-        found += [run.name] if run.settings.plugin.literals["LABELS"] else []
-    at = run.target
-    while at is not None:
-        target = experiment.targets[at]
-        found += [at] if target.settings.plugin.literals["LABELS"] else []
-        at = target.upstream
-    return {"labels": own["LABELS"], "trains": own["TRAINS"], "label_targets": found}
+def _base(data: DataSet, model: Encoder) -> dict:
+    """The parameters of every job that has an encoder."""
+    return {
+        "image_size": data.entry["image_size"],
+        "model": {"kind": model.kind, "config": model.settings.config},
+    }
 
 
-def _origins(settings: Settings, part: str, key: str) -> dict[str, str]:
-    """Where in params.yaml a stage's parameters come from; what is not listed keeps its own dotted
-    key.
-    """
-    own = {f"{part}.config": key, "image_size": "data.image_size"}
+def _origins(
+    part: str, settings: Settings, key: str, data: DataSet, model: Encoder
+) -> dict[str, str]:
+    """Where in params.yaml the parameters of a job come from; `part`: those of its plug-in."""
+    found = {
+        "image_size": f"{data.key}.image_size",
+        "model.config": model.key,
+        "model": model.key,
+        f"{part}.config": key,
+        f"{part}.kind": f"{key}.kind",
+    }
     for name, where in settings.origin.items():
-        own[f"{part}.config.{name}" if name in settings.plugin.fields else f"train.{name}"] = where
-    return own
+        own = name in settings.plugin.fields
+        found[f"{part}.config.{name}" if own else f"train.{name}"] = where
+    return found

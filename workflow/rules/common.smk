@@ -2,17 +2,17 @@
 import warnings
 from pathlib import Path
 
-from workflow.ledger import gpus, gpus_here, record, threads
+from workflow.engines.dvc import follow, record
+from workflow.engines.snakemake import reconcile
+from workflow.machine import gpus, gpus_here, threads
 from workflow.plan import load
-from workflow.plan.runs import write_runs
-from workflow.plan.times import reconcile
 from workflow.plugins import ParamsError
 
 PARAMS, RESULTS, PYTHON = config["params"], config["results"], sys.executable
 LOGS = (Path(RESULTS).parent / "logs").as_posix()
 DEFAULT = (PARAMS, RESULTS) == ("params.yaml", "results")
 # The command of a job is the same under both engines; other files than the default ones are named.
-FILES = "" if DEFAULT else f"--params {PARAMS!r} --results {RESULTS!r}"
+FILES = [] if DEFAULT else ["--params", PARAMS, "--results", RESULTS]
 
 # Snakemake runs its files without a name, and Python drops the warnings of code that has none.
 __name__ = "Snakefile"
@@ -25,7 +25,7 @@ except ParamsError as error:
 if workflow.is_main_process:
     reconcile(plan)
     if DEFAULT:
-        write_runs(plan)
+        follow(plan)
     if workflow.nodes is not None:  # a cluster
         if plan.compute["device"] == "auto" and not gpus_here():
             warnings.warn(
@@ -45,6 +45,7 @@ def training_gpus(id):
 
 
 wildcard_constraints:
+    data=r"[a-z0-9][a-z0-9_-]*",
     target=r"[a-z0-9][a-z0-9_-]*",
     run=r"[a-z0-9][a-z0-9_-]*-s\d+",
     task=r"[a-z0-9][a-z0-9_-]*",
@@ -54,7 +55,7 @@ def manifests(id):
     """The manifests that a job of the plan reads."""
     if id not in plan.jobs:
         raise WorkflowError(f"{PARAMS} has no job {id!r}; `python -m workflow.plan` lists the jobs")
-    return [plan.jobs[name].manifest for name in plan.jobs[id].inputs]
+    return [plan.jobs[name].manifest for name in plan.jobs[id].inputs.values()]
 
 
 def target_inputs(wildcards):

@@ -2,11 +2,11 @@ rule data:
     input:
         "stages/data.py",
     output:
-        f"{RESULTS}/data/manifest.json",
+        f"{RESULTS}/data/{{data}}/manifest.json",
     log:
-        f"{LOGS}/data.log",
+        f"{LOGS}/data/{{data}}.log",
     benchmark:
-        f"{LOGS}/benchmarks/data.tsv"
+        f"{LOGS}/benchmarks/data/{{data}}.tsv"
     conda:
         "../envs/mimlab.yaml"
     threads: 2
@@ -17,4 +17,4 @@ rule data:
         python=PYTHON,
         files=FILES,
     shell:
-        "{params.python} -m stages.data {params.files} 2> {log}"
+        "{params.python:q} -m stages.data --name {wildcards.data} {params.files:q} 2> {log:q}"

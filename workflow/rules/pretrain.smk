@@ -19,4 +19,4 @@ rule pretrain:
         python=PYTHON,
         files=FILES,
     shell:
-        "{params.python} -m stages.pretrain --run {wildcards.run} {params.files} 2> {log}"
+        "{params.python:q} -m stages.pretrain --run {wildcards.run} {params.files:q} 2> {log:q}"

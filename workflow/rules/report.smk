@@ -30,4 +30,4 @@ rule report:
         python=PYTHON,
         files=FILES,
     shell:
-        "{params.python} -m stages.report {params.files} 2> {log}"
+        "{params.python:q} -m stages.report {params.files:q} 2> {log:q}"

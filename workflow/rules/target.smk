@@ -19,4 +19,4 @@ rule target:
         python=PYTHON,
         files=FILES,
     shell:
-        "{params.python} -m stages.target --name {wildcards.target} {params.files} 2> {log}"
+        "{params.python:q} -m stages.target --name {wildcards.target} {params.files:q} 2> {log:q}"

@@ -18,4 +18,4 @@ rule transfer:
         python=PYTHON,
         files=FILES,
     shell:
-        "{params.python} -m stages.transfer --run {wildcards.run} --task {wildcards.task} {params.files} 2> {log}"
+        "{params.python:q} -m stages.transfer --run {wildcards.run} --task {wildcards.task} {params.files:q} 2> {log:q}"

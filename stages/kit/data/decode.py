@@ -4,47 +4,30 @@
 16-bit, palette, alpha, grey, EXIF orientation, first frame of an animation) and raises `Broken`
 with a short reason for the rest, so that the caller can put the file aside. Choices that are ours:
 
-* transparent pixels are laid over white (dropping alpha would show whatever colour lies hidden
-  beneath);
-* 16-bit values are divided by 257 (full range to full range, never stretched per image: brightness
-  stays comparable);
-* only common photo formats are tried, so a file cannot reach the decoders that call other programs
-  (EPS, PDF);
-* the number of pixels is checked in the header before anything is unpacked.
+* Transparent pixels are laid over white. Without alpha, whatever colour lies hidden beneath would
+  show.
+* 16-bit values are divided by 257: full range to full range. They are never stretched per image, so
+  that brightness stays comparable.
+* Only common photo formats are tried. So a file cannot reach the decoders that call other programs
+  (EPS, PDF).
+* The number of pixels is checked in the header before anything is unpacked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's default limit: 256 MiB as RGB
-LONGEST = (
-    16  # aspect ratio beyond which the far ends, which never reach the centre square, are cut early
-)
-EXTENSIONS = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".gif",
-    ".bmp",
-    ".dib",
-    ".tif",
-    ".tiff",
-    ".webp",
-}
-EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".mpo"}
+# Aspect ratio beyond which the far ends, which never reach the centre square, are cut off early.
+LONGEST = 16
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
+EXTENSIONS |= {".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".mpo"}
 
 Image.init()
 FORMATS = tuple(
@@ -52,14 +35,13 @@ FORMATS = tuple(
     for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "MPO")
     if name in Image.OPEN
 )
-warnings.filterwarnings(
-    "ignore", category=Image.DecompressionBombWarning
-)  # `decode` checks the size itself
+# `decode` checks the size itself.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Broken(ValueError):
-    """An image that cannot be used: `.reason` is a short word to count, `.detail` what the decoder
-    said.
+    """An image that cannot be used. `reason` is a short word, to be counted; `detail` is what the
+    decoder said.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -138,8 +120,8 @@ def _upright(image: Image.Image) -> Image.Image | None:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """(H, W) integers in 0..65535, or floats in 0..1, -> uint8. Anything else is `Broken`: no scale
-    is known for it.
+    """(H, W) integers in 0..65535, or floats in 0..1, -> uint8. Raises `Broken` for other values,
+    whose scale is not known.
     """
     low, high = values.min(), values.max()
     top = 1 if values.dtype.kind == "f" else 65535
@@ -158,16 +140,35 @@ def square(image: np.ndarray, size: int, nearest: bool = False) -> np.ndarray:
     height, width = image.shape[:2]
     if height == width == size:
         return image
-    short = min(height, width)
-    cut_y, cut_x = (max(0, (side - LONGEST * short) // 2) for side in (height, width))
+    (cut_y, cut_x), (new_height, new_width), (top, left) = _placed(height, width, size)
     if cut_y or cut_x:
         image = np.ascontiguousarray(image[cut_y : height - cut_y, cut_x : width - cut_x])
-        height, width = image.shape[:2]
-    new_height, new_width = int(size * height / short), int(size * width / short)
     how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
     resized = np.asarray(Image.fromarray(image).resize((new_width, new_height), how))
-    top, left = int(round((new_height - size) / 2.0)), int(round((new_width - size) / 2.0))
     return np.ascontiguousarray(resized[top : top + size, left : left + size])
+
+
+def square_boxes(boxes: np.ndarray, height: int, width: int, size: int) -> np.ndarray:
+    """Boxes float64 (m, 5), x, y, width, height in pixels and class, of an image of height x width
+    pixels -> the same in the pixels of its `square`. They may reach beyond its edges.
+    """
+    if height == width == size:
+        return boxes
+    (cut_y, cut_x), (new_height, new_width), (top, left) = _placed(height, width, size)
+    down, across = new_height / (height - 2 * cut_y), new_width / (width - 2 * cut_x)
+    x, y, w, h, kind = boxes.T
+    moved = [(x - cut_x) * across - left, (y - cut_y) * down - top, w * across, h * down, kind]
+    return np.stack(moved, 1)
+
+
+def _placed(height: int, width: int, size: int) -> tuple[tuple[int, int], ...]:
+    """How `square` treats an image: rows and columns cut off at either end, height and width after
+    the resize, top and left of the square in that.
+    """
+    short = min(height, width)
+    cut_y, cut_x = (max(0, (side - LONGEST * short) // 2) for side in (height, width))
+    new = int(size * (height - 2 * cut_y) / short), int(size * (width - 2 * cut_x) / short)
+    return (cut_y, cut_x), new, tuple(int(round((side - size) / 2.0)) for side in new)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Pixels:
     square: np.ndarray  # (S, S, 3) uint8, see `square`
     digest: bytes  # of the decoded pixels at full size: equal pixels, equal digest
     notes: tuple[str, ...]  # conversions, see `decode`
-    short: int  # short side of the original, pixels
+    shape: tuple[int, int]  # height and width of the original
     sums: np.ndarray  # (2, 3) int64: sum and sum of squares of each channel of the square
 
 
@@ -192,35 +193,17 @@ def prepare(image: bytes | np.ndarray, size: int) -> Pixels:
     flat = small.reshape(-1, 3).astype(np.int64)
     sums = np.stack([flat.sum(0), (flat * flat).sum(0)])
     encoded = encode_png(pixels) if rendered else image
-    return Pixels(encoded, small, digest.digest(), notes, min(pixels.shape[:2]), sums)
+    return Pixels(encoded, small, digest.digest(), notes, pixels.shape[:2], sums)
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 -> PNG bytes, the same bytes every time."""
+    """(H, W, 3) or (H, W) uint8 -> PNG bytes, the same bytes every time."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def ordered_map(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """Like `map`, in a pool of threads, in order, with only a few items in flight (bounded memory)."""
-    if threads <= 1:
-        yield from map(function, items)
-        return
-    pending: deque = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) >= 8 * threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+def decode_mask(data: bytes) -> np.ndarray:
+    """The inverse of `encode_png` for a mask: (H, W) uint8."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return np.asarray(image)

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from stages.kit.job.files import JobError
+from workflow.files import JobError
 
 
 def locked(path: Path):
@@ -32,22 +32,19 @@ def locked(path: Path):
 
 
 def _opened(path: Path):
-    """The file, made if missing; the caller closes it. Another user's can be locked by who may only
-    read it.
-    """
+    """The file, made if missing; the caller closes it."""
     try:
         return open(path, "a")
-    except PermissionError:
+    except PermissionError:  # another user's; to lock a file, reading it is enough
         return open(path)
 
 
 def choose_device(wanted: str, held: contextlib.ExitStack):
-    """The torch.device for `wanted` ("auto", "cpu", "cuda", "cuda:1"). JobError when it is not
-    there.
+    """The torch.device for `wanted`: "auto", "cpu", "cuda", "cuda:1". JobError if it is not there.
 
-    With CUDA, each job takes a device of its own and gives it back when `held` closes: the first
-    one that no other job has locked, waiting if all are. The processes of torchrun share those that
-    their launcher has locked (kit/job/launch.py), one each.
+    With CUDA each job has a device of its own until `held` closes: the first one that no other job
+    has locked. If all are locked it waits. Of the processes of torchrun each takes one of the
+    devices that their launcher has locked (kit/job/launch.py).
     """
     import torch
 
@@ -58,9 +55,10 @@ def choose_device(wanted: str, held: contextlib.ExitStack):
     if "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= count:
+            processes = os.environ.get("LOCAL_WORLD_SIZE", "several")
             raise JobError(
-                f"{os.environ.get('LOCAL_WORLD_SIZE', 'several')} processes need a CUDA device each, but torch sees "
-                f"{count}; use fewer in compute.processes"
+                f"{processes} processes need a CUDA device each, but torch sees {count}; use fewer "
+                "in compute.processes"
             )
     elif ":" in wanted:
         device = torch.device(wanted)
@@ -82,13 +80,12 @@ def choose_device(wanted: str, held: contextlib.ExitStack):
 
 
 def resolved(wanted: str) -> str:
-    """What "auto" means here: cuda or cpu; anything else stays. Apple's MPS has no float64, which a
-    training needs.
-    """
+    """What "auto" means here, "cuda" or "cpu"; anything else stays."""
     import torch
 
     if wanted != "auto":
         return wanted
+    # Apple's MPS is never chosen: it has no float64, which a training needs.
     return "cuda" if torch.cuda.device_count() else "cpu"
 
 
@@ -99,13 +96,15 @@ def cuda_count(wanted: str) -> int:
     if count := torch.cuda.device_count():
         return count
     raise JobError(
-        f"compute.device: {wanted} is wanted, but torch {torch.__version__} sees no CUDA device; use auto or cpu"
+        f"compute.device: {wanted} is wanted, but torch {torch.__version__} sees no CUDA device; "
+        "use auto or cpu"
     )
 
 
 def take_gpus(count: int, wanted: int, held: contextlib.ExitStack) -> list[str]:
-    """Lock `wanted` of the `count` GPUs that are visible, and make them the only ones where CUDA
-    has not started yet.
+    """Lock `wanted` of the `count` visible GPUs; their names.
+
+    CUDA, where it has not started yet, sees only these until `held` closes.
     """
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = hold(visible(count), wanted, held)
@@ -115,21 +114,21 @@ def take_gpus(count: int, wanted: int, held: contextlib.ExitStack) -> list[str]:
 
 
 def visible(count: int) -> list[str]:
-    """The names of the first `count` GPUs that this process may use: their numbers, or as the
-    launcher calls them.
+    """Names of the first `count` GPUs that this process may use: their numbers, or what
+    CUDA_VISIBLE_DEVICES calls them.
     """
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        [n.strip() for n in names.split(",")][:count] if names else [str(i) for i in range(count)]
-    )
+    if names:
+        return [name.strip() for name in names.split(",")][:count]
+    return [str(number) for number in range(count)]
 
 
 def hold(names: list[str], wanted: int, held: contextlib.ExitStack) -> list[str]:
-    """Lock the first `wanted` free ones of these GPUs; wait, and say so once, while there are not
-    enough.
+    """Lock the first `wanted` free GPUs of these; wait, and say so once, while there are too few.
 
-    All or none, and one process at a time looks: two jobs that want two GPUs each cannot end up
-    with one each, waiting for the other. The locks open when `held` closes or the process ends.
+    It locks all or none, and one process at a time looks. Otherwise two jobs that want two GPUs
+    each could hold one each and wait for the other. The locks open when `held` closes or the
+    process ends.
     """
     said = False
     while True:
@@ -139,9 +138,8 @@ def hold(names: list[str], wanted: int, held: contextlib.ExitStack) -> list[str]
             for name in names:
                 if len(free) < wanted and (file := locked(_lock_file(name))) is not None:
                     free[name] = found.enter_context(file)
-                    os.set_inheritable(
-                        file.fileno(), True
-                    )  # kit/job/launch.py turns into another program and keeps it
+                    # kit/job/launch.py becomes another program, which has to keep the lock
+                    os.set_inheritable(file.fileno(), True)
             if len(free) == wanted:
                 held.push(found.pop_all())
                 return list(free)
@@ -157,12 +155,12 @@ def hold(names: list[str], wanted: int, held: contextlib.ExitStack) -> list[str]
 
 
 def _lock_file(name: str) -> Path:
-    """One file per GPU of this machine, made if missing, for every user whatever the umask of the
-    first one is.
+    """The lock file of a GPU, made if missing. Every user may lock it, whatever the umask is.
 
-    Slurm may call each job's own GPU 0: there, one per GPU of the job.
+    Inside a Slurm job the file is the job's own: Slurm may call the GPU of every job 0.
     """
-    place = "-".join(["mimlab", *filter(None, [os.environ.get("SLURM_JOB_ID")]), "gpu", name])
+    slurm = os.environ.get("SLURM_JOB_ID")
+    place = f"mimlab-{slurm}-gpu-{name}" if slurm else f"mimlab-gpu-{name}"
     path = Path(tempfile.gettempdir()) / f"{re.sub(r'[^A-Za-z0-9.-]', '_', place)}.lock"
     umask = os.umask(0)
     try:

@@ -1,74 +1,48 @@
-"""One job from its first to its last act: a clean output folder, one process at a time, a manifest
-when all went well.
+"""One job from first to last: a clean output folder, one process, a manifest at the end.
 
     plan = load(args.params, args.results)
     with running(plan.jobs["pretrain/mae-s0"], plan) as run:
         ...  # write into run.out, keep checkpoints in run.work, fill run.summary
 
-`manifest.json` is written last and atomically, so an output folder with one is complete and one
-without is not. Work in progress lives in `work/<fingerprint>/` beside the results, where no engine
-deletes it and only an identical job finds it. Imports torch only when a device is asked for.
+`manifest.json` is written last and atomically: an output folder that has one is complete, one that
+has none is not. Work in progress lies in `work/<fingerprint>/` beside the results. No engine
+deletes that folder, and only an identical job finds it. Imports torch only when a device is asked
+for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
-import signal
-import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from stages.kit.job.device import choose_device, locked
-from stages.kit.job.files import JobError, disk_full, is_full, sha256, write_atomic, write_json
+from stages.kit.job.process import barrier, rank, set_threads, terminable, threads
 from stages.kit.job.provenance import environment, git_state, peak_mb
 from stages.kit.job.track import tracked
+from workflow.engines import dvc
+from workflow.files import JobError, disk_full, is_full, sha256, write_atomic, write_json
+from workflow.manifest import Manifest
+from workflow.plan import Job, Plan
 
-__all__ = ["JobError", "Run", "command", "running", "sha256", "write_atomic", "write_json"]
-
-# No library may report home about a run; set before any of them is imported.
-QUIET = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "1",
-    "DVC_NO_ANALYTICS": "1",
-}
-for _name, _value in QUIET.items():
-    os.environ.setdefault(_name, _value)
-
-
-def _show(kind, error, trace, default=sys.excepthook) -> None:
-    """Errors meant for the user (`plain`) are shown as their message alone; all others as Python
-    does.
-    """
-    if getattr(error, "plain", False):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        default(kind, error, trace)
-
-
-sys.excepthook = _show
-
-
-# --------------------------------------------------------------------------------------------------------
-# run
+__all__ = ["JobError", "Run", "running", "sha256", "write_atomic", "write_json"]
 
 
 @dataclass
 class Run:
-    """A job that is running. Fill `summary` with a few numbers: they go into the manifest and the
-    line printed.
+    """A job that is running.
+
+    out: the output folder; work: the folder for checkpoints; compute: the section of params.yaml;
+    summary: a few numbers for the manifest and for the line that is printed at the end.
     """
 
-    job: Any
-    plan: Any
+    job: Job
+    plan: Plan
     out: Path
     work: Path
     compute: dict
@@ -77,106 +51,97 @@ class Run:
 
     @cached_property
     def device(self):
-        """The torch.device to use, chosen (and with several GPUs locked for this job) when first
-        asked for.
-        """
+        """The torch.device to use. It is chosen, and a GPU locked, when it is first asked for."""
         return choose_device(self.compute["device"], self._held)
 
-    def input(self, id: str) -> Path:
-        """The output folder of an input job. JobError when that job has not finished, or was
-        another one than this plan's: the manifest to be written says that the input is this plan's.
+    @property
+    def device_name(self) -> str:
+        """The device that the job has asked for so far, "none" if it has not."""
+        return str(self.__dict__.get("device", "none"))
+
+    def input(self, role: str) -> Path:
+        """The output folder of the input with this role, such as "data" or "encoder".
+
+        KeyError if the job has no such input. JobError if that input is not finished, or was made
+        by another plan: the manifest to be written says that it is this plan's.
         """
-        if id not in self.job.inputs:
-            raise KeyError(f"{id} is not among the inputs {self.job.inputs} of {self.job.id}")
-        source = self.plan.jobs[id]
-        found = (self.plan.manifest(id) or {}).get("fingerprint")
-        if found != source.fingerprint:
-            state = f"is out of date (fingerprint {str(found)[:12]}, expected {source.fingerprint[:12]})"
-            raise JobError(f"{self.job.id} needs {id}, but {source.manifest} "
-                           f"{state if source.manifest.is_file() else 'does not exist'}: run "
-                           f"`snakemake --cores all {source.manifest}` or "
-                           f"`{command(source)}` first")  # fmt: skip
-        return source.output
-
-
-def command(job) -> str:
-    """The command that runs a job, as both engines call it."""
-    names = {"target": ["--name"], "pretrain": ["--run"], "transfer": ["--run", "--task"]}.get(
-        job.stage, []
-    )
-    return " ".join(
-        [
-            "python",
-            "-m",
-            f"stages.{job.stage}",
-            *(f"{o} {v}" for o, v in zip(names, job.name.split("/"))),
-        ]
-    )
+        source = self.plan.jobs[self.job.inputs[role]]
+        manifest = self.plan.manifest(source.id)
+        if manifest is not None and manifest.fingerprint == source.fingerprint:
+            return source.output
+        state = "does not exist"
+        if manifest is not None:
+            made, expected = manifest.fingerprint[:12], source.fingerprint[:12]
+            state = f"is out of date (fingerprint {made}, expected {expected})"
+        raise JobError(
+            f"{self.job.id} needs {source.id}, but {source.manifest} {state}: run "
+            f"`snakemake --cores all {source.manifest}` or `{source.command}` first"
+        )
 
 
 @contextlib.contextmanager
-def running(job, plan):
-    """Run a job of a plan: yields its Run; on a normal end writes the manifest, else leaves none.
+def running(job: Job, plan: Plan):
+    """Run a job of a plan: yields its Run, and on a normal end writes the manifest.
 
     Under torchrun only rank 0 touches the output folder; the others wait until it is clean. An
-    exception, SIGTERM and SIGINT (as SystemExit 143 and 130) pass through; the work folder stays
-    for the next attempt. JobError when the same job is running already, and when the disk is full:
-    the output folder is then emptied, so that no half-written file stands under its final name.
+    exception passes through, as do SIGTERM and SIGINT (as SystemExit 143 and 130); then there is no
+    manifest, and the work folder stays for the next attempt. JobError when the same job is running
+    already, and when the disk is full: the output folder is then emptied, so that no half-written
+    file stands under its final name.
     """
-    main, began, clock = _rank() == 0, datetime.now(UTC), time.monotonic()
+    main, began, clock = rank() == 0, datetime.now(UTC), time.monotonic()
     work = plan.results.parent / "work" / job.fingerprint
     with contextlib.ExitStack() as held:
         run = Run(job, plan, job.output, work, dict(plan.compute), _held=held)
-        held.enter_context(_terminable())
+        held.enter_context(terminable())
         if main:
             held.enter_context(_alone(job, plan))
-            with _space(work):
+            with _told_if_full(work):
                 _clear(job.output)
                 work.mkdir(parents=True, exist_ok=True)
-        _barrier()
-        _set_threads(run.compute["threads"])
+        barrier()
+        set_threads(run.compute["threads"])
         if main:
             held.enter_context(tracked(run))
-        with _space(run.out, empty=main):
+        with _told_if_full(run.out, empty=main):
             yield run
-            _barrier()
+            barrier()
             if main:
                 _finish(run, began, time.monotonic() - clock)
 
 
 def _finish(run: Run, began: datetime, wall: float) -> None:
-    """The last act: manifest, work folder away, one line for the terminal."""
-    job, out = run.job, run.out
-    files = sorted(p for p in out.rglob("*") if p.is_file())
-    manifest = {
-        "job": job.id,
-        "stage": job.stage,
-        "name": job.name,
-        "fingerprint": job.fingerprint,
-        "params": job.params,
-        "code": job.hashes,
-        "inputs": {i: run.plan.jobs[i].fingerprint for i in job.inputs},
-        "outputs": {p.relative_to(out).as_posix(): sha256(p) for p in files},
-        "environment": environment(),
-        "git": git_state(run.plan.root),
-        "wall_s": round(wall, 3),
-        "peak_memory_mb": round(peak_mb()),
-        "device": str(run.__dict__.get("device", "none")),
-        "threads": _threads(run.compute["threads"]),
-        "summary": run.summary,
-        "created": began.isoformat(timespec="seconds"),
+    """The last act: the manifest is written, the work folder goes, one line is printed."""
+    job, out, jobs = run.job, run.out, run.plan.jobs
+    inputs = {
+        role: {"job": id, "fingerprint": jobs[id].fingerprint} for role, id in job.inputs.items()
     }
-    write_json(job.manifest, manifest)
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    manifest = Manifest(
+        job=job.id,
+        stage=job.stage,
+        name=job.name,
+        fingerprint=job.fingerprint,
+        params=job.params,
+        code=job.hashes,
+        inputs=inputs,
+        outputs={path.relative_to(out).as_posix(): sha256(path) for path in files},
+        environment=environment(),
+        git=git_state(run.plan.root),
+        wall_s=round(wall, 3),
+        peak_memory_mb=round(peak_mb()),
+        device=run.device_name,
+        threads=threads(run.compute["threads"]),
+        summary=run.summary,
+        created=began.isoformat(timespec="seconds"),
+    )
+    write_atomic(job.manifest, manifest.text())
+    dvc.note(job, run.plan)
     shutil.rmtree(run.work, ignore_errors=True)
-    shown = " ".join(
-        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
-        for k, v in run.summary.items()
-        if not isinstance(v, (dict, list))
-    )
-    print(
-        f"{job.id}: {shown + ' ' if shown else ''}({wall:.1f} s, {manifest['peak_memory_mb']} MB)",
-        flush=True,
-    )
+    numbers = {k: v for k, v in run.summary.items() if not isinstance(v, (dict, list))}
+    shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items()]
+    spent = f"({wall:.1f} s, {manifest.peak_memory_mb} MB)"
+    print(" ".join([f"{job.id}:", *shown, spent]), flush=True)
 
 
 def _clear(folder: Path) -> None:
@@ -191,10 +156,8 @@ def _clear(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _space(path: Path, empty: bool = False):
-    """A full disk anywhere inside becomes a JobError that says so, and if asked for `path` becomes
-    an empty folder.
-    """
+def _told_if_full(path: Path, empty: bool = False):
+    """Turn any error of a full disk into a JobError that says so; `empty`: then empty `path`."""
     try:
         yield
     except Exception as error:
@@ -208,70 +171,16 @@ def _space(path: Path, empty: bool = False):
 
 
 @contextlib.contextmanager
-def _terminable():
-    """SIGTERM and SIGINT end the job like an exception, so that temporary files go and locks open.
-    Inside, the loop may do better.
-    """
-    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    if threading.current_thread() is not threading.main_thread():
-        defaults = {}
-    ours = {number: old for number, old in defaults.items() if signal.getsignal(number) == old}
-    for number in ours:
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        for number, old in ours.items():
-            signal.signal(number, old)
-
-
-# ------------------------------------------------------------------------------------------------------
-# locks
-
-
-@contextlib.contextmanager
-def _alone(job, plan):
+def _alone(job: Job, plan: Plan):
     """One process per job and results folder; the lock ends with the process, however that ends."""
     folder = plan.results.parent / "work" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    file = locked(
-        folder / f"{hashlib.sha256(str(job.output.resolve()).encode()).hexdigest()[:16]}.lock"
-    )
+    name = hashlib.sha256(str(job.output.resolve()).encode()).hexdigest()[:16]
+    file = locked(folder / f"{name}.lock")
     if file is None:
         raise JobError(
-            f"{job.id} is running already in another process on {job.output}; wait for it or stop it"
+            f"{job.id} is running already in another process on {job.output}; wait for it or "
+            "stop it"
         )
     with file:
         yield
-
-
-# ------------------------------------------------------------------------------------- processes
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
-
-
-def _barrier() -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from stages.kit import dist
-
-        dist.barrier()
-
-
-def _set_threads(wanted: int | None) -> None:
-    """`wanted` are those of the job; its processes share them."""
-    if wanted:
-        wanted = max(1, wanted // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        os.environ["OMP_NUM_THREADS"] = str(wanted)
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(wanted)
-
-
-def _threads(wanted: int | None) -> int:
-    torch = sys.modules.get("torch")
-    return (
-        torch.get_num_threads()
-        if torch
-        else wanted or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    )

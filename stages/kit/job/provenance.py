@@ -1,6 +1,4 @@
-"""On what a job ran: versions, machine, commit, memory. Imports no torch, only asks it when it is
-there.
-"""
+"""Where a job ran: versions, machine, commit, memory. Imports no torch; asks it if it is there."""
 
 from __future__ import annotations
 
@@ -12,19 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "safetensors", "datasets", "scikit-learn")
+
 
 def environment() -> dict:
     """Versions, platform and hardware on which a job ran."""
     versions = {}
-    for name in (
-        "torch",
-        "torchvision",
-        "timm",
-        "numpy",
-        "safetensors",
-        "datasets",
-        "scikit-learn",
-    ):
+    for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     torch, gpu = sys.modules.get("torch"), None
@@ -48,18 +40,14 @@ def _cpu() -> str:
 
 
 def git_state(root: Path) -> dict | None:
-    """{"commit", "dirty"} of the repository around `root`, None outside of one. Dirty: tracked
-    files were changed.
+    """{"commit", "dirty"} of the repository around `root`; None outside of one.
+
+    Dirty: tracked files differ from the commit.
     """
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        command = ["git", "-C", str(root), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
         return done.stdout.strip()
 
     try:

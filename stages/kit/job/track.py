@@ -29,8 +29,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.kit.job.files import write_json
 from stages.kit.job.provenance import git_state
+from workflow.files import write_json
 
 IDLE = 10.0  # seconds without a running job after which the courier leaves
 WAIT = 2.0  # seconds that a finished job waits for its delivery at most

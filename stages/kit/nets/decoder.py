@@ -11,7 +11,7 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from stages.kit.nets.encoders import xavier_init
+from stages.kit.nets.init import xavier_init
 from stages.kit.nets.masks import take
 from stages.kit.nets.positions import sincos_2d
 
@@ -20,7 +20,7 @@ class Decoder(nn.Module):
     """Encoded tokens of the visible patches -> a prediction of every patch.
 
     width: of the encoded tokens; out: numbers predicted of each token; grid: patches along a side;
-    prefix: tokens before the patches, which go through the blocks with them; cls: predict something
+    prefix: tokens before the patches, which go through the blocks with them; with_cls: predict something
     of the first of these, too; drop_path: in the last block, rising to it from 0.
     """
 
@@ -34,12 +34,12 @@ class Decoder(nn.Module):
         heads: int,
         *,
         prefix: int = 0,
-        cls: bool = False,
+        with_cls: bool = False,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
     ):
         super().__init__()
-        self.prefix, self.cls = prefix, int(cls)
+        self.prefix, self.cls = prefix, int(with_cls)
         self.embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         positions = sincos_2d(dim, grid)
@@ -65,9 +65,15 @@ class Decoder(nn.Module):
         xavier_init(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
+    @staticmethod
+    def of(config, width: int, out: int, grid: int, **kw) -> Decoder:
+        """In the sizes of a Config that is a checks.Decoder."""
+        sizes = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
+        return Decoder(width, out, grid, *sizes, **kw)
+
     def forward(self, tokens: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Tokens (B,P+n,width) -> predictions (B,N,out) in the order of the image, before them the
-        class token's if `cls`.
+        class token's if `with_cls`.
 
         ids_restore (B,N): where each patch is in the sequence of the n visible ones and then the
         hidden ones, as `masks.random_masking` gives it.

@@ -33,11 +33,6 @@ def momentum(base: float, fraction: float, final: float = 1.0) -> float:
     return final - (final - base) * (math.cos(math.pi * min(max(fraction, 0.0), 1.0)) + 1) / 2
 
 
-def frozen(module: nn.Module) -> nn.Module:
-    """`module` itself with gradients off and in evaluation mode."""
-    return module.requires_grad_(False).eval()
-
-
 def _matched(teacher: dict, student: dict, kind: str) -> tuple[list, list]:
     missing = [name for name in teacher if name not in student]
     if missing:

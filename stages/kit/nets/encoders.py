@@ -1,332 +1,140 @@
-"""The encoders that are pretrained: timm models, and the few things that timm does not give.
+"""Encoders of every family, as methods, targets and tasks use them.
 
-Two families of ViT. "vit": timm's VisionTransformer, sizes from `params.yaml: model`. "beit":
-timm's Beit in the same sizes, with one relative-position table shared by all blocks and no absolute
-positions, as BEiT v2 pretrains (arXiv 2208.06366). A method chooses between them. A model with a
-list of depths is a Swin (arXiv 2103.14030; V2: 2111.09883) whichever the method would choose, each
-stage after the first halving the grid and doubling the width:
+A family is a file in stages/encoders; `create` makes a fresh encoder of the family that the data's
+spec names, and the two forward passes that masked image modelling knows work on all that can:
 
-    model: {name: swin_tiny_patch4_window7_224, patch_size: 2, embed_dim: 48, depth: [2, 2, 4],
-            num_heads: [3, 6, 12], window_size: 4}       # 32 px: grids of 16, 8 and 4, last width
-            192
+    visible(encoder, images, ids)            hidden patches are dropped before the first layer
+    masked(encoder, images, mask, token)     hidden patches are replaced by a mask token
 
-A model named convvit_* is a ViT behind masked convolutions (kit/nets/hybrid.py); `args` has their
-sizes:
-
-    model: {name: convvit_tiny_patch8_64, patch_size: 8, embed_dim: 192, depth: 8, num_heads: 3,
-            args: {conv_dims: [48, 96], conv_depths: [1, 1]}}
+Both give the same dict: "tokens" (B,P+n,D), prefix first; "cls" (B,D), the class token or, without
+one, the mean of the patches; "patch" (B,n,D); "taps" {block: tokens there}, before the last norm;
+"bias", the relative positions that all blocks share, for blocks that a method adds, or None.
 
 An exported folder is a plain timm folder: `timm.create_model("local-dir:FOLDER", pretrained=True)`
-gives bit-equal features and carries the data set's mean and std in `pretrained_cfg`. Tokens are
-ordered prefix (cls, registers; a Swin has none) first, then patches row by row.
+gives bit-equal features and carries the data set's mean and std in `pretrained_cfg`.
 """
 
 from __future__ import annotations
 
-import math
+import json
+import re
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.models.beit import Beit
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from stages.kit.nets import hybrid
-from stages.kit.nets.masks import take
-from stages.kit.nets.patches import PatchConv, patchify, project
-from stages.kit.nets.positions import sincos_2d
-
-BEIT = "beitv2_base_patch16_224"
-SWIN = (SwinTransformer, SwinTransformerV2)
-LEAK = "convolutions have mixed hidden patches into the others' tokens; use `visible`"
+from workflow import plugins
 
 
-def create(spec, family: str = "vit", **kw) -> nn.Module:
-    """A freshly initialised encoder without head for `spec` (kit/spec.py); **kw overrides its timm
-    arguments.
+def create(
+    spec, style: str = "timm", *, drop_path: float = 0.0, layer_scale=None, **kw
+) -> nn.Module:
+    """A fresh encoder without a head for `spec` (kit/spec.py).
 
-    family "vit": `spec.model["name"]`, the last norm kept before pooling; "beit": shared
-    relative-position bias, no absolute positions, layer scale 0.1; of a Swin there is one kind,
-    whatever the family. No drop path unless asked for. Raises ValueError naming the key of `model`
-    at fault.
+    style: "timm", "sincos" or "beit", see stages/encoders. drop_path rises linearly over the blocks
+    to this; layer_scale None: the style's own. `kw` goes to timm. ValueError names the key of
+    `model` at fault.
     """
-    model = spec.model
-    if spec.image_size % spec.stride:
-        raise ValueError(
-            f"model.patch_size: {model['patch_size']} gives tokens of {spec.stride} pixels, which do "
-            f"not divide data.image_size {spec.image_size}"
-        )
-    if family not in ("vit", "beit"):
-        raise ValueError(f"encoder family: found {family!r}, expected 'vit' or 'beit'")
-    name, cls, args = model["name"], VisionTransformer, {"global_pool": "token"}
-    args |= {
-        key: model[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    }
-    if name in hybrid.default_cfgs:
-        args["global_pool"] = "avg"  # it has no class token
-    if spec.hierarchical:
-        cls = SWIN
-        args |= {
-            "global_pool": "avg",
-            "window_size": model.get("window_size"),
-            "drop_path_rate": 0.0,
-        }
-        args["depths"] = args.pop("depth")
-    elif family == "beit":
-        name, cls = BEIT, Beit
-        args |= {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "init_values": 0.1}
-    args |= {**model.get("args", {}), **kw}
-    if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(), 3)
-        raise ValueError(
-            f"model.name: timm has no {name!r}" + (f"; near: {', '.join(near)}" if near else "")
-        )
-    try:
-        encoder = timm.create_model(name, num_classes=0, img_size=spec.image_size, **args)
-    except (TypeError, IndexError, AssertionError) as error:
-        raise ValueError(f"model: timm cannot build {name!r} with {args}: {error}") from error
-    if not isinstance(encoder, cls):
-        expected = (
-            "a Swin such as 'swin_tiny_patch4_window7_224' where depth is a list"
-            if spec.hierarchical
-            else f"a {cls.__name__} such as 'vit_tiny_patch16_224'"
-        )
-        raise ValueError(
-            f"model.name: {name!r} is a {type(encoder).__name__}, expected {expected} (the other "
-            "keys of model set its sizes)"
-        )
-    if not isinstance(encoder, hybrid.ConvViT):
-        PatchConv.of(encoder.patch_embed.proj)
+    if style not in spec.model.styles:
+        expected = " or ".join(map(repr, spec.model.styles))
+        raise ValueError(f"style: found {style!r}, expected {expected} of a {spec.kind}")
+    family = plugins.module("encoder", spec.kind)
+    encoder = family.create(spec, style, drop_path=drop_path, layer_scale=layer_scale, **kw)
+    encoder.family = spec.kind
     return encoder
 
 
-def sincos_vit(spec, **kw) -> VisionTransformer:
-    """MAE's encoder (arXiv 2111.06377): xavier weights and fixed sin-cos positions, zero for the
-    prefix.
-    """
-    if spec.hierarchical:
-        raise ValueError(
-            f"model.name: {spec.model['name']!r} has no positions of its own, expected a ViT"
-        )
-    encoder = create(spec, "vit", **kw)
-    xavier_init(encoder.blocks)
-    projection = (
-        encoder.patch_embed.proj.weight
-    )  # as the linear layer that it is; bias: torch's default
-    nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
-    for token in (encoder.cls_token, encoder.reg_token):
-        if token is not None:
-            nn.init.normal_(token, std=0.02)
-    if encoder.pos_embed is None:
-        raise ValueError(
-            "model.args.pos_embed: found 'none', expected 'learn' (to hold sin-cos positions)"
-        )
-    table = sincos_2d(encoder.embed_dim, encoder.patch_embed.grid_size)
-    with torch.no_grad():
-        encoder.pos_embed.zero_()[0, -len(table) :].copy_(table)
-    encoder.pos_embed.requires_grad_(False)
-    return encoder
-
-
-def beit_vit(spec, **kw) -> Beit:
-    """BEiT's encoder (arXiv 2106.08254): shared relative positions, cut normal weights, block n's
-    outputs over sqrt(2 n).
-    """
-    encoder = create(spec, "beit", **kw)
-    trunc_init(encoder)
-    scale_by_depth(encoder.blocks)
-    nn.init.trunc_normal_(encoder.cls_token, std=0.02, a=-0.02, b=0.02)
-    return encoder
-
-
-def xavier_init(module: nn.Module) -> None:
-    """Xavier-uniform weights (a fused qkv as one matrix) and zero biases below `module`; norms at 1
-    and 0.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.LayerNorm) and layer.elementwise_affine:
-            nn.init.ones_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-
-def trunc_init(module: nn.Module, std: float = 0.02) -> None:
-    """BEiT's initial weights (arXiv 2106.08254, official code): those of linear and convolution
-    layers below `module` normal of deviation `std` and cut there, their biases zero.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(layer.weight, std=std, a=-std, b=std)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
-
-@torch.no_grad()
-def scale_by_depth(blocks, first: int = 1) -> None:
-    """Divides both output projections of block n, counted from `first`, by sqrt(2 n), as BEiT's
-    code does.
-    """
-    for number, block in enumerate(blocks, start=first):
-        block.attn.proj.weight.div_(math.sqrt(2 * number))
-        block.mlp.fc2.weight.div_(math.sqrt(2 * number))
-
-
-# --- pieces of the forward pass
-# -----------------------------------------------------------------------------
-
-
-def patch_tokens(
-    encoder: nn.Module,
-    images: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    mask_token: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Normalised images (B,3,H,W) -> patch tokens (B,N,D) before the blocks, with absolute
-    positions if any.
-
-    Where the bool mask (B,N) is True, mask_token (1,1,D) stands in the patch's place; its position
-    is added to it as to any other.
-    """
-    if mask is not None and isinstance(encoder, hybrid.ConvViT):
-        raise ValueError(f"mask_token: {LEAK}")
-    tokens = encoder.patch_embed(images)
-    tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # Swin's are a grid
-    if mask is not None:
-        tokens = torch.where(mask[..., None], mask_token, tokens)
-    if getattr(encoder, "pos_embed", None) is not None:
-        tokens = tokens + encoder.pos_embed[:, -tokens.shape[1] :]
-    return tokens
-
-
-def prefix_count(encoder: nn.Module) -> int:
-    """Tokens before the patches: cls and registers, none in a Swin."""
-    return getattr(encoder, "num_prefix_tokens", 0)
-
-
-def depths(encoder: nn.Module) -> tuple[int, ...]:
-    """Blocks of each stage; a ViT is one stage."""
-    return tuple(
-        len(stage.blocks) for stage in (encoder.layers if isinstance(encoder, SWIN) else (encoder,))
-    )
-
-
-def with_prefix(encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Put cls (and register) tokens, with their positions, before patch tokens: (B,n,D) ->
-    (B,P+n,D).
-    """
-    if prefix_count(encoder) == 0:
-        return tokens
-    both = (encoder.cls_token, getattr(encoder, "reg_token", None))
-    prefix = torch.cat([token for token in both if token is not None], dim=1)
-    if (
-        encoder.pos_embed is not None
-        and encoder.pos_embed.shape[1] > encoder.patch_embed.num_patches
-    ):
-        prefix = prefix + encoder.pos_embed[:, : prefix.shape[1]]
-    return torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
-
-
-def shared_bias(encoder: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor | None:
-    """The shared relative-position bias: (1,heads,1+N,1+N), or (B,heads,1+n,1+n) for the patches
-    `ids` (B,n).
-
-    None for an encoder without one. ValueError for a subset where the blocks have tables of their
-    own.
-    """
-    module = getattr(encoder, "rel_pos_bias", None)
-    if module is None:
-        if ids is not None and any(_own_bias(block) is not None for block in encoder.blocks):
-            raise ValueError(
-                "blocks with relative-position tables of their own cannot run on some patches"
-            )
-        return None
-    if ids is None:
-        return module()[None]
-    ids = F.pad(ids + 1, (1, 0))  # place 0 is cls
-    index = module.relative_position_index[ids[:, :, None], ids[:, None, :]]
-    return module.relative_position_bias_table[index].permute(0, 3, 1, 2)
-
-
-def run_blocks(
-    encoder: nn.Module,
-    tokens: torch.Tensor,
-    *,
-    ids: torch.Tensor | None = None,
-    taps: tuple = (),
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """All blocks on prefix + patch tokens (B,P+n,D) -> (output before the final norm, {tap: tokens
-    there}).
-
-    A Swin merges patches between its stages: n and D of the output, and of taps, are those of their
-    stage. ids (B,n): which patches these are, if not all, in the same order (only relative
-    positions need it); taps: block numbers, 1 = after the first, counted over all stages; bias:
-    `shared_bias(encoder, ids)` if the caller has it already.
-    """
-    count = sum(depths(encoder))
-    if not all(1 <= tap <= count for tap in taps):
-        raise ValueError(f"taps: found {tuple(taps)}, expected block numbers 1..{count}")
-    if isinstance(encoder, SWIN):
-        if ids is not None:
-            raise ValueError(
-                "windows hold all patches of their place: a Swin cannot run on some of the patches"
-            )
-        return _run_stages(encoder, tokens, taps)
-    if ids is not None and isinstance(encoder, hybrid.ConvViT):
-        raise ValueError(f"ids: {LEAK}")
-    bias = shared_bias(encoder, ids) if bias is None else bias
-    extra = {} if bias is None else {"shared_rel_pos_bias": bias}
-    tapped = {}
-    tokens = getattr(encoder, "norm_pre", nn.Identity())(encoder.pos_drop(tokens))
-    for number, block in enumerate(encoder.blocks, start=1):
-        tokens = block(tokens, **extra)
-        if number in taps:
-            tapped[number] = tokens
-    return tokens, tapped
-
-
-def _run_stages(encoder: nn.Module, tokens: torch.Tensor, taps: tuple):
-    """`run_blocks` of a Swin."""
-    x, number, tapped = tokens.unflatten(1, encoder.patch_embed.grid_size), 0, {}
-    for stage in encoder.layers:
-        x = stage.downsample(x)  # merges 2x2 patches; nothing before the first stage
-        for block in stage.blocks:
-            x, number = block(x), number + 1
-            if number in taps:
-                tapped[number] = x.flatten(1, 2)
-    return x.flatten(1, 2), tapped
+def fusion(encoder: nn.Module) -> nn.Module | None:
+    """Modules that the encoder's pretraining adds and nobody exports; None for most families."""
+    made = getattr(_family(encoder), "fusion", None)
+    return made and made(encoder)
 
 
 def visible(
-    encoder: nn.Module, images: torch.Tensor, ids: torch.Tensor, fusion: hybrid.Fusion | None = None
-) -> torch.Tensor:
-    """Normalised images (B,3,H,W) -> prefix and patches ids (V*B,n) after the final norm,
-    (V*B,P+n,D).
+    encoder: nn.Module,
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    norm: bool = True,
+    taps: tuple = (),
+    fusion: nn.Module | None = None,
+    attend: torch.Tensor | None = None,
+) -> dict:
+    """Normalised images (B,3,H,W), of which only the patches ids (V*B,n) are looked at.
 
-    Patches that a row of ids does not name have no influence on its tokens. Row v*B + b is view v
-    of image b, so several views of an image go through at once. fusion: of a ConvViT in pretraining
-    (kit/nets/hybrid.py).
+    Row v*B + b of ids is view v of image b, so several views of an image go through at once. No
+    token depends on a patch that is not in its row. norm: apply the encoder's last norm. taps:
+    numbers of blocks, 1 is the first, whose output is wanted. attend: bool (V*B,P+n,P+n), which
+    keys (columns) a query (row) may see, at least one. ValueError for what the encoder cannot do.
     """
-    if isinstance(encoder, hybrid.ConvViT):
-        return encoder.encode(images, ids, fusion)
-    embed = encoder.patch_embed
-    patches = patchify(images, embed.patch_size[0]).repeat(len(ids) // len(images), 1, 1)
-    tokens = embed.norm(project(embed.proj, take(patches, ids)))
-    if encoder.pos_embed is not None:
-        patch = encoder.pos_embed[:, -embed.num_patches :]
-        tokens = tokens + take(patch.expand(len(ids), -1, -1), ids)
-    tokens, _ = run_blocks(encoder, with_prefix(encoder, tokens), ids=ids)
-    return encoder.norm(tokens)
+    family = _able(encoder, "drop", taps, attend)
+    if len(ids) % len(images):
+        raise ValueError(
+            f"ids: found {len(ids)} rows, expected a multiple of the {len(images)} images"
+        )
+    given = {"taps": taps, "fusion": fusion, "attend": attend}
+    return _result(encoder, *family.visible(encoder, images, ids, **given), norm)
+
+
+def masked(
+    encoder: nn.Module,
+    images: torch.Tensor,
+    mask: torch.Tensor | None,
+    token: torch.Tensor | None,
+    *,
+    norm: bool = True,
+    taps: tuple = (),
+    attend: torch.Tensor | None = None,
+    attention: bool = False,
+) -> dict:
+    """Normalised images (B,3,H,W) with token (1,1,D) in the place of their hidden patches.
+
+    mask: bool (B,N) on the grid of the patch embedding, True is hidden; None: nothing is. Positions
+    are added to the token as to any other. attention: give the last block's probabilities as
+    "attention", too, as the function of that name does. Other arguments as for `visible`.
+    """
+    family = _able(encoder, "mask", taps, attend, attention)
+    given = {"taps": taps, "attend": attend}
+    if attention:
+        given["attention"] = True
+    return _result(encoder, *family.masked(encoder, images, mask, token, **given), norm)
+
+
+def can(encoder: nn.Module, ability: str) -> bool:
+    """Whether the encoder's family declares the ability, see stages/encoders."""
+    return ability in _family(encoder).CAN
+
+
+def _able(encoder: nn.Module, ability: str, taps: tuple, attend=None, attention: bool = False):
+    """The encoder's family. ValueError unless it can do all that is asked."""
+    family, wanted = _family(encoder), {ability}
+    if taps:
+        wanted.add("taps")
+    if attention or attend is not None:
+        wanted.add("attention")
+    if missing := sorted(wanted - family.CAN):
+        can, cannot = ", ".join(sorted(family.CAN)), ", ".join(missing)
+        raise ValueError(f"encoder: found a {encoder.family} ({can}), expected one with {cannot}")
+    count = sum(depths(encoder))
+    if not all(1 <= tap <= count for tap in taps):
+        raise ValueError(f"taps: found {tuple(taps)}, expected block numbers 1..{count}")
+    return family
+
+
+def _result(encoder: nn.Module, tokens: torch.Tensor, more: dict, norm: bool) -> dict:
+    tokens = encoder.norm(tokens) if norm else tokens
+    return {"tokens": tokens, **split(encoder, tokens), "bias": None, **more}
+
+
+def _family(encoder: nn.Module):
+    if not hasattr(encoder, "family"):
+        raise ValueError("encoder: found another module, expected one made by `create` or `load`")
+    # `create` and `load` have imported it; a finder here would break compiled graphs
+    return sys.modules[f"stages.encoders.{encoder.family}"]
 
 
 def split(encoder: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -334,68 +142,50 @@ def split(encoder: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
     Without a class token, "cls" is the mean of the patches.
     """
-    patch = tokens[:, prefix_count(encoder) :]
-    return {
-        "cls": patch.mean(dim=1) if getattr(encoder, "cls_token", None) is None else tokens[:, 0],
-        "patch": patch,
-    }
+    patch = tokens[:, getattr(encoder, "num_prefix_tokens", 0) :]
+    cls = tokens[:, 0] if has_cls(encoder) else patch.mean(dim=1)
+    return {"cls": cls, "patch": patch}
 
 
-def features(encoder: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Normalised images (B,3,H,W) -> {"cls": (B,D), "patch": (B,N,D)} after the final norm, D =
-    num_features.
+def has_cls(encoder: nn.Module) -> bool:
+    """Whether the encoder has a class token."""
+    return getattr(encoder, "cls_token", None) is not None
 
-    Taken from timm's forward_features. Without a class token, "cls" is the mean of the patches.
+
+def features(
+    encoder: nn.Module, images: torch.Tensor, *, taps: tuple = (), attention: bool = False
+) -> dict:
+    """Normalised images (B,3,H,W) -> {"cls": (B,D), "patch": (B,N,D)}, D = num_features.
+
+    After the last norm; by timm's own forward_features. With taps or attention the same pass gives
+    "taps", as `masked` does, and "attention" (B,heads,N), the class token's to the patches in the
+    last block.
     """
+    if taps or attention:
+        found = masked(encoder, images, None, None, taps=taps, attention=attention)
+        if attention:
+            found["attention"] = found["attention"][:, :, 0, encoder.num_prefix_tokens :]
+        return found
     tokens = encoder.forward_features(images)
-    return split(
-        encoder, tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
-    )  # a Swin gives (B,h,w,D)
+    # a Swin gives (B,h,w,D)
+    return split(encoder, tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)
 
 
-@torch.no_grad()
 def attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Attention probabilities of the last block, (B,heads,P+N,P+N): row = query, column = key.
 
-    ValueError for a Swin, whose patches do not all see each other.
+    ValueError for a family whose patches do not all see each other.
     """
-    if isinstance(encoder, SWIN):
-        raise ValueError(
-            "attention: a Swin's windows see a part of the image each, there is no map of the whole"
-        )
-    tokens, bias = with_prefix(encoder, patch_tokens(encoder, images)), shared_bias(encoder)
-    block, extra = encoder.blocks[-1], {} if bias is None else {"shared_rel_pos_bias": bias}
-    tokens = getattr(encoder, "norm_pre", nn.Identity())(tokens)
-    for earlier in encoder.blocks[:-1]:
-        tokens = earlier(tokens, **extra)
-    attn, x = block.attn, block.norm1(tokens)
-    qkv_bias = attn.qkv.bias
-    if qkv_bias is None and getattr(attn, "q_bias", None) is not None:
-        qkv_bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    q, k, _ = (
-        F.linear(x, attn.qkv.weight, qkv_bias)
-        .reshape(*x.shape[:2], 3, attn.num_heads, -1)
-        .unbind(2)
-    )
-    q, k = q.transpose(1, 2), k.transpose(1, 2)
-    if hasattr(attn, "q_norm"):
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    logits = (q * attn.scale @ k.transpose(-2, -1)).float()
-    for term in (bias, _own_bias(block)):
-        logits = logits if term is None else logits + term
-    return logits.softmax(dim=-1)
+    return masked(encoder, images, None, None, attention=True)["attention"]
 
 
-def _own_bias(block: nn.Module) -> torch.Tensor | None:
-    """The relative-position bias that a block of timm's Beit holds itself, (1,heads,1+N,1+N), if it
-    does.
-    """
-    own = getattr(block.attn, "relative_position_bias_table", None) is not None
-    return block.attn._get_rel_pos_bias() if own else None
+def depths(encoder: nn.Module) -> tuple[int, ...]:
+    """Blocks of each stage; a ViT is one stage."""
+    stages = [encoder] if hasattr(encoder, "blocks") else encoder.layers
+    return tuple(len(stage.blocks) for stage in stages)
 
 
-# --- export, import, fine-tuning
-# ----------------------------------------------------------------------------
+# --- export, import, fine-tuning ----------------------------------------------------------------
 
 
 def save(encoder: nn.Module, folder: str | Path, spec) -> None:
@@ -409,9 +199,8 @@ def save(encoder: nn.Module, folder: str | Path, spec) -> None:
         "crop_pct": 1.0,
         "crop_mode": "center",
     }
-    provenance = {
-        "pretrained_cfg": {"tag": "mimlab", "license": None}
-    }  # not those of timm's own weights
+    # not those of timm's own weights
+    provenance = {"pretrained_cfg": {"tag": "mimlab", "license": None}}
     timm.models.save_for_hf(
         encoder,
         str(folder),
@@ -422,10 +211,24 @@ def save(encoder: nn.Module, folder: str | Path, spec) -> None:
 
 
 def load(folder: str | Path, **kw) -> nn.Module:
-    """The exported encoder with its weights; **kw goes to timm.create_model (img_size,
-    drop_path_rate).
+    """The exported encoder with its weights.
+
+    **kw goes to timm.create_model; another img_size resizes its positions. FileNotFoundError if
+    there is none.
     """
-    return timm.create_model(f"local-dir:{_checked(folder)}", pretrained=True, **kw)
+    kind = _kind(folder)
+    encoder = timm.create_model(f"local-dir:{_checked(folder)}", pretrained=True, **kw)
+    encoder.family = kind
+    return encoder
+
+
+def _kind(folder: str | Path) -> str:
+    """The family of an exported encoder; importing it tells timm about models of ours."""
+    architecture = json.loads((_checked(folder) / "config.json").read_text())["architecture"]
+    for kind in plugins.names("encoder"):
+        if re.match(plugins.module("encoder", kind).NAMES, architecture):
+            return kind
+    raise ValueError(f"{folder}: {architecture!r} is of no family in stages/encoders")
 
 
 def classifier(
@@ -443,7 +246,8 @@ def classifier(
     """
     if pool not in ("avg", "token"):
         raise ValueError(f"pool: found {pool!r}, expected 'avg' or 'token'")
-    state = load_file(_checked(folder) / "model.safetensors")
+    kind = _kind(folder)
+    state = load_file(Path(folder) / "model.safetensors")
     if pool == "token" and "cls_token" not in state:
         raise ValueError("pool: found 'token', but this encoder has no class token; expected 'avg'")
     table = state.pop("rel_pos_bias.relative_position_bias_table", None)
@@ -461,9 +265,8 @@ def classifier(
         state |= {
             f"blocks.{i}.attn.relative_position_bias_table": table for i in range(len(model.blocks))
         }
-    state = sys.modules[type(model).__module__].checkpoint_filter_fn(
-        state, model
-    )  # resizes positions
+    resized = sys.modules[type(model).__module__].checkpoint_filter_fn  # positions, to the grid
+    state = resized(state, model)
     result = model.load_state_dict(state, strict=False)
     new = {key for key in model.state_dict() if key.startswith(("head.", "fc_norm."))}
     dropped = {"norm.weight", "norm.bias"} if isinstance(model.norm, nn.Identity) else set()
@@ -476,6 +279,7 @@ def classifier(
     if isinstance(model, VisionTransformer):  # timm's Beit and Swin start their heads as published
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
         nn.init.zeros_(model.head.bias)
+    model.family = kind
     return model.requires_grad_(True)
 
 

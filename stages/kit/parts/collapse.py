@@ -1,11 +1,10 @@
-"""Stops a self-distillation whose teacher gives every image the same distribution over the
-prototypes.
+"""Stops a self-distillation whose teacher gives every image the same distribution over prototypes.
 
 There are two ways to get there, and DINO's centring and sharpening each prevent one (arXiv
-2104.14294, section 5.3): the uniform distribution (its entropy is ln K) and one prototype for
-everything (0). What both have in common is that the assignments tell nothing about the image: the
-entropy of their mean is the mean of their entropies. That is also true of an untrained network, so
-only a teacher that stays silent is stopped.
+2104.14294, section 5.3): the uniform distribution, whose entropy is ln K, and one prototype for
+everything, whose entropy is 0. In both, and in all between, the mutual information of prototypes
+and images is 0: the entropy of the mean distribution is the mean of the entropies. An untrained
+network has none either, so only a teacher that stays without it is stopped.
 """
 
 from __future__ import annotations
@@ -17,45 +16,48 @@ from torch import Tensor, nn
 
 from stages.kit import dist
 
-PATIENCE = 0.25  # share of the training in which the teacher may tell nothing
-LEAST_STEPS = 200  # that it may do so in any case
-CHECKS = 200  # times at most that the host looks, and waits for the device, in a training
+PATIENCE = 0.25  # share of the training that a teacher may spend below the bound
+LEAST_STEPS = 200  # that it may spend there in any case
+CHECKS = 200  # times at most, in a training, that the host reads the count and waits for the device
 
 ADVICE = (
-    "Try a lower teacher_temp (0.02 to 0.04) against uniform outputs, a higher one or centre_momentum 0.9 against "
-    "one prototype for all; a lower lr, longer warm-up, more epochs."
+    "Try a lower teacher_temp (0.02 to 0.04) against uniform outputs, a higher one or "
+    "centre_momentum 0.9 against one prototype for all; a lower lr, longer warm-up, more epochs."
 )
 
 
 class CollapseError(RuntimeError):
-    """The teacher has told nothing about its images for too long."""
+    """The teacher's outputs have depended too little on its images for too long."""
 
     plain = True  # the message says it all: shown without a traceback
 
 
 def kind(entropy: float, prototypes: int) -> str:
-    """In words, which collapse it is whose distributions have this mean entropy (nats)."""
-    return (
-        "uniform over the prototypes"
-        if entropy > math.log(prototypes) / 2
-        else "one prototype for all images"
-    )
+    """Which collapse it is, in words, whose distributions have this mean entropy (nats)."""
+    if entropy > math.log(prototypes) / 2:
+        return "uniform over the prototypes"
+    return "one prototype for all images"
 
 
 class Watch(nn.Module):
-    """Counts the steps in a row in which a teacher's assignments told less than `least` * ln K
-    about an image.
+    """Counts the steps in a row with too little mutual information of prototypes and images.
 
-    `count` collects a micro batch, `step` judges all that was collected on all ranks, as Centre
-    does. `silent`, the steps so far, is a buffer: a resumed training stops where an unbroken one
-    does. `who` names the assignments.
+    The bound is `min_information` * ln K; `name` says in messages whose assignments to prototypes
+    they are. `count` collects a micro batch. `step` judges all that was collected on all ranks, as
+    Centre does. The count is a buffer, `steps_below`: a resumed training stops where an unbroken
+    one does.
     """
 
-    def __init__(self, prototypes: int, least: float, who: str):
+    def __init__(self, prototypes: int, min_information: float, name: str):
         super().__init__()
-        self.prototypes, self.least, self.who = prototypes, least, who
-        self.register_buffer("silent", torch.zeros((), dtype=torch.long))
+        self.prototypes, self.min_information, self.name = prototypes, min_information, name
+        self.register_buffer("steps_below", torch.zeros((), dtype=torch.long))
         self._sum: Tensor | None = None  # (K + 2,): probabilities, entropies, and how many
+
+    @property
+    def bound(self) -> float:
+        """The least mutual information in nats."""
+        return self.min_information * math.log(self.prototypes)
 
     @torch.no_grad()
     def count(self, probabilities: Tensor) -> None:
@@ -71,20 +73,21 @@ class Watch(nn.Module):
         if self._sum is None:
             return
         sums, self._sum = dist.total(self._sum), None
-        mean = sums[:-1] / sums[-1]
-        told = (torch.special.entr(mean[:-1]).sum() - mean[-1]).clamp(min=0)
-        self.silent.copy_(
-            torch.where(told < self.least * math.log(self.prototypes), self.silent + 1, 0)
-        )
+        mean = sums[:-1] / sums[-1]  # (K + 1,): the mean distribution, and the mean entropy
+        information = (torch.special.entr(mean[:-1]).sum() - mean[-1]).clamp(min=0)
+        self.steps_below.copy_(torch.where(information < self.bound, self.steps_below + 1, 0))
         done, every = progress.step + 1, -(-progress.steps // CHECKS)
-        if done % every == 0 and int(self.silent) >= max(LEAST_STEPS, PATIENCE * progress.steps):
-            raise CollapseError(self.explain(float(told), float(mean[-1]), done, progress))
+        patience = max(LEAST_STEPS, PATIENCE * progress.steps)
+        if done % every == 0 and int(self.steps_below) >= patience:
+            raise CollapseError(self.explain(float(information), float(mean[-1]), progress))
 
-    def explain(self, told: float, entropy: float, done: int, progress) -> str:
-        most = math.log(self.prototypes)
+    def explain(self, information: float, entropy: float, progress) -> str:
+        """The error's message, with what was found last (nats)."""
         return (
-            f"the teacher has collapsed at step {done} of {progress.steps}: for {int(self.silent)} steps its {self.who} have "
-            f"told less than {self.least * most:.4f} nats about an image (min_information {self.least:g} of ln "
-            f"{self.prototypes}), now {told:.4f}; they are {kind(entropy, self.prototypes)}, their entropy is {entropy:.3f} "
-            f"of {most:.3f}.\n{ADVICE} min_information: 0 lets it go on."
+            f"the teacher has collapsed at step {progress.step + 1} of {progress.steps}: for "
+            f"{int(self.steps_below)} steps the mutual information of its {self.name} with the "
+            f"images was below {self.bound:.4f} nats (min_information {self.min_information:g} of "
+            f"ln {self.prototypes}), now {information:.4f}; they are "
+            f"{kind(entropy, self.prototypes)}, their entropy is {entropy:.3f} of "
+            f"{math.log(self.prototypes):.3f}.\n{ADVICE} min_information: 0 lets it go on."
         )

@@ -1,6 +1,4 @@
-"""Numbers that tell a live tokenizer or teacher from a collapsed one, and the check of what they
-are fed.
-"""
+"""Numbers that tell a live tokenizer or teacher from a collapsed one."""
 
 from __future__ import annotations
 
@@ -15,18 +13,18 @@ ROWS = 8192  # feature vectors that are examined at most
 
 
 def usage(counts: Tensor) -> float:
-    """Share of the codes that were hit at least once, of those that could have been: min(codes,
-    hits). counts (K,).
+    """Share of the codes that were hit at least once, of min(codes, hits) that could be.
+
+    counts (K,): how often each was hit.
     """
     possible = min(len(counts), int(counts.sum()))
     return int((counts > 0).sum()) / possible if possible else 0.0
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of frequencies or counts (..., K) -> (...): K if all are equal, 1 if one
-    has everything.
+    """exp of the entropy of frequencies or counts, (..., K) -> (...).
 
-    Nothing counted at all gives 1.
+    K if all are equal; 1 if one has everything, or if nothing was counted at all.
     """
     counts = counts.double()
     share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
@@ -48,8 +46,7 @@ def effective_rank(features: Tensor, centre: bool = True) -> float:
 
 
 def spread(features: Tensor) -> float:
-    """How far the directions of (n,D) are from being one: 1 when their mean is zero, 0 when all are
-    the same.
+    """How far apart the directions of (n,D) are: 0 if all are the same, 1 if their mean is zero.
 
     Root of the total variance of the normalised vectors, as SimSiam watches for collapse (arXiv
     2011.10566, section 4.1).
@@ -60,19 +57,21 @@ def spread(features: Tensor) -> float:
 
 
 def information(probabilities: Tensor) -> tuple[float, float]:
-    """Distributions (n,K) -> (mean entropy, what they tell about the sample), both in nats.
+    """Distributions (n,K) of n samples -> (mean entropy, mutual information with the sample), nats.
 
     The second is the entropy of the mean distribution minus the mean of the entropies: 0 when all
     samples have the same distribution, be it uniform or one class; at most ln K.
     """
     probabilities = probabilities.double()
-    own = float(torch.special.entr(probabilities).sum(dim=-1).mean())
-    return own, max(0.0, float(torch.special.entr(probabilities.mean(dim=0)).sum()) - own)
+    entropy = float(torch.special.entr(probabilities).sum(dim=-1).mean())
+    of_mean = float(torch.special.entr(probabilities.mean(dim=0)).sum())
+    return entropy, max(0.0, of_mean - entropy)
 
 
 def sample_rows(batches: Iterable[Tensor], per_image: int = 8, rows: int = ROWS) -> Tensor:
-    """From features (B,N,D) of batch after batch: evenly spread patches, (n,D) float32 on the CPU,
-    n at most `rows`.
+    """Features (B,N,D) of batch after batch -> those of evenly spread patches, (n,D), n <= `rows`.
+
+    The result is float32 and on the CPU. ValueError if there is no batch.
     """
     found, count = [], 0
     for features in batches:
@@ -103,43 +102,12 @@ def feature_problems(rank: float, spread: float, min_rank: float, advice: str) -
     return []
 
 
-def check_unit_range(images: Tensor, who: str) -> None:
-    """ValueError unless all pixels lie in [0,1], as those of normalised images do not. Waits for a
-    GPU.
+def of_features(target, images: Iterable[Tensor], min_rank: float, advice: str) -> dict:
+    """A target's health by its patch features, over batches of images (B,3,H,W) in [0,1].
+
+    Effective rank, spread and number of channels, and the problems.
     """
-    low, high = (float(x) for x in torch.aminmax(images.detach()))
-    if not (low >= -1e-4 and high <= 1 + 1e-4):
-        raise ValueError(
-            f"{who}: expected images with pixels in [0, 1], found {low:.3g} to {high:.3g}; it normalises them "
-            "itself, so give it images from before any mean and std were applied"
-        )
-
-
-class UnitRange:
-    """`check_unit_range` for every batch on a CPU; on a GPU, where it would wait, for the first and
-    every 256th.
-    """
-
-    def __init__(self, who: str):
-        self.who, self.calls = who, 0
-
-    @torch.compiler.disable  # it counts, and looks at values
-    def __call__(self, images: Tensor) -> None:
-        if images.device.type == "cpu" or self.calls % 256 == 0:
-            check_unit_range(images, self.who)
-        self.calls += 1
-
-
-def principal_colours(features: Tensor) -> Tensor:
-    """Features (B,N,D) of square grids -> pictures (B,3,G,G) in [0,1]: the first three principal
-    components as RGB.
-    """
-    flat = features.float().flatten(0, 1)
-    flat = flat - flat.mean(dim=0)
-    axes = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
-    axes = axes * axes.sum(dim=1, keepdim=True).sign()  # an SVD's signs are arbitrary
-    parts = F.pad(flat @ axes.T, (0, 3 - len(axes)))
-    low, high = (parts.quantile(q, dim=0) for q in (0.02, 0.98))
-    parts = ((parts - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    side = round(features.shape[1] ** 0.5)
-    return parts.view(len(features), side, side, 3).permute(0, 3, 1, 2)
+    rows = sample_rows(target(batch, "patch")["patch"] for batch in images)
+    rank, width = effective_rank(rows), spread(rows)
+    problems = feature_problems(rank, width, min_rank, advice)
+    return {"rank": rank, "spread": width, "dim": target.sizes["patch"], "problems": problems}

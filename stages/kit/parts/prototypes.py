@@ -1,5 +1,4 @@
-"""Self-distillation over learnt prototypes: DINO's head, centre, temperature and loss (arXiv
-2104.14294, section 3.1).
+"""DINO's head, centre, temperature and loss over learnt prototypes (arXiv 2104.14294, section 3.1).
 
 iBOT (arXiv 2111.07832) uses the same parts for the class token and for patches. Heads and losses
 are computed in float32, whatever autocast is active.
@@ -15,10 +14,9 @@ from stages.kit import dist
 
 
 class Prototypes(nn.Linear):
-    """The weight-normalised last layer, (..., in) -> (..., K): gain times cosine for inputs of
-    length 1.
+    """The weight-normalised last layer: inputs (..., D) of length 1 -> gain * cosine, (..., K).
 
-    `gain` (K,1) starts at 1 and is frozen if `norm_last`: then all logits lie in [-1, 1].
+    `gain` (K,1) starts at 1. It is frozen if `norm_last`; then all logits lie in [-1, 1].
     """
 
     def __init__(self, dim: int, prototypes: int, norm_last: bool = True):
@@ -30,10 +28,10 @@ class Prototypes(nn.Linear):
 
 
 class Head(nn.Module):
-    """MLP of three layers with GELU, normalisation to length 1, `last_layer`: (..., D) -> logits
-    (..., K), float32.
+    """Tokens (..., D) -> logits (..., K) in float32.
 
-    `trunk` and `last_layer` may be called apart, for heads that share one of them.
+    `trunk` is an MLP of three layers with GELU, and normalisation to length 1. `last_layer` are
+    the prototypes. They may be called apart, for heads that share one of them.
     """
 
     def __init__(
@@ -68,12 +66,11 @@ class Head(nn.Module):
 
 
 class Centre(nn.Module):
-    """The running mean of the teacher's raw logits, which keeps one prototype from winning
-    everywhere.
+    """The running mean of the teacher's raw logits, so that no prototype wins everywhere.
 
-    `value` (K,), zero at first. `count` collects a micro batch, `step` moves the centre once per
-    optimiser step by the mean over everything that was collected on all ranks: value <- momentum *
-    value + (1 - momentum) * mean.
+    `value` (K,) is zero at first. `count` collects a micro batch. `step`, once per optimiser step,
+    moves the centre by the mean of all that was collected on all ranks: value <- momentum * value +
+    (1 - momentum) * mean.
     """
 
     def __init__(self, prototypes: int, momentum: float = 0.9):
@@ -102,15 +99,17 @@ class Centre(nn.Module):
 
 
 def cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
-    """-sum_k teacher_k ln softmax(student / temperature)_k for logits and probabilities (..., K) ->
-    (...).
+    """-sum_k teacher_k ln softmax(student / temperature)_k, (...).
+
+    student: logits (..., K); teacher: probabilities (..., K).
     """
     return -(teacher * (student.float() / temperature).log_softmax(dim=-1)).sum(dim=-1)
 
 
 def view_pairs(teachers: int, students: int) -> list[tuple[int, int]]:
-    """(teacher view, student view) for all that differ; the first student views are the teacher's
-    views.
+    """All pairs (teacher view, student view) of different views.
+
+    The first student views are the teacher's.
     """
     return [(q, v) for q in range(teachers) for v in range(students) if q != v]
 

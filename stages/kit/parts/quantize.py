@@ -1,22 +1,22 @@
-"""Vector quantisation on the unit sphere, as BEiT v2's tokenizer does it (arXiv 2208.06366, section
-2.1 and its code).
+"""Vector quantisation on the unit sphere, as BEiT v2's tokenizer does it (arXiv 2208.06366).
 
 A `Codebook` is what a finished tokenizer needs: K unit vectors and the look-up. A `Learner` moves
 the codes while the tokenizer trains: k-means on the first vectors, then an exponential moving
 average. No gradient reaches a code. All of it is computed in float32, whatever autocast is active.
 
-The moving average is that of microsoft/unilm (beit2), not the classical one over counts: a code
-that was hit moves towards the direction of the mean of its vectors by 1 - decay, however often it
-was hit; there is no Laplace smoothing. Departures from the official code:
+The moving average is that of section 2.1 and of microsoft/unilm (beit2): a code that was hit moves
+by 1 - decay towards the direction of the mean of its vectors, however often it was hit. The
+classical average over counts, with Laplace smoothing, is another one. Departures from the official
+code:
 - the codes move once per optimiser step, from the statistics of all its micro batches and ranks,
   where the official code does it in every forward pass; without gradient accumulation the two are
   the same, since there too the loss uses the codes from before the update;
 - a code that nothing hit stays as it is, to the bit; the official code mixes it with itself and
   normalises again;
 - k-means runs once, between two steps, on the vectors of whole batches from all ranks, and never in
-  evaluation mode; it waits until there are ten vectors per code (`per_code`), and until then the
-  tokenizer trains without quantisation. The official code clusters each rank's first batch in its
-  first forward pass, on each rank by itself, in whatever mode;
+  evaluation mode. It waits until there are ten vectors per code (`per_code`); until then the
+  tokenizer trains without quantisation. In the official code each rank clusters its own first batch
+  in its first forward pass, in training or evaluation;
 - sums over a code's vectors are matrix products, so that a GPU repeats them to the bit;
 - `reseed` is ours, and off by default: codes that nothing hit for that many steps restart at a
   vector of the batch.
@@ -48,7 +48,7 @@ class Codebook(nn.Module):
         """Unit vectors u (..., D) -> (ids (...), quantised (..., D), commitment ()).
 
         The quantised vectors are the codes; their gradient goes to `u` unchanged
-        (straight-through). The commitment loss is the mean over all elements of (code - u)^2, that
+        (straight-through). The commitment loss is the mean of (code - u)^2 over all elements, which
         is (2 - 2 cos) / D.
         """
         u = u.float()
@@ -58,16 +58,15 @@ class Codebook(nn.Module):
 
 
 class Learner(nn.Module):
-    """Moves the codes of `codebook`, which belongs to somebody else: it is neither saved nor moved
-    with the learner.
+    """Moves the codes of `codebook`, which is a part of the tokenizer and saved with that.
 
-    decay: of the moving average; kmeans: start from the data, not from random directions; per_code:
-    vectors per code that k-means waits for; reseed: steps without a hit after which a code
-    restarts, 0 = never.
+    decay: of the moving average; kmeans: start from the data instead of random directions;
+    per_code: vectors per code that k-means waits for; reseed: steps without a hit after which a
+    code restarts, 0 = never.
 
-    `collect` (while not `ready`) or `count` take each micro batch, `start` or `step` end the
-    optimiser step. What they do depends on the step's vectors in the order of their rows, so that a
-    batch may be cut into any micro batches and ranks.
+    Each micro batch goes to `collect` until the codes are `ready`, then to `count`. The optimiser
+    step ends with `start` until they are ready, then with `step`. The result depends on the step's
+    vectors in the order of their rows, so a batch may be cut into any micro batches and ranks.
     """
 
     def __init__(
@@ -79,25 +78,18 @@ class Learner(nn.Module):
         reseed: int = 0,
     ):
         super().__init__()
-        self._codebook = [codebook]
+        self.__dict__["codebook"] = codebook  # hidden from torch: no part of this module
         self.decay, self.per_code, self.reseed = decay, per_code, reseed
         codes, dim = codebook.vectors.shape
         self.register_buffer("waiting", torch.empty(0, dim))  # of all ranks, for k-means
         self.register_buffer("started", torch.tensor(not kmeans))
-        self.register_buffer(
-            "idle", torch.zeros(codes, dtype=torch.int64)
-        )  # steps since the last hit
-        self._started: bool | None = (
-            None  # what `started` says, once known: asking a GPU means waiting for it
-        )
-        self._statistics: Tensor | None = None  # (K,D+1): sums and hits of this step, on this rank
-        self._vectors: list[
-            Tensor
-        ] = []  # of this step, on this rank: for k-means, or for reseeding
-
-    @property
-    def codebook(self) -> Codebook:
-        return self._codebook[0]
+        # steps since the last hit
+        self.register_buffer("idle", torch.zeros(codes, dtype=torch.int64))
+        # what `started` says, once it is known: asking a GPU means waiting for it
+        self._started: bool | None = None
+        # of this step, on this rank
+        self._statistics: Tensor | None = None  # (K,D+1): sums and hits
+        self._vectors: list[Tensor] = []  # for k-means, or for reseeding
 
     def ready(self) -> bool:
         """Whether the codes can be used: from the start, or once k-means has run."""
@@ -106,13 +98,14 @@ class Learner(nn.Module):
         return self._started
 
     def collect(self, u: Tensor) -> None:
-        """Notes vectors u (..., D) for k-means, once per micro batch; equally many on every rank."""
+        """Notes vectors u (..., D) for k-means, once per micro batch, as many on every rank."""
         self._vectors.append(u.detach().float().flatten(0, -2))
 
     @torch.no_grad()
     def start(self, seed: int, wait: bool = True) -> None:
-        """Runs k-means if enough has been collected, in this step and before. wait False: if there
-        is anything.
+        """Runs k-means if enough vectors have been collected, in this step and before.
+
+        wait False: if any have been.
         """
         if not self._vectors:
             return
@@ -122,9 +115,8 @@ class Learner(nn.Module):
         if wait and len(self.waiting) < self.per_code * len(codes):
             return
         means = kmeans(self.waiting, len(codes), seed=seed)
-        codes.copy_(
-            dist.total(means if dist.is_main() else torch.zeros_like(means))
-        )  # rank 0's, on all
+        # rank 0's, on all ranks
+        codes.copy_(dist.total(means if dist.is_main() else torch.zeros_like(means)))
         self.waiting = self.waiting[:0].clone()
         self.started.fill_(True)
         self._started = True
@@ -141,8 +133,9 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def step(self, *key: int | str) -> None:
-        """Moves the codes by what was counted on all ranks since the last step. `key` names the
-        step (for reseeding).
+        """Moves the codes by what was counted on all ranks since the last step.
+
+        `key` names the step: restarted codes are drawn with it.
         """
         if self._statistics is None:
             return
@@ -158,14 +151,13 @@ class Learner(nn.Module):
         self._forget()
 
     def _drawn(self, key: int) -> Tensor:
-        """One of the step's vectors for each code (K,D), the same on every rank however the batch
-        was cut.
+        """One of the step's vectors for each code (K,D).
+
+        They are the same on every rank, however the batch was cut.
         """
         mine, codes = torch.cat(self._vectors), len(self.codebook.vectors)
-        places = (
-            keyed.uniform(key, torch.arange(codes, device=mine.device)) * (len(mine) * dist.world())
-        ).long()
-        places = places - len(mine) * dist.rank()
+        drawn = keyed.uniform(key, torch.arange(codes, device=mine.device))
+        places = (drawn * (len(mine) * dist.world())).long() - len(mine) * dist.rank()
         here = (places >= 0) & (places < len(mine))
         return dist.total(torch.where(here[:, None], mine[places.clamp(0, len(mine) - 1)], 0))
 
@@ -174,9 +166,7 @@ class Learner(nn.Module):
         self._vectors.clear()
 
     def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
-        """What waits for k-means has any length, and a checkpoint may say that it is over, or not
-        yet.
-        """
+        """As torch's, for vectors `waiting` of any length, and a k-means that is over or not."""
         saved = state.get(f"{prefix}waiting")
         if saved is not None:
             self.waiting = self.waiting.new_empty(saved.shape)
@@ -186,8 +176,9 @@ class Learner(nn.Module):
 
 
 def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
-    """Index of the code (K,D) with the largest cosine for each unit vector (T,D): int64 (T,); the
-    first of equals.
+    """Unit vectors (T,D) and codes (K,D) -> the code with the largest cosine for each, int64 (T,).
+
+    Of equals it is the first.
     """
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
         parts = vectors.detach().float().split(max(1, CELLS // len(codes)))
@@ -201,18 +192,16 @@ def tally(vectors: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     size = max(1, CELLS // codes)
     with torch.autocast(vectors.device.type, enabled=False):
         for part, some in zip(ones.split(size), ids.split(size), strict=True):
-            sums += (
-                torch.zeros(len(some), codes, device=sums.device).scatter_(1, some[:, None], 1.0).T
-                @ part
-            )
+            belongs = torch.zeros(len(some), codes, device=sums.device)
+            sums += belongs.scatter_(1, some[:, None], 1.0).T @ part
     return sums[:, -1], sums[:, :-1]
 
 
 def kmeans(vectors: Tensor, codes: int, iterations: int = 10, seed: int = 0) -> Tensor:
     """Spherical k-means of unit vectors (T,D): `codes` means of length 1, (codes, D).
 
-    Starts from vectors drawn without replacement (with it, if there are fewer vectors than codes);
-    assigns by cosine; a cluster that gets nothing keeps its mean.
+    It starts from vectors drawn without replacement (with it, if there are fewer vectors than
+    codes) and assigns by cosine. A cluster that gets nothing keeps its mean.
     """
     count = len(vectors)
     if count >= codes:

@@ -1,14 +1,13 @@
-"""Self-distillation between crops: DINO's training (arXiv 2104.14294), on which iBOT (arXiv
-2111.07832) builds.
+"""Self-distillation between crops: DINO's training (arXiv 2104.14294).
 
 A student and its exponential moving average, the teacher, see different crops of an image and map
 each to a distribution over learnt prototypes; the student must match the teacher's centred and
-sharpened distribution for another crop. The teacher target and the methods of that name are this
-module with settings of their own; `config` is any of theirs.
+sharpened distribution for another crop. The target and the method `dino` are this module with
+settings of their own, and kit/parts/ibot.py builds on it; `config` is a checks.SelfDistillation.
 
 Follows facebookresearch/dino. Departures:
-- schedules of temperature, and the epochs in which the last layer rests, count in shares of the
-  training and in epochs, per step; the official temperature changes once per epoch;
+- the temperature changes at every step, as a function of the share of the training; the official
+  one changes once per epoch;
 - centre and teacher move once per optimiser step, from all its micro batches (the same without
   gradient accumulation);
 - gradients are dropped in the last layer before they are clipped, not after; clipping is per
@@ -18,9 +17,9 @@ Follows facebookresearch/dino. Departures:
   has a position, which starts with that);
 - the order of operations in a view is kit/data/views.py's: crop, flip, colours, grey, blur,
   solarise;
-- paths are dropped by kit/train/droppath.py: local crops of the global ones' size (local_size 1)
-  drop those that these drop;
-- a teacher that stays silent stops the training (kit/parts/collapse.py).
+- paths are dropped by kit/train/droppath.py: local crops as large as the global ones (local_size 1)
+  drop the same paths;
+- a teacher whose outputs do not depend on the image stops the training (kit/parts/collapse.py).
 """
 
 from __future__ import annotations
@@ -31,14 +30,17 @@ from torch import nn
 
 from stages.kit.data.views import View
 from stages.kit.nets import ema, encoders
-from stages.kit.parts import health as measure
+from stages.kit.nets.pictures import principal_colours
+from stages.kit.nets.target import Target
 from stages.kit.parts.collapse import Watch
 from stages.kit.parts.prototypes import Centre, Head, Prototypes, multi_view_loss
 from stages.kit.train import schedule
 
+GLOBAL = ("global1", "global2")  # the large views
+
 
 def views(config, spec) -> dict[str, View]:
-    """global1, global2 and n_local smaller ones, local1, local2, ..."""
+    """global1, global2 and n_local smaller ones: local1, local2, ..."""
     size = spec.image_size
     blur = config.blur and size >= 64
     common = {
@@ -49,80 +51,70 @@ def views(config, spec) -> dict[str, View]:
         "blur_sigma": (0.1, max(0.2, 2 * min(1, size / 128))),
     }
     large = {**common, "size": size, "scale": tuple(config.global_scale)}
-    small = {
-        **common,
-        "size": local_side(config, spec),
-        "scale": tuple(config.local_scale),
-        "blur": 0.5 * blur,
-    }
+    small = {**common, "size": local_side(config, spec), "scale": tuple(config.local_scale)}
     return {
         "global1": View(**large, blur=1.0 * blur),
         "global2": View(**large, blur=0.1 * blur, solarise=config.solarise),
-        **{f"local{i}": View(**small) for i in range(1, config.n_local + 1)},
+        **{f"local{i}": View(**small, blur=0.5 * blur) for i in range(1, config.n_local + 1)},
     }
 
 
 def local_side(config, spec) -> int:
     """Side of a local crop in pixels: whole patches, at least one."""
-    return max(1, round(config.local_size * spec.grid)) * spec.model["patch_size"]
+    return max(1, round(config.local_size * spec.grid)) * spec.patch
 
 
 class Network(nn.Module):
-    """An encoder and its head. `patch_last_layer`, if patches have prototypes of their own,
-    replaces the head's for them.
+    """An encoder and its head.
+
+    patch_layer: patches have prototypes of their own, `patch_last_layer`, in place of the head's.
     """
 
     def __init__(self, config, spec, patch_layer: bool = False, **kw):
         super().__init__()
         self.spec = spec
-        self.encoder = encoders.create(spec, "vit", **kw)
-        self.head = Head(
-            self.encoder.embed_dim,
-            config.prototypes,
-            config.hidden,
-            config.bottleneck,
-            config.norm_last,
-        )
-        layer = (
-            Prototypes(config.bottleneck, config.prototypes, config.norm_last)
-            if patch_layer
-            else None
-        )
-        self.patch_last_layer = layer
+        self.encoder = encoders.create(spec, "timm", **kw)
+        sizes = (config.prototypes, config.hidden, config.bottleneck, config.norm_last)
+        self.head = Head(self.encoder.embed_dim, *sizes)
+        self.patch_last_layer = None
+        if patch_layer:
+            sizes = (config.bottleneck, config.prototypes, config.norm_last)
+            self.patch_last_layer = Prototypes(*sizes)
 
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B,3,h,w) in [0,1] -> {"cls": (B,D), "patch": (B,N,D)}, after the final norm."""
         return encoders.features(self.encoder, self.spec.normalise(images))
 
     def patch_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Patch tokens (...,D) -> logits (...,K) in float32; those of class tokens are
-        `head(tokens)`.
-        """
+        """Patch tokens (..., D) -> logits (..., K) in float32. Class tokens go through `head`."""
         if self.patch_last_layer is None:
             return self.head(tokens)
         with torch.autocast(tokens.device.type, enabled=False):
             return self.patch_last_layer(self.head.trunk(tokens))
 
 
-class MomentumTeacher(Network):
-    """The moving average of a student, with the centre of its class-token logits; frozen and always
-    in evaluation mode.
+class MomentumTeacher(Network, Target):
+    """The moving average of a student, with the centre of its class-token logits.
+
+    It is frozen and always in evaluation mode. As a target it gives patches, the class token and
+    its attention, always after the last norm.
     """
 
     def __init__(self, config, spec, patch_layer: bool = False):
-        super().__init__(config, spec, patch_layer, drop_path_rate=0.0)
+        super().__init__(config, spec, patch_layer)
         self.centre = Centre(config.prototypes, config.centre_momentum)
-        self._check = measure.UnitRange("teacher")
+        width, heads = self.encoder.embed_dim, self.encoder.blocks[-1].attn.num_heads
+        self.sizes = {"patch": width, "cls": width, "attention": heads}
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> MomentumTeacher:
-        return super().train(False)
-
-    @torch.no_grad()
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """As the student's, in float32. ValueError for pixels outside of [0,1]."""
-        self._check(images)
-        return {name: value.float() for name, value in super().features(images).items()}
+        return self(images, "cls", "patch")
+
+    def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
+        attention, images = "attention" in wanted, self.spec.normalise(images)
+        found = encoders.features(self.encoder, images, attention=attention)
+        return {name: found[name].float() for name in wanted}
 
     def follow(self, student: Network, momentum: float) -> None:
         """momentum * own weights + (1 - momentum) * the student's."""
@@ -132,30 +124,31 @@ class MomentumTeacher(Network):
 
 
 class SelfDistillation(nn.Module):
-    """`student` and `teacher`, a Network and a MomentumTeacher (or a class of its kind), and their
-    training.
+    """A student and its teacher, a Network and a MomentumTeacher, and their training.
+
+    patch_layer: see Network.
     """
 
-    def __init__(self, config, spec, teacher=MomentumTeacher, **kw):
+    def __init__(self, config, spec, patch_layer: bool = False):
         super().__init__()
         self.config, self.spec = config, spec
-        # crops of any size
-        self.student = Network(
-            config, spec, drop_path_rate=config.drop_path, dynamic_img_size=True, **kw
-        )
-        self.teacher = teacher(config, spec, **kw)
+        any_size = {"dynamic_img_size": True}  # the student sees crops of two sizes
+        self.student = Network(config, spec, patch_layer, drop_path=config.drop_path, **any_size)
+        self.teacher = MomentumTeacher(config, spec, patch_layer)
         self.teacher.follow(self.student, momentum=0.0)  # starts as a copy
         self.watch = Watch(config.prototypes, config.min_information, "assignments of class tokens")
 
     @property
     def encoder(self) -> nn.Module:
-        """What a method exports: the teacher's."""
+        """What a method exports: the teacher's encoder, as the official code evaluates it."""
         return self.teacher.encoder
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"global1", "global2", "local1", ...: (B,3,h,w) in [0,1]} -> {"loss", entropy of the
-        teacher's distributions, "divergence" of the student from them, which is the loss above the
-        least possible}.
+        """{"global1", "global2", "local1", ...: (B,3,h,w) in [0,1]} -> {"loss", "teacher_entropy",
+        "divergence"}.
+
+        The entropy of the teacher's distributions is the least that the loss can be; the divergence
+        of the student from them is the rest.
         """
         large = global_views(batch)
         with torch.no_grad():
@@ -168,43 +161,35 @@ class SelfDistillation(nn.Module):
         return self.student.head(self.student.features(images)["cls"])
 
     def class_loss(self, teacher: torch.Tensor, student: torch.Tensor, batch: dict, progress):
-        """Logits (2B,K) of both for the global views -> (DINO's loss over these and the local
-        views, the teacher's entropy).
+        """Raw logits (2B,K) of both for the global views -> (DINO's loss, the teacher's entropy).
 
-        The logits are the raw ones; they are counted for the centre, which moves after the step.
+        The loss is over these and the local views of the batch. The teacher's logits are counted
+        for the centre, which moves after the step.
         """
         assigned = self.teacher.centre.sharpen(teacher, progress.scheduled(self.temperature))
         self.teacher.centre.count(teacher)
         self.watch.count(assigned)
-        local = [batch[name] for name in batch if name.startswith("local")]
+        local = [batch[name] for name in batch if name.startswith("local") and "." not in name]
         if local:
             student = torch.cat([student, self.logits(torch.cat(local))])
-        student, assigned = (
-            student.unflatten(0, (2 + len(local), -1)),
-            assigned.unflatten(0, (2, -1)),
-        )
+        student = student.unflatten(0, (2 + len(local), -1))  # (V,B,K)
+        assigned = assigned.unflatten(0, (2, -1))
         loss = multi_view_loss(student, assigned, self.config.student_temp)
         return loss, torch.special.entr(assigned).sum(dim=-1).mean()
 
     def temperature(self, fraction: float, end: str = "teacher_temp_end") -> float:
-        """Of the teacher, `fraction` of the training done: linearly from teacher_temp to config's
-        `end`; None: it stays.
+        """The teacher's temperature when `fraction` of the training is done.
+
+        It goes linearly from teacher_temp to the setting that is called `end`; None: it stays.
         """
-        start, end, warmup = (
-            self.config.teacher_temp,
-            getattr(self.config, end),
-            self.config.teacher_temp_warmup,
-        )
-        return (
-            start
-            if end is None
-            else schedule.linear(fraction / warmup if warmup else 1.0, start, end)
-        )
+        start, end = self.config.teacher_temp, getattr(self.config, end)
+        warmup = self.config.teacher_temp_warmup
+        if end is None:
+            return start
+        return schedule.linear(fraction / warmup if warmup else 1.0, start, end)
 
     def before_step(self, progress) -> None:
-        """The last layers rest at first: without gradients the optimiser leaves them alone, weight
-        decay included.
-        """
+        """The last layers rest at first: without gradients there is no step and no decay."""
         if progress.epoch < self.config.freeze_last_layer:
             for name, parameter in self.student.named_parameters():
                 if "last_layer" in name:
@@ -218,27 +203,20 @@ class SelfDistillation(nn.Module):
 
 def global_views(batch: dict) -> torch.Tensor:
     """Both global views, (2B,3,H,W)."""
-    return torch.cat([batch["global1"], batch["global2"]])
+    return torch.cat([batch[name] for name in GLOBAL])
 
 
 @torch.no_grad()
-def feature_columns(network: Network, images: torch.Tensor) -> list[torch.Tensor]:
-    """For images (B,3,H,W) in [0,1], columns of a contact sheet: principal components of the patch
-    tokens | attention of the class token (if there is one), mean over heads, from black (its least)
-    to white.
+def feature_columns(teacher: MomentumTeacher, images: torch.Tensor) -> list[torch.Tensor]:
+    """Images (B,3,H,W) in [0,1] -> two columns of a contact sheet.
+
+    They are principal components of the patch tokens, and the class token's attention, which is
+    the mean over heads from black (its least) to white.
     """
-    encoder, grid, size = network.encoder, network.spec.grid, images.shape[-2:]
-    colours = measure.principal_colours(network.features(images)["patch"])
-    columns = [F.interpolate(colours, size=size, mode="nearest")]
-    if encoder.cls_token is not None:
-        weights = encoders.attention(encoder, network.spec.normalise(images))[
-            :, :, 0, encoder.num_prefix_tokens :
-        ].mean(dim=1)
-        low, high = weights.amin(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)
-        weights = (
-            ((weights - low) / (high - low).clamp(min=1e-9))
-            .view(-1, 1, grid, grid)
-            .expand(-1, 3, -1, -1)
-        )
-        columns.append(F.interpolate(weights, size=size, mode="nearest"))
-    return columns
+    grid, size = teacher.spec.grid, images.shape[-2:]
+    found = teacher(images, "patch", "attention")
+    colours, weights = principal_colours(found["patch"]), found["attention"].mean(dim=1)
+    low, high = weights.amin(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)
+    weights = (weights - low) / (high - low).clamp(min=1e-9)
+    weights = weights.view(-1, 1, grid, grid).expand(-1, 3, -1, -1)
+    return [F.interpolate(x, size=size, mode="nearest") for x in (colours, weights)]

@@ -1,10 +1,10 @@
 """Checkpoints that survive a kill at any moment: atomic, verified on reading, with the previous one
 kept.
 
-A file is written beside its place, flushed to the disk and renamed; the one before becomes
-`<name>.previous.pt`. It carries a CRC of every number in it, so that a torn, truncated or flipped
-file is noticed and the previous one is taken instead. Several processes take the same one, or none
-goes on.
+A file is written beside its place, flushed to the disk and renamed to `checkpoint.pt`; the one
+before becomes `checkpoint.previous.pt`. Each carries a CRC of every number in it, so that a torn,
+truncated or flipped file is noticed and the previous one is taken instead. Several processes take
+the same one, or none goes on.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 
 from stages.kit import dist
-from stages.kit.job.files import JobError
+from workflow.files import JobError
 
 FORMAT = 1
 MISSING, BROKEN = -1, -2  # in the place of a checksum
 
 
 class Checkpoint:
-    """The newest two states of one training in a folder: `<name>.pt` and `<name>.previous.pt`."""
+    """The newest two states of the training in a folder."""
 
-    def __init__(self, folder: Path, name: str = "checkpoint"):
-        self.path = Path(folder) / f"{name}.pt"
+    def __init__(self, folder: Path):
+        self.path = Path(folder) / "checkpoint.pt"
         self.previous = self.path.with_suffix(".previous.pt")
 
     def save(self, state: dict) -> None:
@@ -64,8 +64,9 @@ class Checkpoint:
             differ |= largest != smallest
         if differ:
             raise JobError(
-                f"{self.path}: not every process can read this checkpoint, or they found different ones. The folder "
-                "has to be the same for all of them: put it on a disk that they share, or delete it to begin anew"
+                f"{self.path}: not every process can read this checkpoint, or they found different "
+                "ones. The folder has to be the same for all of them: put it on a disk that they "
+                "share, or delete it to begin anew"
             )
         return None
 
@@ -82,10 +83,6 @@ class Checkpoint:
                 stacklevel=3,
             )
             return None, BROKEN
-
-    def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.previous.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict, int]:

@@ -16,7 +16,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from stages.kit import eager
+
 STEPS = 20_000  # compiling for about a minute comes back if each of so many steps gets 3 ms shorter
+SHAPES = 64  # of batches, each of which is compiled; others run as they stand
 
 
 def wanted(setting: bool | str, device: torch.device | str, steps: int) -> bool:
@@ -33,11 +36,13 @@ def forward(module: nn.Module, say: Callable[[str], None], backend: str = "induc
     Where compiling fails, `say` is told once, with the reason, and torch runs the same operations
     one by one. While a dispatch mode counts FLOPs, torch compiles nothing.
     """
+    eager.hand_over()
     compiled = torch.compile(module.forward, backend=_Backend(backend, say), dynamic=False)
+    # After an error of the tracer itself torch says it, and runs that function as it stands.
+    settings = {"suppress_errors": True, "recompile_limit": SHAPES}
 
     def call(*args):
-        # An error of the tracer itself: torch says it, and runs that function as it stands.
-        with torch._dynamo.config.patch(suppress_errors=True):
+        with torch._dynamo.config.patch(settings):
             return compiled(*args)
 
     return call
@@ -55,9 +60,8 @@ class _Backend:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list):
         if not self.failed:
-            # Dropout draws what it draws without compiling. The backward graph is compiled now, not
-            # when it is needed,
-            # so that its errors come here too.
+            # Dropout draws what it draws without compiling. The backward graph is compiled now,
+            # not when it is needed, so that its errors come here too.
             options = (
                 {"config_patches": {"fallback_random": True}} if self.name == "inductor" else {}
             )

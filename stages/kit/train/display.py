@@ -9,6 +9,8 @@ import time
 
 from tqdm import tqdm
 
+from stages.kit.durations import duration
+
 INTERVAL = 10.0  # seconds between lines when stderr is a file
 
 
@@ -26,13 +28,8 @@ class Display:
         peak: float | None,
         shown: bool = True,
     ):
-        self.label, self.steps, self.images, self.peak, self.shown = (
-            label,
-            steps,
-            images_per_step,
-            peak,
-            shown,
-        )
+        self.label, self.steps, self.images = label, steps, images_per_step
+        self.peak, self.shown = peak, shown
         self.flops_per_image = 0.0
         self._window = (time.perf_counter(), start)
         self.bar = None
@@ -61,7 +58,7 @@ class Display:
             rate = (done - first) / (now - since)
             facts = [f"step {done}/{self.steps}", *self._facts(done - first, now - since, loss)]
             if rate:
-                facts.append(f"{clock((self.steps - done) / rate)} left")
+                facts.append(f"{duration((self.steps - done) / rate)} left")
             print(f"{self.label}: " + ", ".join(facts), file=sys.stderr, flush=True)
             self._window = (now, done)
 
@@ -78,10 +75,3 @@ class Display:
             share = f" ({flops / self.peak:.0%} of peak)" if self.peak else ""
             facts.append(f"{flops / 1e12:.3g} TFLOP/s{share}")
         return facts
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def keyed(module: nn.Module) -> Iterator[Callable]:
     with equally shaped x in one step share their draws: a forward pass that is repeated for its
     gradients is the same again.
     """
-    now = []
+    now = SimpleNamespace(progress=None)
     layers = {
         name: layer
         for name, layer in module.named_modules()
@@ -34,20 +35,21 @@ def keyed(module: nn.Module) -> Iterator[Callable]:
     for name, layer in layers.items():
         layer.forward = partial(_forward, layer, name, now)
     try:
-        yield lambda progress: now.__setitem__(slice(None), [progress])
+        yield partial(setattr, now, "progress")
     finally:
         for layer in layers.values():
             del layer.forward
 
 
-def _forward(layer: DropPath, name: str, now: list, x: Tensor) -> Tensor:
+def _forward(layer: DropPath, name: str, now: SimpleNamespace, x: Tensor) -> Tensor:
     if not layer.training:
         return x
-    progress, keep = now[0], 1 - layer.drop_prob
+    progress, keep = now.progress, 1 - layer.drop_prob
     views, rest = divmod(len(x), len(progress.rows))
     if rest:
         raise ValueError(
-            f"drop path of {name}: {len(x)} samples are not views of the {len(progress.rows)} images of the batch"
+            f"drop path of {name}: found {len(x)} samples, expected views of the "
+            f"{len(progress.rows)} images of the batch"
         )
     shape = "x".join(map(str, x.shape[1:]))
     kept = progress.uniform(f"drop path {name} {shape}", views).T.flatten() < keep  # (V*b,)

@@ -59,9 +59,8 @@ class History:
             return None
         place = min(found.values())
         names = [name for name in found if found[name] == place]
-        return place, sorted(
-            names, key=lambda name: (name in ("loss", "grad_norm"), name)
-        )  # the culprit first
+        # the culprit first: the sums become bad with any of their terms
+        return place, sorted(names, key=lambda name: (name in ("loss", "grad_norm"), name))
 
     def row(self, **head: float) -> dict:
         """Ends a logging interval: appends {**head, **means over images and ranks} to the file and

@@ -10,10 +10,8 @@ with the bytes of one that was not. The host never waits for the device between 
 from __future__ import annotations
 
 import contextlib
-import io
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,90 +21,64 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.kit import dist, keyed
-from stages.kit.job.files import JobError, write_atomic
 from stages.kit.nets import attention
-from stages.kit.train import compiled, droppath, flops, malloc, optim, precision
+from stages.kit.train import compiled, droppath, flops, guard, malloc, precision
 from stages.kit.train.checkpoint import Checkpoint
 from stages.kit.train.display import Display
+from stages.kit.train.guard import NonFiniteError
 from stages.kit.train.history import History
 from stages.kit.train.recipe import Progress, Recipe
+from stages.kit.train.signals import Signals
+from stages.kit.train.updates import Updates
+from workflow.files import write_atomic
 
 __all__ = ["NonFiniteError", "Progress", "Recipe", "fit"]
 
 ROWS = 200  # at most so many rows of history
+HISTORY = "history.jsonl"
 
 
-class NonFiniteError(FloatingPointError):
-    """A loss, one of its terms, a gradient or a weight became NaN or infinite, in the batch of
-    `step` (None: unknown).
-    """
-
-    plain = True  # the message says it all: shown without a traceback
-
-    def __init__(self, message: str, step: int | None = None):
-        super().__init__(message)
-        self.step = step
-
-
-def fit(module: nn.Module, batches, recipe: Recipe, run, seed: int, name: str = "") -> None:
+def fit(module: nn.Module, batches, recipe: Recipe, run, seed: int) -> None:
     """Trains `module` in place and writes run.out/history.jsonl; resumes from run.work when a
     checkpoint lies there.
 
     Fills run.summary with final_loss, images_seen, views_seen, effective_epochs, steps, train_s,
-    images_per_s, flops_per_image (of a training step, in FLOPs), utilisation (of what large matrix
-    products reach here, see kit/train/flops.py), precision. `name` tells several trainings of one
-    stage apart: files <name>-history.jsonl and so on, and the summary under that key.
+    images_per_s, flops_per_image (FLOPs of the first step; the size of views may change after it),
+    utilisation (of what large matrix products reach here, see kit/train/flops.py), precision.
     SystemExit(143 or 130) after SIGTERM or SIGINT, with a checkpoint written; NonFiniteError with
     step, term and dumped batch; ValueError if the module cannot be trained on a batch that is cut
     as `batches` does (see `refuse_cuts`).
     """
-    _Fit(module, batches, recipe, run, seed, name).train()
+    _Fit(module, batches, recipe, run, seed).train()
 
 
 class _Fit:
-    def __init__(self, module: nn.Module, batches, recipe: Recipe, run, seed: int, name: str):
+    def __init__(self, module: nn.Module, batches, recipe: Recipe, run, seed: int):
         self.module, self.batches, self.recipe = module, batches, recipe
-        self.run, self.seed, self.name = run, seed, name
-        self.device = torch.device(run.device)
+        self.run, self.seed, self.device = run, seed, torch.device(run.device)
         dist.start()
         module.to(self.device).train()
         refuse_cuts(module, batches.accumulate, dist.world())
         self.precision = precision.choose(recipe.precision, self.device, module)
-        self.scaler = self.precision.scaler()
-        groups = (
-            module.param_groups(recipe.weight_decay)
-            if hasattr(module, "param_groups")
-            else optim.groups(module, recipe.weight_decay)
-        )
-        self.optimizer = optim.build(recipe, groups, self.device)
-        # kept apart from the optimiser's groups, which hold the current values
-        self.bases = [
-            (group["lr_scale"], group["weight_decay"]) for group in self.optimizer.param_groups
-        ]
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        prefix = f"{name}-" if name else ""
-        self.history_file = f"{prefix}history.jsonl"
-        self.history = History(Path(run.work) / self.history_file, self.device)
-        self.checkpoint = Checkpoint(Path(run.work), f"{prefix}checkpoint")
-        self.label = f"{run.job.id} {name}".strip()
-        self.every = max(1, -(-recipe.steps // ROWS))
+        if self.precision.name == "bf16":
+            attention.unfused(module, self.device)
+        # FLOP/s of large matrix products on all devices of the job
+        self.peak = dist.world() * flops.matrix_rate(self.device, self.precision.name)
+        self.updates = Updates(module, recipe, self.device, self.precision.scaler())
+        self.history = History(Path(run.work) / HISTORY, self.device)
+        self.checkpoint = Checkpoint(Path(run.work))
         self.seconds = self.flops = 0.0  # training time over all restarts; FLOPs per image
         self.skipped: list[int] = []  # steps left out, because they gave NaN or infinity
         self.last_save = time.monotonic()
 
     def train(self) -> None:
-        start, stepper = self.restore(), self.wrapped()
-        # FLOP/s of large matrix products on all devices of the job
-        self.peak = dist.world() * flops.matrix_rate(self.device, self.precision.name)
+        start = self.restore()
         self.clock = time.perf_counter() - self.seconds
         if self.recipe.nan_skips and start == 0:
             self.save(0, must=True)  # there must be something to go back to
         malloc.keep_freed()
-        with (
-            attention.multiplied_out(self.device),
-            droppath.keyed(self.module) as self.drop_by,
-            _Signals() as signals,
-        ):
+        with droppath.keyed(self.module) as draw_by, Signals() as signals:
+            stepper = self.stepper(draw_by)
             while start < self.recipe.steps:
                 try:
                     self.steps_from(start, stepper, signals)
@@ -115,11 +87,11 @@ class _Fit:
                     start = self.go_back(error)
         self.finish()
 
-    def steps_from(self, start: int, stepper: nn.Module, signals: _Signals) -> None:
+    def steps_from(self, start: int, stepper: nn.Module, signals: Signals) -> None:
         """All steps from `start` to the end."""
-        recipe = self.recipe
+        recipe, every = self.recipe, max(1, -(-self.recipe.steps // ROWS))
         display = Display(
-            self.label, recipe.steps, start, recipe.batch_size, self.peak, dist.is_main()
+            self.run.job.id, recipe.steps, start, recipe.batch_size, self.peak, dist.is_main()
         )
         stream = self.batches.stream(start, recipe.steps)
         with contextlib.closing(stream), contextlib.closing(display):
@@ -127,7 +99,7 @@ class _Fit:
                 if step not in self.skipped:
                     self.step(step, micros, stepper)
                 done = step + 1
-                if done % self.every == 0 or done == recipe.steps:
+                if done % every == 0 or done == recipe.steps:
                     self.check()
                     self.history.row(
                         step=done, epoch=done / recipe.steps_per_epoch, lr=recipe.lr_at(step)
@@ -148,7 +120,8 @@ class _Fit:
             raise error
         skipped = sorted([*self.skipped, error.step])
         self.say(
-            f"{str(error).splitlines()[0]}\nback to the last checkpoint, to continue without that batch"
+            f"{str(error).splitlines()[0]}\n"
+            "back to the last checkpoint, to continue without that batch"
         )
         start = self.restore()
         if start == 0 and not self.checkpoint.path.exists():
@@ -156,7 +129,7 @@ class _Fit:
         self.skipped = skipped
         return start
 
-    def wrapped(self) -> nn.Module:
+    def stepper(self, draw_by: Callable) -> nn.Module:
         """The module as it is called: forward, compiled if wanted, under autocast, and DDP for
         several processes.
 
@@ -167,7 +140,7 @@ class _Fit:
         call = self.module.__call__
         if compiled.wanted(self.run.compute.get("compile", False), self.device, self.recipe.steps):
             call = compiled.forward(self.module, self.say)
-        stepper = _Stepper(self.module, call, self.precision)
+        stepper = _Stepper(self.module, call, draw_by, self.precision)
         if dist.world() == 1:
             return stepper
         devices = [self.device] if self.device.type == "cuda" else None
@@ -178,50 +151,43 @@ class _Fit:
 
     def step(self, step: int, micros: list[dict], stepper: nn.Module) -> None:
         """One optimiser step over its micro batches."""
-        recipe = self.recipe
-        lr = recipe.lr_at(step)
-        for group, (scale, decay) in zip(self.optimizer.param_groups, self.bases, strict=True):
-            group["lr"] = lr * scale
-            group["weight_decay"] = recipe.weight_decay_at(step, decay)
+        self.updates.set_rates(step)
         torch.manual_seed(keyed.key(self.seed, "dropout", step, dist.rank()))
         images = sum(len(micro["row"]) for micro in micros)
         place = step * self.batches.accumulate
         for index, micro in enumerate(micros):
             batch = {key: value.to(self.device, non_blocking=True) for key, value in micro.items()}
-            weight = len(micro["row"])
-            progress = Progress(
-                step,
-                recipe.steps,
-                step / recipe.steps_per_epoch,
-                self.seed,
-                batch["row"],
-                self.device,
-            )
-            self.drop_by(progress)
-            last = index == len(micros) - 1
-            counter = flops.counting() if step == 0 and index == 0 else contextlib.nullcontext()
+            weight, progress = len(micro["row"]), self.progress(step, batch["row"])
+            first, last = step == index == 0, index == len(micros) - 1
+            counter = flops.counting() if first else contextlib.nullcontext()
             hold = contextlib.nullcontext() if last or dist.world() == 1 else stepper.no_sync()
             with counter, hold:
                 loss, scalars = stepper(batch, progress)
-                loss = loss * (weight / images)
-                (self.scaler.scale(loss) if self.scaler else loss).backward()
-            if step == 0 and index == 0:
+                self.updates.backward(loss * (weight / images))
+            if first:
                 self.flops = counter.get_total_flops() / weight
             self.history.add(scalars, weight, place + index)
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
+        self.updates.unscale()
         if hasattr(self.module, "before_step"):
             self.module.before_step(progress)
-        norm = optim.clip(self.trained, recipe.clip, recipe.clip_mode)
-        if self.scaler:  # finds overflows by itself, lowers its scale and skips the step
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
+        norm = self.updates.step()
+        if norm is not None:
             self.history.add({"grad_norm": norm}, images, place + len(micros) - 1)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if hasattr(self.module, "after_step"):
             self.module.after_step(progress)
+
+    def progress(self, step: int, rows: torch.Tensor) -> Progress:
+        """What the module is told about this step."""
+        epoch = self.recipe.steps_per_epoch
+        return Progress(
+            step,
+            self.recipe.steps,
+            step / epoch,
+            self.seed,
+            rows,
+            self.device,
+            end_of_epoch=(step + 1) % epoch == 0,
+        )
 
     def check(self) -> None:
         """Stops with a NonFiniteError if any term was not finite since the start; waits for the
@@ -237,45 +203,26 @@ class _Fit:
         """The message of a NonFiniteError; writes the batch at fault, which is a function of the
         step.
         """
-        batch = self.batches.batch(step, micro)
+        recipe, batch = self.recipe, self.batches.batch(step, micro)
         tag = f"-rank{dist.rank()}" if dist.world() > 1 else ""
-        path = Path(self.run.work) / f"{self.name + '-' if self.name else ''}nan-batch{tag}.pt"
-        found = {
-            "step": step,
-            "micro": micro,
-            "rank": dist.rank(),
-            "seed": self.seed,
-            "terms": terms,
-            "batch": batch,
-        }
-        content = io.BytesIO()
-        torch.save(found, content)
-        try:
-            write_atomic(path, content.getvalue())
-            written = f"The batch was written to {path} (torch.load(path, weights_only=True))."
-        except (OSError, JobError) as error:
-            written = f"The batch could not be written: {error}"
-        floats = {key: value for key, value in batch.items() if value.is_floating_point()}
-        broken = ", ".join(key for key, value in floats.items() if not value.isfinite().all())
-        cause = "The batch itself is finite. Try: a lower lr, a longer warmup, clip: 1.0, train.precision: fp32."
-        if broken:
-            cause = f"The batch itself holds non-finite numbers in {broken}: look at the data."
-        recipe = self.recipe
+        facts = {"step": step, "micro": micro, "rank": dist.rank(), "seed": self.seed}
+        facts |= {"terms": terms, "batch": batch}
+        written = guard.dump(Path(self.run.work) / f"nan-batch{tag}.pt", facts)
         return (
-            f"{self.label}: {', '.join(terms)} became NaN or infinite at step {step} of {recipe.steps} "
-            f"(epoch {step / recipe.steps_per_epoch:.2f}, lr {recipe.lr_at(step):.3g} of {recipe.lr:.3g}, "
-            f"clip {recipe.clip}, precision {self.precision.name}).\n"
-            f"{written}\n{cause}\n"
-            "No checkpoint was written since; the same parameters would end here again, unless train.nan_skips "
-            f"({recipe.nan_skips}, of which {len(self.skipped)} used) lets more such batches be left out."
+            f"{self.run.job.id}: {', '.join(terms)} became NaN or infinite at step {step} of "
+            f"{recipe.steps} (epoch {step / recipe.steps_per_epoch:.2f}, lr "
+            f"{recipe.lr_at(step):.3g} of {recipe.lr:.3g}, clip {recipe.clip}, precision "
+            f"{self.precision.name}).\n{written}\n{guard.advice(batch)}\n"
+            "No checkpoint was written since; the same parameters would end here again, unless "
+            f"train.nan_skips ({recipe.nan_skips}, of which {len(self.skipped)} used) lets more "
+            "such batches be left out."
         )
 
-    def save_if_due(self, done: int, signals: _Signals) -> None:
+    def save_if_due(self, done: int, signals: Signals) -> None:
         """Saves after save_minutes, at the end and at a signal; the latter ends the process."""
         due = dist.is_main() and time.monotonic() - self.last_save >= 60 * self.recipe.save_minutes
-        flag = dist.agree(
-            2 * signals.number + due
-        )  # every rank must decide the same at the same step
+        # every rank must decide the same at the same step
+        flag = dist.agree(2 * signals.number + due)
         if not flag and done < self.recipe.steps:
             return
         stop = flag // 2
@@ -292,15 +239,11 @@ class _Fit:
         written.
         """
         self.check()
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.trained], float("inf")))
-        if not norms.isfinite().all():
-            names = {id(p): name for name, p in self.module.named_parameters()}
-            name = names.get(
-                id(self.trained[int(norms.isfinite().logical_not().nonzero()[0])]), "?"
-            )
-            raise NonFiniteError(
-                self.explain(done - 1, self.batches.accumulate - 1, [f"weight {name}"])
-            )
+        broken = self.updates.broken()
+        if broken is not None:
+            names = [name for name, p in self.module.named_parameters() if p is broken]
+            weight = f"weight {', '.join(names) or '?'}"
+            raise NonFiniteError(self.explain(done - 1, self.batches.accumulate - 1, [weight]))
         self.seconds = time.perf_counter() - self.clock
         state = self.state(done)  # on every rank: the history's sums are collected
         if dist.is_main():
@@ -309,15 +252,14 @@ class _Fit:
             except OSError as error:
                 if must:
                     raise
-                self.say(f"checkpoint not written ({error}); training goes on, the last one stands")
+                self.say(f"checkpoint not written ({error}); training goes on")
         self.last_save = time.monotonic()
 
     def state(self, done: int) -> dict:
         return {
             "step": done,
             "model": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else None,
+            **self.updates.state(),
             "history": self.history.state(),
             "seconds": self.seconds,
             "flops": self.flops,
@@ -331,28 +273,25 @@ class _Fit:
         if state is None:
             return 0
         self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler:
-            self.scaler.load_state_dict(state["scaler"])
+        self.updates.load(state)
         self.seconds, self.flops, self.skipped = state["seconds"], state["flops"], state["skipped"]
         self.say(f"continuing at step {state['step']} of {self.recipe.steps}")
         return state["step"]
 
     def finish(self) -> None:
-        """History and summary, from what was kept: also right when there was no step left to take."""
+        """History and summary, from what was kept: right also where no step was left to take."""
         recipe = self.recipe
         if dist.is_main():
-            write_atomic(Path(self.run.out) / self.history_file, self.history.text)
+            write_atomic(Path(self.run.out) / HISTORY, self.history.text)
         split = getattr(self.batches, "split", range(recipe.steps_per_epoch * recipe.batch_size))
-        seen = min(
-            recipe.steps * recipe.batch_size, recipe.epochs * len(split)
-        )  # a last batch may be short
+        # a last batch may be short
+        seen = min(recipe.steps * recipe.batch_size, recipe.epochs * len(split))
         seen -= len(self.skipped) * recipe.batch_size
         summary = {
             "final_loss": self.history.last.get("loss"),
             "images_seen": seen,
-            "views_seen": seen * recipe.views,
-            "effective_epochs": seen * recipe.views / len(split),
+            "views_seen": seen * recipe.views_per_image,
+            "effective_epochs": seen * recipe.views_per_image / len(split),
             "steps": recipe.steps,
             "train_s": round(self.seconds, 2),
             "precision": self.precision.name,
@@ -363,25 +302,22 @@ class _Fit:
             summary["utilisation"] = round(self.flops * seen / self.seconds / self.peak, 4)
         if self.skipped:
             summary["skipped_steps"] = self.skipped
-        if self.name:
-            self.run.summary[self.name] = summary
-        else:
-            self.run.summary.update(summary)
+        self.run.summary.update(summary)
         dist.barrier()
 
     def say(self, text: str) -> None:
         if dist.is_main():
-            print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+            print(f"{self.run.job.id}: {text}", file=sys.stderr, flush=True)
 
 
 def refuse_cuts(module: nn.Module, accumulate: int, world: int) -> None:
-    """ValueError if a batch cut into `accumulate` micro batches and `world` processes is another
-    one to this module.
+    """ValueError if cutting a batch into `accumulate` micro batches and `world` processes changes
+    the module's loss.
 
-    Losses that are means over images may be cut anywhere. A module whose loss compares the images
-    of a batch with each other sets `whole_batch` to the reason: it then gets all images of a
-    process at once (and sees those of other processes by `dist.gather`). torch's BatchNorm
-    normalises by whatever it is given, so it must be given the batch.
+    A loss that is a mean over images stays the same. A module whose loss compares the images of a
+    batch with each other sets `whole_batch` to the reason: it then gets all images of a process at
+    once (and sees those of other processes by `dist.gather`). torch's BatchNorm normalises by
+    whatever it is given, so it must be given the batch.
     """
     pieces = []
     if reason := getattr(module, "whole_batch", None):
@@ -393,22 +329,31 @@ def refuse_cuts(module: nn.Module, accumulate: int, world: int) -> None:
     for reason, count in pieces:
         if count > 1:
             raise ValueError(
-                f"train.micro_batch: {type(module).__name__} cannot accumulate {accumulate} micro batches in {world} "
-                f"process(es), because {reason}: the result would not be that of the whole batch. Leave micro_batch null "
-                "(with several processes: one), or choose a smaller train.batch_size."
+                f"train.micro_batch: {type(module).__name__} cannot accumulate {accumulate} micro "
+                f"batches in {world} process(es), because {reason}: the result would not be that "
+                "of the whole batch. Leave micro_batch null (with several processes: one), or "
+                "choose a smaller train.batch_size."
             )
 
 
 class _Stepper(nn.Module):
-    """Forward, which is `call`, under autocast, returning only what the loop needs: DDP must not
-    look for gradients of logged scalars.
+    """Forward, which is `call`, under autocast.
+
+    It gives the loss and what is logged, detached: DDP must not look for gradients of that.
     """
 
-    def __init__(self, module: nn.Module, call: Callable, arithmetic: precision.Precision):
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Callable,
+        draw_by: Callable,
+        arithmetic: precision.Precision,
+    ):
         super().__init__()
-        self.module, self.call, self.arithmetic = module, call, arithmetic
+        self.module, self.call, self.draw_by, self.arithmetic = module, call, draw_by, arithmetic
 
     def forward(self, batch: dict, progress: Progress) -> tuple[torch.Tensor, dict]:
+        self.draw_by(progress)
         with self.arithmetic.autocast():
             scalars = self.call(batch, progress)
         if "loss" not in scalars:
@@ -420,30 +365,3 @@ class _Stepper(nn.Module):
             name: value.detach() if isinstance(value, torch.Tensor) else value
             for name, value in {**scalars, "loss": loss}.items()
         }
-
-
-class _Signals:
-    """While entered, SIGTERM and the first SIGINT only set `number`; a second SIGINT acts at once.
-
-    SIGTERM comes twice where Slurm sends it to every process of a job and torchrun passes its own
-    on.
-    """
-
-    def __init__(self):
-        self.number = 0
-
-    def __enter__(self) -> _Signals:
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            for which in (signal.SIGTERM, signal.SIGINT):
-                self._old[which] = signal.signal(which, self._note)
-        return self
-
-    def _note(self, number: int, frame) -> None:
-        self.number = number
-        if number == signal.SIGINT:
-            signal.signal(number, self._old[number])
-
-    def __exit__(self, *error) -> None:
-        for which, handler in self._old.items():
-            signal.signal(which, handler)

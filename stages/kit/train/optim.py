@@ -10,11 +10,10 @@ from torch import nn
 
 def groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """One group with weight decay, one without (biases, norms, other 1-d tensors, names in
-    `module.no_weight_decay()`).
+    `module.no_weight_decay()`): [{"params", "weight_decay", "lr_scale": 1.0}, ...].
 
-    Frozen parameters are left out and a parameter that is reachable by two names is taken once
-    (under its first name). -> [{"params", "weight_decay", "lr_scale": 1.0}, ...], empty groups
-    dropped.
+    Frozen parameters are left out, and so is an empty group. A parameter with two names is taken
+    once, under its first name.
     """
     exempt = _exempt(module)
     decayed, plain = [], []
@@ -54,19 +53,13 @@ def layer_decay_groups(
         if not parameter.requires_grad:
             continue
         layer = layer_id(name, depths)
-        plain = (
-            parameter.ndim <= 1
-            or name in exempt
-            or name.split(".")[-1] in ("cls_token", "pos_embed")
-        )
-        group = found.setdefault(
-            (layer, plain),
-            {
-                "params": [],
-                "weight_decay": 0.0 if plain else weight_decay,
-                "lr_scale": decay ** (last - layer),
-            },
-        )
+        position = name.split(".")[-1] in ("cls_token", "pos_embed")
+        plain = position or parameter.ndim <= 1 or name in exempt
+        rates = {
+            "weight_decay": 0.0 if plain else weight_decay,
+            "lr_scale": decay ** (last - layer),
+        }
+        group = found.setdefault((layer, plain), {"params": [], **rates})
         group["params"].append(parameter)
     return list(found.values())
 
@@ -85,18 +78,12 @@ def layer_id(name: str, depths: int | tuple[int, ...]) -> int:
                 f"layer decay: {name} belongs to block {number}, but the depth given is {given}"
             )
         return sum(depths[:stage]) + number + 1
-    merging = re.search(
-        r"(?:^|\.)layers\.(\d+)\.downsample\.", name
-    )  # in timm, of the stage that follows it
+    # A Swin's patch merging lies, in timm, in the stage that follows it.
+    merging = re.search(r"(?:^|\.)layers\.(\d+)\.downsample\.", name)
     if merging:
         return sum(depths[: int(merging[1])])
-    parts = name.split(".")
-    embedding = "patch_embed" in parts or parts[-1] in (
-        "cls_token",
-        "pos_embed",
-        "mask_token",
-        "reg_token",
-    )
+    parts, tokens = name.split("."), ("cls_token", "pos_embed", "mask_token", "reg_token")
+    embedding = "patch_embed" in parts or parts[-1] in tokens
     return 0 if embedding else sum(depths) + 1
 
 

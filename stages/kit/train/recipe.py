@@ -8,31 +8,20 @@ from dataclasses import dataclass, field
 import torch
 
 from stages.kit import keyed
+from stages.kit.eager import eager
 from stages.kit.train import schedule
-
-_BY_NAME = (
-    "min_lr",
-    "lr_drops",
-    "weight_decay",
-    "weight_decay_end",
-    "betas",
-    "eps",
-    "momentum",
-    "optimizer",
-    "clip",
-    "clip_mode",
-    "views",
-)
+from workflow import checks
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where a training is. `rows` (b,) are the rows of this micro batch in the global batch, on
-    `device`.
+    `device`; `end_of_epoch`: this step is the last of its epoch (a step that nan_skips leaves out
+    is never told of).
 
     A compiled forward (kit/train/compiled.py) is compiled again whenever a number that it read is
     another. In a forward `step`, `epoch` and `fraction` are therefore read under
-    torch.compiler.disable, as `scheduled` does; what is drawn takes the step from `clock`, a
+    @eager, as `scheduled` does; what is drawn takes the step from `clock`, a
     tensor.
     """
 
@@ -42,6 +31,7 @@ class Progress:
     seed: int
     rows: torch.Tensor
     device: torch.device
+    end_of_epoch: bool = False
     clock: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -52,22 +42,20 @@ class Progress:
         """Of the training that is done, in [0, 1)."""
         return self.step / self.steps
 
-    @torch.compiler.disable
+    @eager
     def scheduled(self, schedule: Callable[[float], float]) -> torch.Tensor:
-        """schedule(fraction), a float64 scalar on the CPU, which works in arithmetic as the number
-        does.
-        """
+        """schedule(fraction): a float64 scalar on the CPU, for arithmetic as with the number."""
         return torch.tensor(schedule(self.fraction), dtype=torch.float64, device="cpu")
 
     def uniform(self, name: str, *shape: int) -> torch.Tensor:
-        """(b, *shape) in [0, 1) on the device; row i depends on (seed, step, name, rows[i]) only."""
+        """(b, *shape) in [0, 1) on the device; row i depends on (seed, step, name, rows[i])."""
         return _drawn("uniform", self.seed, self.clock, name, self.rows, shape, self.device)
 
     def normal(self, name: str, *shape: int) -> torch.Tensor:
         """(b, *shape) standard normal, keyed as `uniform`."""
         return _drawn("normal", self.seed, self.clock, name, self.rows, shape, self.device)
 
-    @torch.compiler.disable
+    @eager
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator for (seed, step, name): the same on every rank and in every micro batch
         of the step.
@@ -99,8 +87,8 @@ def _(kind, seed, clock, name, rows, shape, device):
 @dataclass(frozen=True)
 class Recipe:
     """How to optimise. `lr` is the peak rate after scaling; `warmup` and `steps` are optimiser
-    steps; `clip` None is off; `views` is how many views of an image a step learns from, which
-    effective epochs count.
+    steps; `clip` None is off; `views_per_image` is how many views of an image a step learns from,
+    which effective epochs count.
     """
 
     epochs: int
@@ -108,9 +96,7 @@ class Recipe:
     steps_per_epoch: int
     lr: float
     min_lr: float = 0.0
-    lr_drops: tuple[
-        float, ...
-    ] = ()  # constant but for these, see schedule.warmup_drops, instead of a cosine
+    lr_drops: tuple[float, ...] = ()  # if any: constant but for these, see schedule.warmup_drops
     warmup: int = 0
     weight_decay: float = 0.0
     weight_decay_end: float | None = None
@@ -122,7 +108,7 @@ class Recipe:
     clip_mode: str = "global"
     precision: str = "auto"
     save_minutes: float = 5.0
-    views: float = 1
+    views_per_image: float = 1
     nan_skips: int = 0  # batches that may be left out because they give NaN or infinity
 
     @property
@@ -130,26 +116,39 @@ class Recipe:
         return self.epochs * self.steps_per_epoch
 
     @classmethod
-    def of(cls, config, train: dict, steps_per_epoch: int) -> Recipe:
-        """From a plug-in's Config (its fields by name; `lr_per`: lr is per so many images, None:
-        absolute; `lr_factor`: times this; `warmup`: fraction of the steps) and the train section
-        {epochs, batch_size, precision, save_minutes, nan_skips}.
+    def of(cls, config: checks.Optimiser, train: dict, steps_per_epoch: int) -> Recipe:
+        """From a plug-in's Config and the train section {epochs, batch_size, precision,
+        save_minutes, nan_skips}.
+
+        A Config may have two more properties: `lr_factor`, which lr is multiplied by, and
+        `views_per_image`. TypeError for a Config that is no checks.Optimiser.
         """
-        given = {name: getattr(config, name) for name in _BY_NAME if hasattr(config, name)}
-        per = getattr(config, "lr_per", None)
-        lr = config.lr * train["batch_size"] / per if per else config.lr
-        lr *= getattr(config, "lr_factor", 1.0)
-        warmup = round(getattr(config, "warmup", 0.0) * train["epochs"] * steps_per_epoch)
+        if not isinstance(config, checks.Optimiser):
+            raise TypeError(
+                f"{type(config).__module__}.{type(config).__name__}: found no settings of an "
+                "optimiser, expected a Config that inherits from checks.Optimiser"
+            )
+        lr = config.lr * train["batch_size"] / config.lr_per if config.lr_per else config.lr
         return cls(
             epochs=train["epochs"],
             batch_size=train["batch_size"],
             steps_per_epoch=steps_per_epoch,
-            lr=lr,
-            warmup=warmup,
+            lr=lr * getattr(config, "lr_factor", 1.0),
+            min_lr=config.min_lr,
+            lr_drops=config.lr_drops,
+            warmup=round(config.warmup * train["epochs"] * steps_per_epoch),
+            weight_decay=config.weight_decay,
+            weight_decay_end=config.weight_decay_end,
+            betas=config.betas,
+            eps=config.eps,
+            momentum=config.sgd_momentum,
+            optimizer=config.optimizer,
+            clip=config.clip,
+            clip_mode=config.clip_mode,
             precision=train.get("precision", "auto"),
             save_minutes=train.get("save_minutes", 5.0),
+            views_per_image=getattr(config, "views_per_image", 1),
             nan_skips=train.get("nan_skips", 0),
-            **given,
         )
 
     def lr_at(self, step: int) -> float:

@@ -1,0 +1,64 @@
+"""Batches as the stages want them: for a training, for its pictures, for a target's health."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from stages.kit import dist
+from stages.kit.data import store
+from stages.kit.data.loader import Batches
+from stages.kit.spec import Spec
+
+SHOWN = 8  # validation images in the pictures
+
+
+def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> Batches:
+    """The batches of a plug-in module with `views` and `LABELS`, for this job's train section and
+    this process.
+
+    Where `views` takes three arguments, the third is the share of the training that is behind, in
+    [0, 1), and the views of every step are made for it.
+    """
+    train = run.job.params["train"]
+    views = functools.partial(module.views, config, spec)
+    follows = len(inspect.signature(module.views).parameters) > 2
+    return Batches(
+        store.Split.open(data, "train"),
+        views if follows else views(),
+        train["batch_size"],
+        seed,
+        micro=train["micro_batch"],
+        labels=bool(module.LABELS),
+        workers=run.compute["workers"],
+        rank=dist.rank(),
+        world=dist.world(),
+        epochs=train["epochs"],
+    )
+
+
+def held_out(data: Path) -> store.Split:
+    """The validation split, or the train split where there are no validation images."""
+    facts = store.info(data)["splits"]
+    return store.Split.open(data, "val" if facts.get("val", {}).get("count") else "train")
+
+
+def shown_batch(data: Path, spec: Spec, device: torch.device) -> dict[str, torch.Tensor]:
+    """The first images that are held out, as a batch with one view."""
+    split = held_out(data)
+    index = torch.arange(min(SHOWN, len(split)))
+    images = split.square(index.numpy(), spec.image_size).permute(0, 3, 1, 2).float().div(255)
+    labels = torch.as_tensor(split.labels[index.numpy()], dtype=torch.int64)
+    batch = {"view": images, "index": index, "row": index, "label": labels}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def write_pictures(folder: Path, pictures: dict) -> None:
+    """{name: uint8 (H,W,3)} -> folder/<name>.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(folder / f"{name}.png")

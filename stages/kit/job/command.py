@@ -1,0 +1,41 @@
+"""The command line of a stage: `python -m stages.<stage> --... [--params FILE] [--results DIR]`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from stages.kit.job.job import Run, running
+from stages.kit.job.launch import spread
+from stages.kit.job.process import prepare
+from workflow.params.entries import FLAT
+from workflow.plan import load
+from workflow.plan.jobs import OPTIONS
+
+HELP = {
+    "name": "its name in params.yaml, such as main or vqkd",
+    "run": "a run of params.yaml with its seed, such as mae-s0",
+    "task": "a task of params.yaml, such as linear",
+}
+
+
+def command(stage: str, doc: str, work: Callable[[Run], None], argv: list[str] | None) -> int:
+    """Run one job of a stage as its command line says; the exit status.
+
+    `doc` is the stage's docstring, `work` does the job. Of several processes each does so.
+    """
+    prepare()
+    parser = argparse.ArgumentParser(f"python -m stages.{stage}", description=doc.splitlines()[0])
+    for option in OPTIONS[stage]:
+        default = FLAT if stage == "data" else None
+        parser.add_argument(f"--{option}", required=not default, default=default, help=HELP[option])
+    parser.add_argument("--params", default="params.yaml", help="(default: params.yaml)")
+    parser.add_argument("--results", default="results", help="(default: results)")
+    args = parser.parse_args(argv)
+    plan = load(args.params, args.results)
+    names = [getattr(args, option) for option in OPTIONS[stage]]
+    job = plan.job("/".join([stage, *names]))
+    spread(plan, job, argv)
+    with running(job, plan) as run:
+        work(run)
+    return 0

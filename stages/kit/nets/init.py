@@ -1,0 +1,63 @@
+"""Initial weights as the papers' official codes draw them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from stages.kit.nets.positions import sincos_2d
+
+
+def xavier_init(module: nn.Module) -> None:
+    """MAE's (arXiv 2111.06377): xavier-uniform weights (a fused qkv as one matrix) and zero biases
+    of the linear layers below `module`; norms at 1 and 0.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm) and layer.elementwise_affine:
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def trunc_init(module: nn.Module, std: float = 0.02, cut: float = 0.02) -> None:
+    """BEiT's (arXiv 2106.08254): weights of linear and convolution layers below `module` normal
+    with deviation `std`, cut at +-`cut`; their biases zero.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(layer.weight, std=std, a=-cut, b=cut)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def scale_by_depth(blocks, first: int = 1) -> None:
+    """Divides both output projections of block n, counted from `first`, by sqrt(2 n), as BEiT's
+    code does.
+    """
+    for number, block in enumerate(blocks, start=first):
+        block.attn.proj.weight.div_(math.sqrt(2 * number))
+        block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+
+
+def sincos_init(encoder: nn.Module) -> None:
+    """Gives a timm ViT MAE's initial weights and fixed sin-cos positions, zero for the prefix."""
+    xavier_init(encoder.blocks)
+    projection = encoder.patch_embed.proj.weight  # as the linear layer that it is
+    nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
+    for token in (encoder.cls_token, encoder.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=0.02)
+    if encoder.pos_embed is None:
+        raise ValueError(
+            "model.args.pos_embed: found 'none', expected 'learn' (for sin-cos positions)"
+        )
+    table = sincos_2d(encoder.embed_dim, encoder.patch_embed.grid_size)
+    with torch.no_grad():
+        encoder.pos_embed.zero_()[0, -len(table) :].copy_(table)
+    encoder.pos_embed.requires_grad_(False)

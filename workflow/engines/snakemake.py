@@ -1,0 +1,61 @@
+"""File times by which Snakemake decides as the plan does."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from workflow.plan import Job, Plan
+
+# Nanoseconds of 1980-01-02: older than any input. Snakemake takes 1970 for "no time at all", and
+# zip files begin in 1980.
+STALE = 315_619_200 * 10**9
+
+
+def reconcile(plan: Plan) -> None:
+    """Give the outputs of all jobs times by which Snakemake, which goes by time alone, is right.
+
+    Those of a fresh job are never older than its inputs', those of a stale job are of 1980.
+    Contents stay as they are. A second call, also while jobs run, changes nothing more.
+    """
+    times: dict[str, int] = {}
+    for job in plan.jobs.values():
+        fresh = plan.fresh(job.id)
+        inputs = [times[name] for name in job.inputs.values()] or [_stage_file(job, plan)]
+        for path in (*job.files, _benchmark(job, plan)):
+            time = _time(path)
+            if time is None:
+                continue
+            wanted = max(time, *inputs) if fresh else STALE
+            if time != wanted:
+                _set_time(path, wanted, job)
+        times[job.id] = _time(job.manifest) or 0
+
+
+def _set_time(path: Path, time: int, job: Job) -> None:
+    try:
+        os.utime(path, ns=(time, time))
+    except OSError as error:
+        if not path.exists():  # its job has just begun again
+            return
+        what = f"{path}: its time cannot be set ({error.strerror})"
+        warnings.warn(f"{what}; Snakemake may run {job.id} again", stacklevel=3)
+
+
+def _benchmark(job: Job, plan: Plan) -> Path:
+    """Where Snakemake notes a job's time and memory; that file counts as one of its outputs."""
+    return plan.results.parent / "logs" / "benchmarks" / f"{job.id}.tsv"
+
+
+def _stage_file(job: Job, plan: Plan) -> int:
+    """The time of the stage's file: Snakemake's only input of a job that has no other."""
+    return _time(plan.root / f"stages/{job.stage}.py") or 0
+
+
+def _time(path: Path) -> int | None:
+    """Modification time in nanoseconds; None if there is no such file."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
