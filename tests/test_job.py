@@ -292,8 +292,8 @@ def test_tracking_never_stops_a_job(tmp_path, monkeypatch, capsys):
 
     plan = load(write_params(tmp_path, tiny_content(compute__tracking=True)), tmp_path / "results")
     monkeypatch.setattr(track, "_open", lambda run: 1 / 0)
-    finish(plan, "data")
-    assert plan.fresh("data") and "tracking: division by zero" in capsys.readouterr().err
+    finish(plan, "data/main")
+    assert plan.fresh("data/main") and "tracking: division by zero" in capsys.readouterr().err
 
     closed = []
 
@@ -303,11 +303,11 @@ def test_tracking_never_stops_a_job(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(track, "_open", lambda run: ("entry",))
     monkeypatch.setattr(track, "_close", close)
-    finish(plan, "data")
-    assert plan.fresh("data") and "server gone" in capsys.readouterr().err
-    with pytest.raises(ValueError), running(plan.jobs["data"], plan):
+    finish(plan, "data/main")
+    assert plan.fresh("data/main") and "server gone" in capsys.readouterr().err
+    with pytest.raises(ValueError), running(plan.jobs["data/main"], plan):
         raise ValueError
-    with pytest.raises(SystemExit), running(plan.jobs["data"], plan):
+    with pytest.raises(SystemExit), running(plan.jobs["data/main"], plan):
         sys.exit(130)
     assert closed == ["FINISHED", "FAILED", "KILLED"]
 
