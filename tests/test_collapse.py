@@ -1,6 +1,4 @@
-"""The watch over a self-distillation: what counts as collapse, when it stops a training, and that
-it says what to do.
-"""
+"""The watch over a self-distillation: what is a collapse, when it stops, and what it advises."""
 
 from __future__ import annotations
 
@@ -11,24 +9,14 @@ import torch
 
 from stages.kit.parts import collapse
 from stages.kit.parts.collapse import CollapseError, Watch
-from stages.kit.spec import Spec
-from stages.kit.train.loop import Progress
 from stages.methods import dino
+from tests import tiny
 
 K, STEPS = 16, 2000
-MODEL = {
-    "name": "vit_tiny_patch16_224",
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depth": 1,
-    "num_heads": 2,
-    "mlp_ratio": 2.0,
-    "args": {},
-}
 
 
-def at(step: int, steps: int = STEPS) -> Progress:
-    return Progress(step, steps, step / 10, 0, torch.arange(4), torch.device("cpu"))
+def at(step: int, steps: int = STEPS):
+    return tiny.progress(4, step, steps, epoch=step / 10)
 
 
 UNIFORM = torch.full((8, K), 1 / K)
@@ -49,12 +37,13 @@ def watched(given: torch.Tensor, steps: int, watch: Watch | None = None, start: 
 @pytest.mark.parametrize(
     "given, name", [(UNIFORM, "uniform over"), (ONE, "one prototype for all"), (SAME, "")]
 )
-def test_a_teacher_that_stays_silent_stops_the_training(given, name):
+def test_a_teacher_that_stays_without_information_stops_the_training(given, name):
     limit = int(collapse.PATIENCE * STEPS)
     watch = watched(given, limit - 1)
-    assert int(watch.silent) == limit - 1
+    assert int(watch.steps_below) == limit - 1
     with pytest.raises(
-        CollapseError, match="for 500 steps its assignments have told less"
+        CollapseError,
+        match="for 500 steps the mutual information of its assignments with the images",
     ) as error:
         watched(given, 20, watch, limit - 1)
     assert (
@@ -64,12 +53,12 @@ def test_a_teacher_that_stays_silent_stops_the_training(given, name):
         assert advice in str(error.value)
 
 
-def test_a_word_now_and_then_is_enough():
+def test_one_step_with_information_starts_the_count_again():
     watch = watched(UNIFORM, 450)
     watched(ALIVE, 1, watch, 450)
-    assert int(watch.silent) == 0
+    assert int(watch.steps_below) == 0
     watched(UNIFORM, 499, watch, 451)
-    assert int(watched(ALIVE, 1500, start=0).silent) == 0
+    assert int(watched(ALIVE, 1500, start=0).steps_below) == 0
 
 
 def test_the_bound_is_a_share_of_ln_k():
@@ -79,12 +68,12 @@ def test_the_bound_is_a_share_of_ln_k():
     a = 0.1
     given = torch.tensor([[1.0, 0.0], [1 - a, a]])
     h = lambda p: -(p * math.log(p) + (1 - p) * math.log(1 - p))  # noqa: E731
-    told = (h(a / 2) - h(a) / 2) / math.log(2)
-    for least, silent in ((0.99 * told, 0), (1.01 * told, 1)):
-        watch = Watch(2, least, "assignments")
+    information = (h(a / 2) - h(a) / 2) / math.log(2)
+    for bound, below in ((0.99 * information, 0), (1.01 * information, 1)):
+        watch = Watch(2, bound, "assignments")
         watch.count(given)
         watch.step(at(0))
-        assert int(watch.silent) == silent
+        assert int(watch.steps_below) == below
 
 
 def test_short_trainings_have_time_to_start():
@@ -97,12 +86,12 @@ def test_short_trainings_have_time_to_start():
         watch.step(at(collapse.LEAST_STEPS - 1, 300))
 
 
-def test_nothing_counted_is_no_silence_and_zero_never_stops():
+def test_nothing_counted_counts_for_nothing_and_zero_never_stops():
     watch = Watch(K, 0.01, "assignments")
     watch.step(at(0))
-    assert int(watch.silent) == 0
+    assert int(watch.steps_below) == 0
     for given in (UNIFORM, ONE, SAME):
-        assert int(watched(given, 3, Watch(K, 0.0, "assignments")).silent) == 0
+        assert int(watched(given, 3, Watch(K, 0.0, "assignments")).steps_below) == 0
 
 
 def test_a_resumed_training_stops_at_the_same_step():
@@ -118,7 +107,7 @@ def test_a_collapsed_teacher_stops_the_methods_training(monkeypatch):
     for all.
     """
     monkeypatch.setattr(collapse, "LEAST_STEPS", 2)
-    spec = Spec(16, MODEL, (0.5,) * 3, (0.5,) * 3, 3, 10)
+    spec = tiny.spec(embed_dim=16, depth=1)
     for break_it, name in (("weight", "uniform over"), ("centre", "one prototype")):
         torch.manual_seed(0)
         model = dino.Method(dino.Config(prototypes=K, hidden=8, bottleneck=4, n_local=0), spec)

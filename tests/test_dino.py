@@ -1,6 +1,4 @@
-"""Facts of DINO (arXiv 2104.14294 and its official code): head, centre, loss, teacher, crops,
-schedules, collapse alarms.
-"""
+"""Facts of DINO (arXiv 2104.14294 and its official code): head, centre, loss, crops, collapse."""
 
 from __future__ import annotations
 
@@ -18,30 +16,21 @@ import torch.nn.functional as F
 
 from stages.kit.nets import ema, encoders
 from stages.kit.parts.prototypes import Centre, Head, cross_entropy, multi_view_loss, view_pairs
-from stages.kit.spec import Spec
 from stages.kit.train import optim
-from stages.kit.train.loop import Progress, Recipe
+from stages.kit.train.loop import Recipe
 from stages.methods import dino as method
 from stages.targets import dino
+from tests import tiny
 
-TINY = {
-    "name": "vit_tiny_patch16_224",
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depth": 2,
-    "num_heads": 2,
-    "mlp_ratio": 2.0,
-    "args": {},
-}
 SMALL = dict(prototypes=32, hidden=16, bottleneck=8, n_local=2)
 
 
-def spec(image_size: int = 16, **model) -> Spec:
-    return Spec(image_size, {**TINY, **model}, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), 3, 100)
+def spec(image_size: int = 16, **model):
+    return tiny.spec(image_size, **{"embed_dim": 16, **model})
 
 
-def progress(step: int = 0, steps: int = 10, per_epoch: int = 5) -> Progress:
-    return Progress(step, steps, step / per_epoch, 0, torch.arange(4), torch.device("cpu"))
+def progress(step: int = 0, steps: int = 10, per_epoch: int = 5):
+    return tiny.progress(4, step, steps, epoch=step / per_epoch)
 
 
 def training(seed: int = 0, **changes) -> dino.Training:
@@ -50,15 +39,16 @@ def training(seed: int = 0, **changes) -> dino.Training:
 
 
 def batch(model: dino.Training, size: int = 4, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
+    """Noise, another for each view."""
+    views = dino.views(model.config, model.spec)
+    sides = {name: view.size for name, view in views.items()}
     return {
-        name: torch.rand(size, 3, view.size, view.size, generator=generator)
-        for name, view in dino.views(model.config, model.spec).items()
+        name: tiny.images(size, side, seed=100 * seed + i)
+        for i, (name, side) in enumerate(sides.items())
     }
 
 
-# --- head, centre, loss
-# -----------------------------------------------------------------------------------------------
+# --- head, centre, loss ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,8 +148,7 @@ def test_equal_logits_and_zero_centre_give_ln_k():
     )
 
 
-# --- training
-# ---------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def test_gradients_reach_the_student_only():
@@ -317,10 +306,9 @@ def test_a_step_learns_from_so_many_large_crops():
     """The published 10 local crops of 96 of 224 pixels: 3.84 times a single view, the authors count
     4 times the epochs.
     """
-    assert method.Config(n_local=10, local_size=96 / 224).views == pytest.approx(
-        2 + 10 * 96**2 / 224**2
-    )
-    assert method.Config(n_local=0).views == 2
+    config = method.Config(n_local=10, local_size=96 / 224)
+    assert config.views_per_image == pytest.approx(2 + 10 * 96**2 / 224**2)
+    assert method.Config(n_local=0).views_per_image == 2
 
 
 def test_momentum_and_temperature_of_the_published_recipe():
@@ -373,12 +361,11 @@ def test_two_processes_have_the_centre_of_the_whole_batch(tmp_path):
     )
 
 
-# --- views and sizes
-# --------------------------------------------------------------------------------------------------
+# --- views and sizes ------------------------------------------------------------------------------
 
 
 def test_views_of_the_paper_and_of_tiny_images():
-    base = Spec(224, {**TINY, "patch_size": 16}, (0.5,) * 3, (0.5,) * 3, 10, 1)
+    base = spec(224, patch_size=16)
     found = dino.views(dino.Config(n_local=8, local_size=0.43), base)
     assert list(found) == ["global1", "global2"] + [f"local{i}" for i in range(1, 9)]
     assert [found[n].size for n in ("global1", "global2", "local1")] == [224, 224, 96]
@@ -392,13 +379,11 @@ def test_views_of_the_paper_and_of_tiny_images():
         and v.blur_sigma == (0.1, 2.0)
         for v in found.values()
     )
-    small = dino.views(dino.Config(), Spec(32, TINY, (0.5,) * 3, (0.5,) * 3, 10, 1))
+    small = dino.views(dino.Config(), spec(32))
     assert [v.size for v in small.values()] == [32, 32, 16, 16, 16, 16] and not any(
         v.blur for v in small.values()
     )
-    middle = dino.views(
-        dino.Config(), Spec(64, {**TINY, "patch_size": 8}, (0.5,) * 3, (0.5,) * 3, 10, 1)
-    )
+    middle = dino.views(dino.Config(), spec(64, patch_size=8))
     assert middle["global1"].blur_sigma == (0.1, 1.0) and middle["local1"].size == 32
 
 
@@ -407,7 +392,7 @@ def test_local_crops_use_resized_positions_and_the_full_size_uses_them_as_they_a
     model.eval()
     x = torch.rand(2, 3, 16, 16)
     assert model.student.encoder.forward_features(x[:, :, :8, :8]).shape == (2, 1 + 4, 16)
-    fixed = encoders.create(model.spec, "vit")
+    fixed = encoders.create(model.spec, "timm")
     fixed.load_state_dict(model.student.encoder.state_dict())
     assert torch.equal(fixed.eval().forward_features(x), model.student.encoder.forward_features(x))
 
@@ -417,19 +402,10 @@ def test_local_crops_use_resized_positions_and_the_full_size_uses_them_as_they_a
     [("small", 384, 12, 6, 21.67), ("base", 768, 12, 12, 85.80), ("tiny", 192, 12, 3, 5.52)],
 )
 def test_backbone_sizes(name, dim, depth, heads, millions):
-    model = {
-        "name": f"vit_{name}_patch16_224",
-        "patch_size": 16,
-        "embed_dim": dim,
-        "depth": depth,
-        "num_heads": heads,
-        "mlp_ratio": 4.0,
-        "args": {},
-    }
+    sizes = {"patch_size": 16, "embed_dim": dim, "depth": depth, "num_heads": heads}
+    base = tiny.spec(224, name=f"vit_{name}_patch16_224", mlp_ratio=4.0, **sizes)
     with torch.device("meta"):
-        vit = encoders.create(
-            Spec(224, model, (0.5,) * 3, (0.5,) * 3, 10, 1), "vit", dynamic_img_size=True
-        )
+        vit = encoders.create(base, "timm", dynamic_img_size=True)
         tokens = vit.forward_features(torch.empty(1, 3, 96, 96)).shape[1]
     assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
     assert tokens == 36 + 1
@@ -451,24 +427,37 @@ def test_bad_config_names_the_key(change, key):
         dino.Config(**change)
 
 
-# --- the target and its health
-# ----------------------------------------------------------------------------------------
+# --- the target and its health --------------------------------------------------------------------
 
 
-def test_target_gives_patch_tokens_after_the_norm_of_normalised_images():
+def test_target_gives_tokens_after_the_norm_of_normalised_images():
     model = training()
     x = torch.rand(3, 3, 16, 16)
-    found = model.target(x)
-    tokens = model.target.encoder.forward_features(
-        (x - torch.tensor(model.spec.mean).view(3, 1, 1))
-        / torch.tensor(model.spec.std).view(3, 1, 1)
-    )
-    torch.testing.assert_close(found, tokens[:, 1:])
-    assert found.shape == (3, 16, 16) == (3, 16, model.target.dim) and not found.requires_grad
+    found = model.target(x, "patch", "cls")
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (model.spec.mean, model.spec.std))
+    tokens = model.target.encoder.forward_features((x - mean) / std)
+    torch.testing.assert_close(found["patch"], tokens[:, 1:])
+    torch.testing.assert_close(found["cls"], tokens[:, 0])
+    assert found["patch"].shape == (3, 16, 16) and found["cls"].shape == (3, 16)
+    assert not found["patch"].requires_grad
+    unnormed = model.target(x, "patch", norm=False)["patch"]
+    assert torch.equal(unnormed, found["patch"])  # always after the norm
     model.train()
     assert not model.target.training and model.student.encoder.training
     with pytest.raises(ValueError, match=r"pixels in \[0, 1\]"):
-        model.target(model.spec.normalise(x))
+        model.target(model.spec.normalise(x), "patch")
+
+
+def test_target_gives_the_attention_of_the_class_token_in_one_pass():
+    target, x, passes = training().target, torch.rand(3, 3, 16, 16), []
+    target.encoder.blocks[-1].register_forward_hook(lambda *_: passes.append(1))
+    found = target(x, "patch", "cls", "attention")
+    assert len(passes) == 1 and found["attention"].shape == (3, 2, 16)
+    plain = target(x, "patch", "cls")
+    assert torch.equal(found["patch"], plain["patch"]) and torch.equal(found["cls"], plain["cls"])
+    whole = encoders.attention(target.encoder, target.spec.normalise(x))
+    torch.testing.assert_close(whole.sum(-1), torch.ones(3, 2, 17))  # with the class token's own
+    torch.testing.assert_close(found["attention"], whole[:, :, 0, 1:])
 
 
 def test_health_of_live_and_collapsed_teachers():

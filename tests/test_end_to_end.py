@@ -77,13 +77,13 @@ def test_the_report_shows_the_numbers_that_the_tasks_wrote(finished):
     assert "<img" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_predictions_reproduce_the_metric(finished):
+def test_scores_reproduce_the_metric(finished):
     _, results, manifests = finished
     for id in manifests:
         if id.startswith("transfer/"):
             metrics = json.loads((results / id / "metrics.json").read_text())
-            stored = np.load(results / id / "predictions.npz")
-            share = stored["correct"].mean()  # of the linear probe: over its head seeds
+            stored = np.load(results / id / "scores.npz")
+            share = stored["score"].mean()  # of the linear probe: over its head seeds
             assert np.isclose(share, metrics["top1"], atol=1e-6), id
 
 

@@ -1,5 +1,4 @@
-"""Facts of iBOT (arXiv 2111.07832 and its official code): masks, two losses, one head, two centres,
-schedules, collapse.
+"""Facts of iBOT (arXiv 2111.07832 and its official code): masks, losses, heads, centres, schedules.
 
 What it shares with DINO (crops, class-token loss, teacher, resting layers) is also tested in
 test_dino.py.
@@ -22,30 +21,22 @@ from stages.kit.nets import encoders
 from stages.kit.nets.masks import random_masks
 from stages.kit.nets.pictures import colour_codes, windows
 from stages.kit.parts.prototypes import cross_entropy
-from stages.kit.spec import Spec, configure
+from stages.kit.spec import configure
 from stages.kit.train import optim
-from stages.kit.train.loop import Progress, Recipe
+from stages.kit.train.loop import Recipe
 from stages.methods import ibot
-from workflow import params
+from tests import tiny
+from workflow import checks, params
 
-MODEL = {
-    "name": "vit_tiny_patch16_224",
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depth": 2,
-    "num_heads": 2,
-    "mlp_ratio": 2.0,
-    "args": {},
-}
 SMALL = dict(prototypes=24, hidden=16, bottleneck=8, n_local=2, drop_path=0.0)
 
 
-def spec(image_size: int = 16, **model) -> Spec:
-    return Spec(image_size, {**MODEL, **model}, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), 3, 100)
+def spec(image_size: int = 16, **model):
+    return tiny.spec(image_size, **{"embed_dim": 16, **model})
 
 
-def progress(step: int = 0, steps: int = 10, per_epoch: int = 5, rows: int = 4) -> Progress:
-    return Progress(step, steps, step / per_epoch, 0, torch.arange(rows), torch.device("cpu"))
+def progress(step: int = 0, steps: int = 10, per_epoch: int = 5, rows: int = 4):
+    return tiny.progress(rows, step, steps, epoch=step / per_epoch)
 
 
 def method(seed: int = 0, image_size: int = 16, **changes) -> ibot.Method:
@@ -64,22 +55,23 @@ def method(seed: int = 0, image_size: int = 16, **changes) -> ibot.Method:
 
 
 def batch(model: ibot.Method, size: int = 4, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {name: view.size for name, view in ibot.views(model.config, model.spec).items()}
+    """Noise, another for each view."""
+    views = ibot.views(model.config, model.spec)
+    sides = {name: view.size for name, view in views.items()}
     return {
-        name: torch.rand(size, 3, side, side, generator=generator) for name, side in sizes.items()
+        name: tiny.images(size, side, seed=100 * seed + i)
+        for i, (name, side) in enumerate(sides.items())
     }
 
 
-def masks_of(model: ibot.Method, now: Progress) -> dict:
+def masks_of(model: ibot.Method, now) -> dict:
     return {
         name: model.masks(now.uniform, name, model.config.mask_share)
         for name in ("global1", "global2")
     }
 
 
-# --- the loss
-# ---------------------------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------------------
 
 
 def soft(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -132,7 +124,8 @@ def test_the_loss_by_hand(exact, shared):
     with torch.no_grad():
         large = ("global1", "global2")
         seen = {v: {k: t.numpy() for k, t in teacher.features(x[v]).items()} for v in large}
-        made = {v: {k: t.numpy() for k, t in model.tokens(x[v], masks[v]).items()} for v in large}
+        tokens = {v: model.tokens(x[v], masks[v]) for v in large}
+        made = {v: {k: tokens[v][k].numpy() for k in ("cls", "patch")} for v in large}
         made |= {v: {"cls": student.features(x[v])["cls"].numpy()} for v in ("local1", "local2")}
         temperature, patch_temperature = 0.04 + 0.03 * 0.4, 0.04 + 0.01 * 0.4
         cls, patch = [], []
@@ -239,8 +232,7 @@ def test_no_gradient_reaches_teacher_or_centres(shared):
     assert {"teacher.centre.value", "patch_centre.value"} <= set(dict(model.named_buffers()))
 
 
-# --- masks
-# ------------------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def official_mask(rows: int, columns: int, high: float, draw: random.Random) -> np.ndarray:
@@ -350,8 +342,7 @@ def test_every_hidden_patch_is_in_the_loss():
         assert int(mask.sum(1).max()) == model.most == int(ratio * 64)
 
 
-# --- the student's input
-# ----------------------------------------------------------------------------------------------
+# --- the student's input --------------------------------------------------------------------------
 
 
 def test_a_hidden_patch_is_mask_token_and_position_whatever_its_pixels():
@@ -396,8 +387,7 @@ def test_local_views_are_not_masked():
     assert len(calls) == 2
 
 
-# --- heads, teacher, schedules
-# ----------------------------------------------------------------------------------------
+# --- heads, teacher, schedules --------------------------------------------------------------------
 
 
 def test_a_shared_head_is_one_layer_and_an_unshared_one_two():
@@ -449,16 +439,17 @@ def test_the_preset_is_the_published_recipe():
     runs = params.read(Path(__file__).parents[1] / "presets/imagenet.yaml").runs
     settings = runs["ibot"].settings
     config, per = configure(ibot.Config, settings.config), 1251
+    published = {key: value for key, value in ibot.PUBLISHED.items() if hasattr(config, key)}
+    assert config == configure(ibot.Config, published)
     recipe = Recipe.of(config, settings.train, per)
     assert (recipe.epochs, recipe.warmup, recipe.lr) == (
         800,
         10 * per,
         pytest.approx(5e-4 * 1024 / 256),
     )
-    assert config.teacher_temp_warmup * 800 == pytest.approx(30) and recipe.views == pytest.approx(
-        3.84, abs=0.02
-    )
-    shown = Spec(224, {**MODEL, "patch_size": 16}, (0.5,) * 3, (0.5,) * 3, 2, 1)
+    assert config.teacher_temp_warmup * 800 == pytest.approx(30)
+    assert recipe.views_per_image == pytest.approx(3.84, abs=0.02)
+    shown = spec(224, patch_size=16)
     sizes = [(view.size, view.scale) for view in ibot.views(config, shown).values()]
     assert sizes == [(224, (0.25, 1.0))] * 2 + [(96, (0.05, 0.25))] * 10
     for name in ("ibot-300", "ibot-300-apart", "ibot-300-patches", "dino-300"):
@@ -497,7 +488,7 @@ def test_schedules_of_the_published_recipe():
         with torch.no_grad():
             model.teacher.encoder.cls_token.zero_()
             model.student.encoder.cls_token.fill_(1.0)
-        model.after_step(Progress(step, 8000, step / per, 0, torch.arange(4), torch.device("cpu")))
+        model.after_step(progress(step, 8000, per))
         moved.append(float(model.teacher.encoder.cls_token.mean()))
     assert moved[0] == pytest.approx(0.004, rel=1e-4) and moved[1] == pytest.approx(0, abs=1e-8)
 
@@ -536,18 +527,11 @@ def test_weight_decay_spares_biases_norms_and_nothing_else():
     "name, dim, heads, millions", [("small", 384, 6, 21.67), ("base", 768, 12, 85.80)]
 )
 def test_sizes_of_the_published_models(name, dim, heads, millions):
-    model = {
-        **MODEL,
-        "name": f"vit_{name}_patch16_224",
-        "patch_size": 16,
-        "embed_dim": dim,
-        "depth": 12,
-        "num_heads": heads,
-        "mlp_ratio": 4.0,
-    }
+    sizes = {"patch_size": 16, "embed_dim": dim, "depth": 12, "num_heads": heads, "mlp_ratio": 4.0}
+    base = tiny.spec(224, name=f"vit_{name}_patch16_224", **sizes)
     with torch.device("meta"):
         config = ibot.Config(prototypes=8192, hidden=2048, bottleneck=256)
-        found = ibot.Method(config, Spec(224, model, (0.5,) * 3, (0.5,) * 3, 2, 1))
+        found = ibot.Method(config, base)
     count = {
         key: sum(p.numel() for p in part.parameters())
         for key, part in (
@@ -564,8 +548,7 @@ def test_sizes_of_the_published_models(name, dim, heads, millions):
     assert count["head"] / 1e6 == pytest.approx(7.61 if dim == 384 else 8.40, abs=0.005)
 
 
-# --- centres
-# ----------------------------------------------------------------------------------------------------------
+# --- centres --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -584,7 +567,7 @@ def test_centres_after_one_step_from_zero(parts):
     for rows in torch.arange(4).chunk(parts):
         model(
             {name: value[rows] for name, value in x.items()},
-            Progress(0, 10, 0, 0, rows, now.device),
+            tiny.progress(rows, 0),
         )
     assert not model.patch_centre.value.any()  # used before it is moved
     model.after_step(now)
@@ -596,8 +579,7 @@ def test_centres_after_one_step_from_zero(parts):
     )
 
 
-# --- pictures and settings
-# --------------------------------------------------------------------------------------------
+# --- pictures and settings ------------------------------------------------------------------------
 
 
 def test_prototype_sheet_puts_patches_of_one_prototype_in_a_row():
@@ -651,9 +633,9 @@ def test_bad_config_names_the_key(change, key):
 
 
 def test_a_ratio_that_never_hides_anything_is_refused():
-    ibot.Config(mask_ratio=(0.1, 0.5)).check(16, MODEL)
+    ibot.Config(mask_ratio=(0.1, 0.5)).check(16, spec().model)
     with pytest.raises(ValueError, match="^mask_ratio: .* never hides"):
-        ibot.Config(mask_ratio=(0.01, 0.05)).check(16, MODEL)
+        ibot.Config(mask_ratio=(0.01, 0.05)).check(16, spec().model)
 
 
 def test_exported_features_are_the_teachers(tmp_path):
@@ -666,18 +648,14 @@ def test_exported_features_are_the_teachers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "weights, silent", [({"patch_weight": 0.0}, "patch"), ({"cls_weight": 0.0}, "class")]
+    "weights, untrained", [({"patch_weight": 0.0}, "patch"), ({"cls_weight": 0.0}, "class")]
 )
-def test_what_no_loss_trains_may_stay_silent(monkeypatch, weights, silent):
-    """Ablations without one of the losses: the untrained layer tells nothing, and that is no
-    collapse.
-    """
+def test_what_no_loss_trains_may_be_without_information(monkeypatch, weights, untrained):
+    """Ablations without one of the losses: an untrained layer is no collapse."""
     monkeypatch.setattr("stages.kit.parts.collapse.LEAST_STEPS", 2)
     model = method(shared_head=False, **weights)
-    layers = {"patch": (model.patch_watch, model.watch), "class": (model.watch, model.patch_watch)}[
-        silent
-    ]
-    untrained, trained = layers
+    both = (model.patch_watch, model.watch)
+    untrained, trained = both if untrained == "patch" else both[::-1]
     for step in range(4):
         untrained.count(torch.full((4, 24), 1 / 24))
         untrained.step(progress(step, 4))
@@ -685,3 +663,44 @@ def test_what_no_loss_trains_may_stay_silent(monkeypatch, weights, silent):
         for step in range(4):
             trained.count(torch.full((4, 24), 1 / 24))
             trained.step(progress(step, 4))
+
+
+# --- another method's masks -----------------------------------------------------------------------
+
+
+class Attended(ibot.MaskedSelfDistillation):
+    """Half of the patches that the teacher attends to most are hidden, as AttMask does."""
+
+    def __init__(self, config, spec):
+        super().__init__(config, spec, most=spec.grid**2 // 2)
+
+    def forward(self, batch, progress):
+        large = ibot.global_views(batch)
+        seen = self.look(large, "attention")
+        self.attention = seen["attention"].mean(dim=1)  # (2B,N)
+        self.mask = random_masks(-self.attention, torch.full((len(large),), self.most))
+        return self.losses(large, self.mask, seen, batch, progress)
+
+
+def test_masks_may_come_from_the_teachers_attention_in_the_same_pass():
+    torch.manual_seed(0)
+    model, passes = Attended(checks.MaskedSelfDistillation(**SMALL), spec()), []
+    model.teacher.encoder.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    out = model(batch(model), progress())
+    assert len(passes) == 1 and model.mask.sum(1).tolist() == [8] * 8
+    hidden = torch.where(model.mask, model.attention, torch.inf).amin(1)
+    seen = torch.where(model.mask, -torch.inf, model.attention).amax(1)
+    assert (hidden >= seen).all() and not model.attention.requires_grad
+    out["loss"].backward()
+    assert model.mask_token.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+
+
+def test_the_host_with_ibots_masks_is_ibot():
+    """Whoever chooses the masks: with the same ones the losses are the same."""
+    model, now = method(), progress()
+    x = batch(model)
+    out = model(x, now)
+    large, masks = ibot.global_views(x), torch.cat(list(masks_of(model, now).values()))
+    again = model.losses(large, masks, model.look(large, "attention"), x, now)
+    assert all(torch.equal(out[name], again[name]) for name in out)

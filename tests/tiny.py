@@ -49,6 +49,11 @@ def module(name: str, kind: str = "method"):
     return plugins.module(kind, name)
 
 
+def images(rows: int = 4, size: int = 16, seed: int = 0) -> torch.Tensor:
+    """Noise (rows,3,size,size) in [0,1)."""
+    return torch.rand(rows, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
 def batch(module, spec: Spec, config=None, rows: int = 8) -> dict[str, torch.Tensor]:
     """Smooth pictures, the same for every view of a size; labels only where the module declares it
     needs them.

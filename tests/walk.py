@@ -90,23 +90,23 @@ class Walk:
 
     def edit_parameter(self) -> str:
         self._remember()
-        key = self.random.choice(list(VALUES))
-        value, content = self.random.choice(VALUES[key]), self.lab.read()
+        key, content = self.random.choice(list(VALUES)), self.lab.read()
         *path, last = key.split(".")
         at = content
         for part in path:
             at[part] = at.get(part) or {}
             at = at[part]
-        at[last] = value
+        at[last] = value = self.random.choice([v for v in VALUES[key] if v != at.get(last)])
         self.lab.write(content)
         return f"{key}: {value}"
 
     def edit_code(self) -> str:
         self._remember()
-        path, version = self.random.choice(CODE), self.random.randrange(3)
-        edit = f"# version {version}\n" if version else ""
-        self._write({path: self.original[path] + edit})
-        return f"{path}, version {version}"
+        path = self.random.choice(CODE)
+        texts = [self.original[path] + f"# version {n}\n" * bool(n) for n in range(3)]
+        others = [text for text in texts if text != self._text(path)]
+        self._write({path: self.random.choice(others)})
+        return path
 
     def revert(self) -> str:
         if not self.past:

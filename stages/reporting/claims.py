@@ -134,10 +134,11 @@ def _different(racing: list[Row], jobs: Jobs) -> Iterator[Remark]:
     models = {row.name: ", ".join(results.encoder(row, jobs)) for row in racing}
     for what, of in (("pretraining data", data), ("encoders", models)):
         if len(set(of.values())) > 1:
+            names = {value: [name for name in of if of[name] == value] for value in of.values()}
+            found = "; ".join(f"{value}: {', '.join(runs)}" for value, runs in names.items())
             yield (
                 f"Different {what}",
-                "; ".join(f"{name}: {value}" for name, value in of.items())
-                + ". A difference between such runs is not one of their methods alone.",
+                f"{found}. A difference between such runs is not one of their methods alone.",
             )
 
 

@@ -207,12 +207,12 @@ def _over_images(values: dict, images: dict) -> stats.Interval | None:
 
 
 def encoder(row: Row, jobs: Jobs) -> tuple[str, str]:
-    """(family, sizes) of a run's encoder, such as ("vit", "192 wide, 12 deep, patches of 4 px")."""
+    """(family, sizes) of a run's encoder, such as ("vit", "192 × 12, patch 4"): width, depth."""
     model = jobs.manifests[f"pretrain/{row.jobs[0]}"].params["model"]
     depth = model["config"]["depth"]
     depth = "+".join(map(str, depth)) if isinstance(depth, list) else depth
     width, patch = model["config"]["embed_dim"], model["config"]["patch_size"]
-    return model["kind"], f"{width} wide, {depth} deep, patches of {patch} px"
+    return model["kind"], f"{width} × {depth}, patch {patch}"
 
 
 def losses(folder: Path, name: str) -> tuple[str, list[float], list[float]]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from stages.kit.job.track import entries, flat, held, now, read, store_uri
 
 EVERY = 5.0  # seconds between two looks at the history of a running job
-RETRY = 30.0  # seconds until what failed is tried again
+RETRY = 4.0  # seconds until what failed is tried again
 BATCH = 1000  # metrics in one request, MLflow's limit
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -55,11 +55,12 @@ def serve(outbox: Path, idle: float) -> None:
             return  # another courier is at work
         quiet = time.monotonic()
         while outbox.is_dir() and (began := time.monotonic()) - quiet < idle:
-            if send(outbox, later):
-                quiet = time.monotonic()
-            time.sleep(max(0.1, 5 * (time.monotonic() - began)))
-    if any(held(entry / "note.json") for entry in entries(outbox)):
-        serve(outbox, idle)  # for a job that saw the lock a moment ago and started no courier
+            busy = send(outbox, later)
+            time.sleep(min(1.0, max(0.1, 5 * (time.monotonic() - began))))
+            quiet = time.monotonic() if busy else quiet
+    # a job that saw the lock a moment ago has started no courier
+    if any((entry, held(entry / "note.json")) not in later for entry in entries(outbox)):
+        serve(outbox, idle)
 
 
 def send(outbox: Path, later: dict, uri: str | None = None) -> bool:
@@ -75,26 +76,25 @@ def send(outbox: Path, later: dict, uri: str | None = None) -> bool:
         busy |= alive
         if later.get((entry, alive), 0) > began or (alive and uri):
             continue
-        with _locked(outbox / "send.lock"):
-            if not (entry / "note.json").is_file():
-                continue  # another process has sent it meanwhile
-            try:
-                note = json.loads((entry / "note.json").read_text())
-                store = uri or note["uri"]
-                if store in down:
-                    raise ConnectionError(f"{store} has failed a moment ago")
-                down.add(store)  # until it has answered
-                connection = connect(store, note["experiment"])
-                down.remove(store)
-                _deliver(entry, note, connection, alive)
-                (entry / "error").unlink(missing_ok=True)
-                # reading a long history may take a twentieth of the time
-                wait, busy = max(EVERY, 20 * (time.monotonic() - began)), True
-            except Exception as error:
-                wait = RETRY
-                with suppress(OSError):
-                    (entry / "error").write_text(f"{type(error).__name__}: {str(error)[:500]}")
-            later[entry, alive] = time.monotonic() + wait
+        try:
+            note = json.loads((entry / "note.json").read_text())
+            store = uri or note["uri"]
+            if store in down:
+                raise ConnectionError(f"{store} has failed a moment ago")
+            with _alone(store):
+                if entry.is_dir():  # else another process has sent it meanwhile
+                    down.add(store)  # until it has answered
+                    connection = connect(store, note["experiment"])
+                    down.remove(store)
+                    _deliver(entry, note, connection, alive)
+            (entry / "error").unlink(missing_ok=True)
+            # reading a long history may take a twentieth of the time
+            wait, busy = max(EVERY, 20 * (time.monotonic() - began)), True
+        except Exception as error:
+            wait = RETRY
+            with suppress(OSError):
+                (entry / "error").write_text(f"{type(error).__name__}: {str(error)[:500]}")
+        later[entry, alive] = time.monotonic() + wait
     return busy
 
 
@@ -112,34 +112,25 @@ def replay(outbox: Path, uri: str | None = None) -> tuple[int, list[str]]:
 
 
 def connect(uri: str, experiment: str):
-    """(client, experiment id, parent run id) of a store, each created if missing.
-
-    One process at a time: when two start on a fresh SQLite file, MLflow's migration breaks it for
-    good (measured with 3.17).
-    """
+    """(client, experiment id, parent run id) of a store, each created if missing."""
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     from mlflow.tracking import MlflowClient
 
-    lock, artifacts = Path(tempfile.gettempdir()) / f"mimlab-{os.getuid()}.lock", None
-    if uri.startswith("sqlite:///"):
-        base = Path(uri.removeprefix("sqlite:///"))
-        base.parent.mkdir(parents=True, exist_ok=True)
-        lock = base.with_name(f"{base.name}.lock")
-        # MLflow would take the working directory of the moment
+    artifacts = None
+    if (base := _file(uri)) is not None:  # MLflow would take the working directory of the moment
         artifacts = (base.parent / "mlruns" / experiment).as_uri()
-    with _locked(lock):
-        client = MlflowClient(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found and found.lifecycle_stage != "active":
-            client.restore_experiment(found.experiment_id)
-        number = found.experiment_id if found else client.create_experiment(experiment, artifacts)
-        parents = client.search_runs([number], "tags.stage = 'experiment'", max_results=1)
-        if not parents:
-            tags = {"stage": "experiment", "experiment": experiment}
-            parents = [client.create_run(number, run_name=experiment, tags=tags)]
-            client.set_terminated(parents[0].info.run_id)
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found and found.lifecycle_stage != "active":
+        client.restore_experiment(found.experiment_id)
+    number = found.experiment_id if found else client.create_experiment(experiment, artifacts)
+    parents = client.search_runs([number], "tags.stage = 'experiment'", max_results=1)
+    if not parents:
+        tags = {"stage": "experiment", "experiment": experiment}
+        parents = [client.create_run(number, run_name=experiment, tags=tags)]
+        client.set_terminated(parents[0].info.run_id)
     return client, number, parents[0].info.run_id
 
 
@@ -253,10 +244,20 @@ def _text(value) -> str:
     return str(value).encode(errors="replace").decode()[:5000]
 
 
+def _file(uri: str) -> Path | None:
+    """The file of a SQLite store."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
 @contextmanager
-def _locked(path: Path):
-    """Waits for the lock of a file and holds it."""
-    with path.open("a") as file:
+def _alone(uri: str):
+    """One process of this machine at a time talks to a store.
+
+    When two start on a fresh SQLite file, MLflow's migration breaks it for good (seen with 3.17).
+    """
+    base = _file(uri) or Path(tempfile.gettempdir()) / f"mimlab-{os.getuid()}"
+    base.parent.mkdir(parents=True, exist_ok=True)
+    with base.with_name(f"{base.name}.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
