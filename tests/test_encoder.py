@@ -28,7 +28,9 @@ from stages.kit.nets.masks import take
 from stages.kit.nets.positions import sincos_2d
 from stages.kit.spec import Spec
 from tests import tiny
+from tests.conftest import tiny_content
 from workflow import plugins
+from workflow.params import ParamsError, check
 
 KINDS = plugins.names("encoder")
 STYLES = [(kind, style) for kind in KINDS for style in tiny.model(kind).styles]
@@ -809,13 +811,13 @@ def test_a_swin_whose_config_is_accepted_can_be_built(changes):
     [
         (
             {"window_size": 3},
-            "^window_size: found 3, which does not divide the 8 tokens per side in stage 1",
+            "^window_size: found 3, expected a divisor of the 8 tokens per side in stage 1",
         ),
         ({"window_size": 0}, "^window_size: found 0, expected 1 or more"),
         ({"depth": (1, 0)}, r"^depth: found \(1, 0\), expected 1 or more"),
-        ({"depth": (), "num_heads": ()}, "^num_heads: found 0 stages"),
-        ({"depth": (1, 1, 1)}, "^num_heads: found 2 stages .* depth has 3"),
-        ({"num_heads": (1, 3)}, "^embed_dim: .*stage 2 is 16 wide .* 3 heads"),
+        ({"depth": (), "num_heads": ()}, "^depth: found no stages, expected one or more"),
+        ({"depth": (1, 1, 1)}, "^num_heads: found 2 stages, expected 3 as in depth"),
+        ({"num_heads": (1, 3)}, "^embed_dim: found 8, .*stage 2 16 wide, expected .* 3 heads"),
         ({"patch_size": 16}, "^patch_size: found 16, .* tokens of 32 pixels, .* image_size 16"),
         ({"name": "vit_tiny_patch16_224"}, "^model"),
         ({"name": "swin_tiny_patch4_window7_223"}, f"^model.name: .*{SWINS[1]}"),
@@ -826,6 +828,66 @@ def test_a_swin_whose_config_is_accepted_can_be_built(changes):
 def test_a_swin_that_cannot_be_is_named_before_anything_runs(changes, match):
     with pytest.raises(ValueError, match=match):
         encoders.create(two_stages(**changes))
+
+
+SWIN_PARAMS = {
+    "name": SWINS[1],
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depth": [1, 1],
+    "num_heads": [1, 2],
+    "window_size": 4,
+}
+
+
+def swin_params(**changes):
+    """Params for images of 16 pixels and the methods that take a Swin."""
+    content = tiny_content(methods={"simmim": {}})
+    content |= {"model": SWIN_PARAMS | changes, "targets": {}}
+    content["grid"]["runs"] = {
+        name: {"method": name} for name in ("simmim", "random", "supervised")
+    }
+    return content
+
+
+def test_a_swin_of_params_is_one():
+    model = check(swin_params()).models["main"]
+    assert (model.kind, model.settings.config["depth"]) == ("swin", (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"window_size": 3}, ["model.window_size: found 3, expected a divisor of the 8 tokens"]),
+        ({"depth": 2}, ["model.depth", "a list", "found 2"]),
+        ({"num_heads": 2}, ["model.num_heads", "a list"]),
+        ({"depth": [1, 0]}, ["model.depth", "1 or more", "(1, 0)"]),
+        ({"depth": []}, ["model.depth: found no stages"]),
+        ({"depth": [1, 1, 1]}, ["model.num_heads", "2 stages", "3"]),
+        ({"num_heads": [1, 3]}, ["model.embed_dim", "stage 2 16 wide", "3 heads"]),
+        ({"patch_size": 16}, ["model.patch_size", "16", "32 pixels"]),
+        (
+            {"name": "vit_tiny_patch16_224"},
+            ["model.depth", "integer", "model.window_size: unknown"],
+        ),
+        ({"name": "swin_tiny_patch4_window7_223"}, ["model.name", SWINS[1]]),
+    ],
+)
+def test_params_name_a_swin_that_cannot_be(changes, words):
+    with pytest.raises(ParamsError) as caught:
+        check(swin_params(**changes))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_plug_ins_that_take_no_swin_say_so():
+    content = tiny_content()
+    content["model"] = SWIN_PARAMS
+    with pytest.raises(ParamsError) as caught:
+        check(content)
+    for word in ("method mae needs", "method beitv2 needs", "target dino needs", "target vqkd"):
+        assert word in str(caught.value)
+    assert "kind swin can 'mask' and 'taps'; expected kind convvit or vit" in str(caught.value)
+    assert "random" not in str(caught.value)
 
 
 # --- positions and patches ----------------------------------------------------------------------

@@ -366,6 +366,19 @@ def test_a_runs_encoder_passes_gradients_to_the_images():
     assert all(p.grad is None for p in target.parameters())
 
 
+def test_a_job_learns_from_a_target_or_from_a_runs_encoder(tmp_path):
+    run = tiny.run(tmp_path)
+    run.job.inputs = {"data": "", "target": "target/hog", "encoder": "pretrain/mae-s0"}
+    run.input = lambda role: tmp_path / role
+    targets.save(made("hog")[0], tmp_path / "target", "hog", config_of("hog"), SPEC)
+    encoders.save(encoders.create(SPEC, "timm"), tmp_path / "encoder" / "encoder", SPEC)
+    assert targets.given(run, "upstream", SPEC) is None
+    hog, encoder = (targets.given(run, role, SPEC) for role in ("target", "encoder"))
+    assert set(hog.sizes) == {"patch"} and {"patch", "cls"} <= set(encoder.sizes)
+    with pytest.raises(ValueError, match="^target: found a target of 4x4 patches, expected 2x2"):
+        targets.given(run, "target", tiny.spec(8))
+
+
 def test_a_runs_encoder_is_the_upstream_of_a_tokenizer(tmp_path):
     """As `upstream: run:NAME` makes it: exported, loaded, frozen, learnt from."""
     torch.manual_seed(1)
