@@ -5,11 +5,13 @@ Families are swept: a new file in stages/encoders is tested as soon as it exists
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,6 +284,30 @@ def test_what_a_family_claims_works_and_the_rest_is_refused(kind, tmp_path):
     if encoders.can(encoder, "plain"):
         plain = encoders.create(tiny.spec(4, kind, patch_size=1), in_chans=7, depth=1)
         assert encoders.features(plain, torch.randn(2, 7, 4, 4))["patch"].shape == (2, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "style"), [("vit", "beit"), ("swin", "timm"), ("convvit", "timm")]
+)
+def test_a_compiler_sees_one_graph(kind, style):
+    """Finding the family must not interrupt it."""
+    encoder, _ = build(kind, style)
+    ids = some(encoder, 3)
+    calls = {"drop": lambda x: encoders.visible(encoder, x, ids)["tokens"]}
+    calls["mask"] = lambda x: encoders.masked(encoder, x, None, None)["tokens"]
+    for ability in {"drop", "mask"} & MODULES[kind].CAN:
+        torch._dynamo.reset()
+        compiled = torch.compile(calls[ability], backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(IMAGES), calls[ability](IMAGES))
+    torch._dynamo.reset()
+
+
+def test_networks_know_nothing_of_data_training_and_jobs():
+    folder = Path(encoders.__file__).parent
+    for path in [*folder.glob("*.py"), *Path(families.__file__).parent.glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "module", None) or ""
+            assert not re.match(r"stages\.kit\.(data|parts|train|job)\b", name), (path, name)
 
 
 def test_an_encoder_of_somebody_else_is_refused():
