@@ -453,6 +453,10 @@ def test_attention_masks_of_each_sample(encoder, images, fused):
     found = encoders.masked(encoder, images, mask, token, attend=attend)
     expected = by_hand(encoder, images, mask, token, attend)
     torch.testing.assert_close(found["tokens"], expected, atol=1e-11, rtol=1e-11)
+    seen = encoders.masked(encoder, images, mask, token, attend=attend, attention=True)
+    assert torch.equal(seen["tokens"], found["tokens"])
+    assert torch.equal(seen["attention"] > 0, attend[:, None].expand(-1, 2, -1, -1))
+    assert torch.allclose(seen["attention"].sum(-1).float(), torch.ones(3, 2, 17))
     free = encoders.masked(encoder, images, mask, token)["tokens"]
     assert not torch.allclose(found["tokens"], free, atol=1e-3)
     torch.testing.assert_close(
@@ -574,6 +578,15 @@ def test_attention_maps_are_those_of_the_last_block(encoder, images):
     value = (x @ block.attn.qkv.weight.T + bias)[..., 64:].view(3, 17, 2, 16).transpose(1, 2)
     out = block.attn.proj((maps @ value).transpose(1, 2).reshape(3, 17, 32))
     assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_one_pass_gives_features_taps_and_attention(encoder, images):
+    found = encoders.features(encoder, images, taps=(1,), attention=True)
+    for name, expected in encoders.features(encoder, images).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found["attention"], encoders.attention(encoder, images)[:, :, 0, 1:])
+    taps = encoders.masked(encoder, images, None, None, taps=(1,))["taps"]
+    assert torch.equal(found["taps"][1], taps[1])
 
 
 def test_registers_and_missing_class_token(images):
