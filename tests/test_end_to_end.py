@@ -15,32 +15,20 @@ import numpy as np
 import pytest
 
 from tests.conftest import tiny_content, write_params
+from workflow.manifest import Manifest
 from workflow.plan import load
 from workflow.plan.explain import explain
 
 ROOT = Path(__file__).parents[1]
 
 
-def arguments(job) -> list[str]:
-    """What comes after `python -m stages.<stage>` for a job."""
-    if job.stage == "target":
-        return ["--name", job.name]
-    if job.stage == "pretrain":
-        return ["--run", job.name]
-    if job.stage == "transfer":
-        run, task = job.name.split("/")
-        return ["--run", run, "--task", task]
-    return []
-
-
-def run_all(params: Path, results: Path) -> dict[str, dict]:
+def run_all(params: Path, results: Path) -> dict[str, Manifest]:
     """Every job of the plan in its order, in this process; the manifests by job id."""
     plan = load(params, results)
     for job in plan.jobs.values():
         stage = importlib.import_module(f"stages.{job.stage}")
-        assert (
-            stage.main([*arguments(job), "--params", str(params), "--results", str(results)]) == 0
-        )
+        options = job.command.split()[3:]  # after `python -m stages.<stage>`
+        assert stage.main([*options, "--params", str(params), "--results", str(results)]) == 0
         assert plan.fresh(job.id), explain(plan, job.id)
     return {id: plan.manifest(id) for id in plan.jobs}
 
@@ -60,7 +48,7 @@ def test_every_job_leaves_a_complete_folder(finished):
     assert len(manifests) == 1 + 2 + 4 + 4 * 3 + 1
     for id, manifest in manifests.items():
         folder = results / id
-        listed = {*manifest["outputs"], "manifest.json"}
+        listed = {*manifest.outputs, "manifest.json"}
         there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         assert there == listed, id
     assert not list((results.parent / "work").glob("*/checkpoint*"))
@@ -110,8 +98,8 @@ def test_the_same_parameters_give_the_same_encoder(finished, tmp_path):
     importlib.import_module("stages.pretrain").main(
         ["--run", "mae-s0", "--params", str(params), "--results", str(tmp_path / "results")]
     )
-    again = plan.manifest("pretrain/mae-s0")["outputs"]
-    assert again == manifests["pretrain/mae-s0"]["outputs"]
+    again = plan.manifest("pretrain/mae-s0").outputs
+    assert again == manifests["pretrain/mae-s0"].outputs
 
 
 # --------------------------------------------------------------------------------------------
