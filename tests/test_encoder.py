@@ -5,11 +5,13 @@ Families are swept: a new file in stages/encoders is tested as soon as it exists
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,6 +286,30 @@ def test_what_a_family_claims_works_and_the_rest_is_refused(kind, tmp_path):
         assert encoders.features(plain, torch.randn(2, 7, 4, 4))["patch"].shape == (2, 16, 32)
 
 
+@pytest.mark.parametrize(
+    ("kind", "style"), [("vit", "beit"), ("swin", "timm"), ("convvit", "timm")]
+)
+def test_a_compiler_sees_one_graph(kind, style):
+    """Finding the family must not interrupt it."""
+    encoder, _ = build(kind, style)
+    ids = some(encoder, 3)
+    calls = {"drop": lambda x: encoders.visible(encoder, x, ids)["tokens"]}
+    calls["mask"] = lambda x: encoders.masked(encoder, x, None, None)["tokens"]
+    for ability in {"drop", "mask"} & MODULES[kind].CAN:
+        torch._dynamo.reset()
+        compiled = torch.compile(calls[ability], backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(IMAGES), calls[ability](IMAGES))
+    torch._dynamo.reset()
+
+
+def test_networks_know_nothing_of_data_training_and_jobs():
+    folder = Path(encoders.__file__).parent
+    for path in [*folder.glob("*.py"), *Path(families.__file__).parent.glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "module", None) or ""
+            assert not re.match(r"stages\.kit\.(data|parts|train|job)\b", name), (path, name)
+
+
 def test_an_encoder_of_somebody_else_is_refused():
     with pytest.raises(ValueError, match="encoder: found another module, expected one made by"):
         encoders.masked(timm.create_model("vit_tiny_patch16_224"), IMAGES, None, None)
@@ -427,6 +453,10 @@ def test_attention_masks_of_each_sample(encoder, images, fused):
     found = encoders.masked(encoder, images, mask, token, attend=attend)
     expected = by_hand(encoder, images, mask, token, attend)
     torch.testing.assert_close(found["tokens"], expected, atol=1e-11, rtol=1e-11)
+    seen = encoders.masked(encoder, images, mask, token, attend=attend, attention=True)
+    assert torch.equal(seen["tokens"], found["tokens"])
+    assert torch.equal(seen["attention"] > 0, attend[:, None].expand(-1, 2, -1, -1))
+    assert torch.allclose(seen["attention"].sum(-1).float(), torch.ones(3, 2, 17))
     free = encoders.masked(encoder, images, mask, token)["tokens"]
     assert not torch.allclose(found["tokens"], free, atol=1e-3)
     torch.testing.assert_close(
@@ -548,6 +578,15 @@ def test_attention_maps_are_those_of_the_last_block(encoder, images):
     value = (x @ block.attn.qkv.weight.T + bias)[..., 64:].view(3, 17, 2, 16).transpose(1, 2)
     out = block.attn.proj((maps @ value).transpose(1, 2).reshape(3, 17, 32))
     assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_one_pass_gives_features_taps_and_attention(encoder, images):
+    found = encoders.features(encoder, images, taps=(1,), attention=True)
+    for name, expected in encoders.features(encoder, images).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found["attention"], encoders.attention(encoder, images)[:, :, 0, 1:])
+    taps = encoders.masked(encoder, images, None, None, taps=(1,))["taps"]
+    assert torch.equal(found["taps"][1], taps[1])
 
 
 def test_registers_and_missing_class_token(images):

@@ -1,11 +1,10 @@
-"""The whole road with the real stages: params to report, a toy method dropped in, the commands."""
+"""The whole road with the real stages, from params to report, and through the commands."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,8 +26,8 @@ def run_all(params: Path, results: Path) -> dict[str, Manifest]:
     plan = load(params, results)
     for job in plan.jobs.values():
         stage = importlib.import_module(f"stages.{job.stage}")
-        options = job.command.split()[3:]  # after `python -m stages.<stage>`
-        assert stage.main([*options, "--params", str(params), "--results", str(results)]) == 0
+        words = job.command.split()[3:]  # after python -m stages.<stage>
+        assert stage.main([*words, "--params", str(params), "--results", str(results)]) == 0
         assert plan.fresh(job.id), explain(plan, job.id)
     return {id: plan.manifest(id) for id in plan.jobs}
 
@@ -102,16 +101,7 @@ def test_the_same_parameters_give_the_same_encoder(finished, tmp_path):
     assert again == manifests["pretrain/mae-s0"].outputs
 
 
-# --------------------------------------------------------------------------------------------
-# adding a method
-
-DRIVER = """
-import sys
-sys.path.insert(0, "")
-from tests.test_end_to_end import run_all
-from pathlib import Path
-run_all(Path("params.yaml"), Path("results"))
-"""
+# ------------------------------------------------------------------------------------- real engines
 
 
 def copy_of_the_project(folder: Path) -> Path:
@@ -121,30 +111,6 @@ def copy_of_the_project(folder: Path) -> Path:
     for name in ("Snakefile", "dvc.yaml", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
     return folder
-
-
-def test_adding_a_method_is_adding_one_file(tmp_path):
-    """The toy of docs/adding-a-method.md, word for word: every stage knows it by its file name."""
-    project = copy_of_the_project(tmp_path / "project")
-    page = (ROOT / "docs/adding-a-method.md").read_text(encoding="utf-8")
-    toy = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
-    (project / "stages/methods/toy.py").write_text(toy)
-    content = tiny_content()
-    content["methods"] = {"toy": {}}
-    content["tasks"] = {"knn": content["tasks"]["knn"]}
-    content["targets"] = {}
-    content["grid"]["runs"] = {"toy": {"method": "toy"}}
-    write_params(project, content)
-    command = [sys.executable, "-c", DRIVER]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = (project / "results/pretrain/toy-s0/history.jsonl").read_text().splitlines()
-    history = [json.loads(line) for line in lines]
-    assert history and all(np.isfinite(row["loss"]) for row in history)
-    assert "toy" in (project / "results/report/index.html").read_text(encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------- real engines
 
 
 def test_snakemake_runs_the_real_stages(tmp_path):
