@@ -1,15 +1,12 @@
-"""Runs that teach others: chains of stages, wrong teachers, weights from elsewhere."""
+"""Runs that teach others: chains of stages, wrong teachers."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import tiny_content, write_params
 from tests.plans import changed, finish, plan_of
-from workflow.engines.dvc import loops
 from workflow.plan import load
 from workflow.plan.explain import explain
 from workflow.plugins import ROOT, ParamsError
@@ -166,34 +163,3 @@ def test_a_change_runs_the_stages_from_there_on(tmp_path):
     said = explain(load(tmp_path / "b/params.yaml", tmp_path / "a/results"), "pretrain/dbot-3-s0")
     assert "grid.runs.dbot.set.epochs changed from 1 to 2" in said
     assert "its input pretrain/dbot-2-s0 would run" in said
-
-
-def test_weights_in_a_folder_are_part_of_the_fingerprint(tmp_path):
-    folder = tmp_path / "weights"
-    targets = {"weights": {"kind": "pretrained", "weights": f"local:{folder}"}}
-    runs = {"mae": {"method": "mae"}, "dbot": {"method": "dbot", "target": "weights"}}
-
-    def plan():
-        content = tiny_content(methods__dbot={}, targets=targets)
-        content["grid"]["runs"] = runs
-        return load(write_params(tmp_path, content), tmp_path / "results")
-
-    with pytest.raises(ParamsError, match="targets.weights.weights: .*weights does not exist"):
-        plan()
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"one")
-    first = plan()
-    assert not changed(first, plan())
-    finish(first)
-    (folder / "model.safetensors").write_bytes(b"two")  # of the same size
-    second = plan()
-    assert {i for i in changed(first, second) if "mae" not in i} == changed(first, second)
-    assert {"target/weights", "pretrain/dbot-s0", "report"} < changed(first, second)
-    assert "what targets.weights.weights names changed" in explain(second, "target/weights")
-    assert loops(second)["plan"]["watch"], "so that DVC looks every time"
-    shutil.rmtree(folder)
-    with pytest.warns(UserWarning, match="is not there"):
-        assert not changed(first, plan()), (
-            "a finished target stays usable without the weights that it was made from"
-        )

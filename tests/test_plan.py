@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from workflow.engines.dvc import loops, runs_text
 from workflow.plan import load
 from workflow.plan.__main__ import main
 from workflow.plan.digest import Files
-from workflow.plan.explain import explain
 from workflow.plugins import ROOT, ParamsError
 
 # -------------------------------------------------------------------------------------------------
@@ -176,48 +174,6 @@ def test_labels_of_a_run_are_told_through_a_target_made_from_it(tmp_path):
         grid=SEVERAL["grid"] | {"runs": runs},
     )
     assert plan.jobs["report"].params["runs"]["beitv2-s0"]["label_targets"] == ["supervised"]
-
-
-# -------------------------------------------------------------------------------------------------
-# files of the user
-
-
-def source_plan(tmp_path: Path, images: str = "images"):
-    content = tiny_content()
-    content["data"] = {"source": f"folder:{tmp_path / images}", "image_size": 16}
-    return load(write_params(tmp_path, content), tmp_path / "results")
-
-
-def test_a_missing_source_is_told_with_what_is_near(tmp_path):
-    (tmp_path / "image").mkdir()
-    with pytest.raises(ParamsError, match="images does not exist; did you mean 'image'\\?$"):
-        source_plan(tmp_path)
-    with pytest.raises(
-        ParamsError, match=f"images does not exist .{tmp_path / 'gone'} is no folder.$"
-    ):
-        source_plan(tmp_path, "gone/deeper/images")
-
-
-def test_the_files_of_a_source_are_part_of_the_fingerprint(tmp_path):
-    with pytest.raises(ParamsError, match="data.source: .*images does not exist"):
-        source_plan(tmp_path)
-    (tmp_path / "images/a").mkdir(parents=True)
-    (tmp_path / "images/a/1.png").write_bytes(b"1")
-    first = source_plan(tmp_path)
-    assert not changed(first, source_plan(tmp_path))
-    (tmp_path / "images/a/2.png").write_bytes(b"2")
-    second = source_plan(tmp_path)
-    assert changed(first, second) == set(first.jobs)
-    finish(second)
-    (tmp_path / "images/a/2.png").write_bytes(b"22")
-    assert f"what folder:{tmp_path / 'images'} holds changed" in explain(
-        source_plan(tmp_path), "data/main"
-    )
-    shutil.rmtree(tmp_path / "images")
-    with pytest.warns(UserWarning, match="is not there"):
-        assert not changed(second, source_plan(tmp_path)), (
-            "pulled results stay usable without their source"
-        )
 
 
 # -------------------------------------------------------------------------------------------------
