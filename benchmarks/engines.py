@@ -1,5 +1,4 @@
-"""A stage's own overhead, and what plan, Snakemake and DVC take on a grid of 400 jobs where nothing
-is to be done.
+"""What a stage's imports take, and plan, Snakemake and DVC on 400 jobs of which none is to be done.
 
     python benchmarks/engines.py [--jobs 400] [--times 3]
 
@@ -9,7 +8,6 @@ The jobs of the grid are marked as finished by manifests without outputs; nothin
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -22,20 +20,21 @@ from pathlib import Path
 import yaml
 from _common import ROOT, write
 
+from workflow.manifest import Manifest
 from workflow.plan import load
 
 RUNS = 10
 
 
 def grid(folder: Path, jobs: int) -> int:
-    """A copy of the project in `folder` with about `jobs` jobs, all finished; how many there are."""
+    """Copy the project into `folder` with about `jobs` finished jobs; how many there are."""
     skip = shutil.ignore_patterns(
         ".git", ".venv", "results", "work", "logs", "mlruns", ".snakemake", "__pycache__"
     )
     shutil.copytree(ROOT, folder, ignore=skip)
     content = yaml.safe_load((folder / "params.yaml").read_text())
-    content["grid"] = {"seeds": list(range(max(1, jobs // (4 * RUNS)))),
-                       "runs": {f"mae{i}": {"method": "mae", "set": {"lr": 1e-3 * (i + 1)}} for i in range(RUNS)}}  # fmt: skip
+    runs = {f"mae{i}": {"method": "mae", "set": {"lr": 1e-3 * (i + 1)}} for i in range(RUNS)}
+    content["grid"] = {"seeds": list(range(max(1, jobs // (4 * RUNS)))), "runs": runs}
     content["compute"] = {"tracking": False}
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
     here = os.getcwd()
@@ -46,8 +45,15 @@ def grid(folder: Path, jobs: int) -> int:
             for file in job.files:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text("{}")
-            facts = {"job": job.id, "fingerprint": job.fingerprint, "outputs": {}}
-            job.manifest.write_text(json.dumps(facts))
+            manifest = Manifest(
+                job=job.id,
+                stage=job.stage,
+                name=job.name,
+                fingerprint=job.fingerprint,
+                params=job.params,
+                code=job.hashes,
+            )
+            job.manifest.write_text(manifest.text())
         return len(plan.jobs)
     finally:
         os.chdir(here)
@@ -85,7 +91,7 @@ def main() -> None:
             )  # as after a run
         untrained = [python, "-c", "from stages import pretrain"]
         for what, command, goal in (
-            ("a stage's imports", untrained, "6 s"),
+            ("a stage's imports", untrained, "5 s"),
             (f"workflow.plan, {count} jobs", [python, "-m", "workflow.plan"], "-"),
             (f"snakemake -n, {count} jobs", [str(scripts / "snakemake"), "-n", "-q"], "4 s"),
             (f"dvc status, {count} jobs", [dvc, "status", "-q"], "6 s"),

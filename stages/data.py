@@ -62,9 +62,18 @@ def make(run) -> None:
     run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
 
 
-def build(data: dict, source: dict, out: Path, work: Path, threads: int | None = None) -> dict:
+def build(
+    data: dict,
+    source: dict,
+    out: Path,
+    work: Path,
+    threads: int | None = None,
+    limits: dict[str, int] | None = None,
+) -> dict:
     """Source -> data set in `out`; returns the summary. SourceError when the source is not fit for
     use.
+
+    `limits`: at most so many images of each split, the first ones, for a trial of the real thing.
     """
     began = time.monotonic()
     found = find(data, source)
@@ -72,6 +81,9 @@ def build(data: dict, source: dict, out: Path, work: Path, threads: int | None =
     chosen = assign(found, data)
     total = sum(int((part >= 0).sum()) for part in chosen.parts.values())
     mode = "memmap" if total * size * size * 3 <= data["memory_map_gb"] * 1e9 else "shards"
+    for k, split in enumerate(SPLITS if limits else ()):
+        for part in chosen.parts.values():
+            part[np.flatnonzero(part == k)[limits.get(split, 0) :]] = -1
 
     fields = _fields(found, chosen.parts)
     writers = {

@@ -32,6 +32,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def make(run) -> None:
     """The work of the stage, for a job.Run. JobError when the finished target is not healthy."""
+    if problems := build(run):
+        raise JobError(problems)
+
+
+def build(run) -> str:
+    """Makes the target and examines it: what is wrong with it, "" if nothing is."""
     params, seed = run.job.params, run.job.params["seed"]
     module = plugins.module("target", params["target"]["kind"])
     config = configure(module.Config, params["target"]["config"])
@@ -49,12 +55,14 @@ def make(run) -> None:
         target = module.Target(config, spec).to(run.device)
         if hasattr(target, "prepare"):
             target.prepare()
-    if dist.is_main():
-        finish(run, module, config, spec, target.to(run.device).requires_grad_(False).eval(), data)
+    if not dist.is_main():
+        return ""
+    target = target.to(run.device).requires_grad_(False).eval()
+    return finish(run, module, config, spec, target, data)
 
 
-def finish(run, module, config, spec: Spec, target, data) -> None:
-    """Writes the target and its pictures, and examines it."""
+def finish(run, module, config, spec: Spec, target, data) -> str:
+    """Writes the target and its pictures, and examines it: what is wrong with it, or ""."""
     kind, train = run.job.params["target"]["kind"], run.job.params["train"]
     labels = module.labels(config) if hasattr(module, "labels") else bool(module.LABELS)
     targets.save(target, run.out, kind, config, spec, labels=labels)
@@ -69,20 +77,21 @@ def finish(run, module, config, spec: Spec, target, data) -> None:
     if hasattr(module, "pictures"):
         shown = shown_batch(data, spec, run.device)["view"]
         write_pictures(run.out / "pictures", module.pictures(target, shown))
-    if problems:
-        found = "\n".join(f"  - {problem}" for problem in problems)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        raise JobError(
-            f"{run.job.id} ({kind}) is not fit to train a student on:\n{found}\nmeasured: {shown}\n"
-            f"Its files and health.json are in {run.out} to look at; change targets.{run.job.name} in "
-            f"{run.plan.params_file} and run the stage again."
-        )
+    if not problems:
+        return ""
+    found = "\n".join(f"  - {problem}" for problem in problems)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    return (
+        f"{run.job.id} ({kind}) is not fit to train a student on:\n{found}\nmeasured: {shown}\n"
+        f"Its files and health.json are in {run.out} to look at; change targets.{run.job.name} in "
+        f"{run.plan.params_file} and run the stage again."
+    )
 
 
 def validation_images(
     data, spec: Spec, batch_size: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Every validation image (train image where there are none), (B,3,H,W) in [0,1] on the device."""
+    """Every validation image (train where there are none), (B,3,H,W) in [0,1] on the device."""
     for images, _, _ in evaluation(held_out(data), spec.image_size, min(batch_size, 256)):
         yield images.to(device)
 

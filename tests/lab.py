@@ -118,9 +118,9 @@ class Lab:
         shutil.copytree(
             ROOT / "stages/kit/job",
             folder / "stages/kit/job",
-            ignore=shutil.ignore_patterns("__pycache__", "track.py", "courier.py"),
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
-        files = {f"stages/kit/{name}.py": f"# {name}\n" for name in ("keyed", "train", "job/track")}
+        files = {f"stages/kit/{name}.py": f"# {name}\n" for name in ("keyed", "train")}
         files |= {f"stages/{name}.py": plugin(name) for name in PLUGINS}
         for stage in ("data", "target", "pretrain", "transfer", "report"):
             kit = KIT.get(stage, "train")
@@ -171,7 +171,8 @@ class Lab:
             command, cwd=self.folder, env=environment, capture_output=True, text=True
         )
         said = done.stdout + done.stderr
-        assert (done.returncode == 0) == good, f"{' '.join(command)}\n{said}"
+        ended = f"{' '.join(command)}\nexit status {done.returncode}\n{said}"
+        assert (done.returncode == 0) == good, ended
         return said
 
     def git(self, *words: str) -> str:

@@ -1,7 +1,9 @@
-"""The checks of settings: ranges, and counts of patches that can be."""
+"""The checks of settings: ranges, settings that are shared, and counts of patches that can be."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -51,74 +53,143 @@ def test_spans():
             checks.spans(SimpleNamespace(a=(0.2, 1.0), b=pair), "a", "b")
 
 
+# What each setting of a mixin may not be; TYPED are those whose type says all that there is to say.
+BAD = {
+    checks.Optimiser: {
+        "lr": [0, -1.0],
+        "lr_per": [0],
+        "min_lr": [-1e-9],
+        "lr_drops": [(0.5, 1.0), (0.0,)],
+        "warmup": [1.0, -0.1],
+        "weight_decay": [-0.1],
+        "weight_decay_end": [-0.1],
+        "betas": [(0.9, 1.0), (-0.1, 0.9)],
+        "eps": [0.0],
+        "sgd_momentum": [1.0],
+        "clip": [-1.0],
+    },
+    checks.Crop: {"crop_min": [0.0, 1.1], "flip": [-0.1, 1.1]},
+    checks.SizedCrop: {"crop_min": [0.0], "input_size": [0, 3]},
+    checks.Decoder: {
+        "decoder_dim": [0, 18],
+        "decoder_depth": [0],
+        "decoder_heads": [0, 3],
+    },
+    checks.SelfDistillation: {
+        "prototypes": [1],
+        "hidden": [0],
+        "bottleneck": [0],
+        "freeze_last_layer": [-1.0],
+        "student_temp": [0.0],
+        "teacher_temp": [0.0],
+        "teacher_temp_end": [0.0],
+        "teacher_temp_warmup": [1.1],
+        "centre_momentum": [-0.1],
+        "momentum": [1.1],
+        "drop_path": [1.1],
+        "n_local": [-1],
+        "local_size": [0.0, 1.1],
+        "global_scale": [(0.0, 1.0), (0.6, 0.5)],
+        "local_scale": [(0.5, 1.1)],
+        "flip": [1.1],
+        "jitter": [(0.4, 0.4, 0.2, -0.1)],
+        "jitter_p": [-0.1],
+        "grey": [1.1],
+        "solarise": [-0.1],
+        "min_information": [1.1],
+    },
+    checks.MaskedSelfDistillation: {
+        "cls_weight": [-0.1],
+        "patch_weight": [-0.1],
+        "patch_temp_end": [0.0],
+        "prototypes": [1],
+        "lr": [0.0],
+    },
+    checks.Encoder: {"patch_size": [0], "embed_dim": [0], "mlp_ratio": [0.0]},
+}
+TYPED = {"optimizer", "clip_mode", "norm_last", "blur", "shared_head", "name", "args"}
+
+
+def test_every_mixin_is_here():
+    mixins = {
+        found
+        for found in vars(checks).values()
+        if isinstance(found, type) and issubclass(found, checks.Settings)
+    }
+    assert mixins - {checks.Settings} == set(BAD)
+    for mixin, bad in BAD.items():
+        mixin()  # the defaults are good
+        inherited = {key for base in mixin.__mro__ for key in BAD.get(base, ())}
+        assert {f.name for f in dataclasses.fields(mixin)} - TYPED == inherited, mixin
+        assert bad
+
+
 @pytest.mark.parametrize(
-    ("dim", "depth", "heads", "key"),
-    [
-        (16, 1, 4, None),
-        (18, 1, 2, "decoder_dim"),
-        (0, 1, 1, "decoder_dim"),
-        (16, 0, 4, "decoder_depth"),
-        (16, 1, 0, "decoder_heads"),
-        (16, 1, 3, "decoder_heads"),
-    ],
+    ("mixin", "key", "value"),
+    [(mixin, key, v) for mixin, bad in BAD.items() for key in bad for v in bad[key]],
 )
-def test_decoder(dim, depth, heads, key):
-    settings = {"decoder_dim": dim, "decoder_depth": depth, "decoder_heads": heads}
-    if key is None:
-        checks.Decoder(**settings)
-        return
-    with pytest.raises(ValueError, match=f"^{key}: found .*{settings[key]}"):
-        checks.Decoder(**settings)
+def test_a_bad_value_of_a_mixin_is_named(mixin, key, value):
+    @dataclass(frozen=True)
+    class Config(mixin):
+        own: int = 1
+
+        def __post_init__(self):
+            super().__post_init__()
+            checks.within(self, "[1, inf)", "own")
+
+    shown = re.escape(str(value).strip("()"))
+    for config in (mixin, Config):
+        with pytest.raises(ValueError, match=rf"^{key}: found \(?{shown}.*, expected "):
+            config(**{key: value})
+    with pytest.raises(ValueError, match="^own: found 0, expected 1 or more"):
+        Config(own=0)
 
 
-@dataclass(frozen=True)
-class Everything(checks.Optimiser, checks.SizedCrop, checks.Decoder):
-    lr: float = 3.0  # another default
+def test_mixins_stand_beside_each_other():
+    @dataclass(frozen=True)
+    class Config(checks.Optimiser, checks.Crop, checks.Decoder):
+        crop_min: float = 0.4  # another default
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.clip == 9:
-            raise ValueError("clip: found 9")
-
-
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"lr": 0.0}, "lr"),
-        ({"lr_per": 0}, "lr_per"),
-        ({"warmup": 1.0}, "warmup"),
-        ({"betas": (0.9, 1.0)}, "betas"),
-        ({"lr_drops": (0.5, 1.0)}, "lr_drops"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-        ({"crop_min": 0.0}, "crop_min"),
-        ({"flip": 1.5}, "flip"),
-        ({"input_size": 2}, "input_size"),
-        ({"decoder_heads": 3}, "decoder_heads"),
-        ({"clip": 9}, "clip"),
-    ],
-)
-def test_a_config_inherits_settings_with_their_checks(settings, key):
-    assert Everything().lr == 3.0 and Everything().decoder_dim == 128
-    with pytest.raises(ValueError, match=f"^{key}: found "):
-        Everything(**settings)
+    config = Config()
+    assert (config.crop_min, config.lr, config.decoder_dim) == (0.4, 1e-3, 128)
+    for key, value in (("lr", 0), ("crop_min", 0.0), ("decoder_heads", 3)):
+        with pytest.raises(ValueError, match=f"^{key}: found {value}, expected "):
+            Config(**{key: value})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0
 
 
-def test_what_an_encoder_says_of_its_tokens():
-    encoder = checks.Encoder(patch_size=4)
-    assert (encoder.stride, encoder.grid(32)) == (4, 8)
-    encoder.check(32)
-    with pytest.raises(ValueError, match="^patch_size: found 4, .*image_size 18"):
-        encoder.check(18)
-    with pytest.raises(ValueError, match="^embed_dim: found 0"):
-        checks.Encoder(embed_dim=0)
+def test_none_means_off_where_it_may():
+    nothing = {"lr_per": None, "weight_decay_end": None, "clip": None}
+    assert checks.Optimiser(**nothing).clip is None
+    assert checks.SizedCrop(input_size=None).input_size is None
+    assert checks.SelfDistillation(teacher_temp_end=None).teacher_temp_end is None
+
+
+def test_views_per_image_are_counted_in_areas():
+    assert checks.SelfDistillation(n_local=8, local_size=0.5).views_per_image == 4
+    assert checks.SelfDistillation(n_local=0).views_per_image == 2
+
+
+def test_sizes_of_an_encoder():
+    model = checks.Encoder(patch_size=16, embed_dim=18)
+    assert (model.stride, model.grid(224)) == (16, 14)
+    model.check(224)
+    with pytest.raises(ValueError, match="^patch_size: found 16, .* divisor of image_size 200"):
+        model.check(200)
+    with pytest.raises(ValueError, match="^model.embed_dim: found 18, expected a multiple of 4"):
+        checks.sincos(model)
+    checks.sincos(checks.Encoder(embed_dim=20))
 
 
 def test_the_message_says_what_is_counted():
-    with pytest.raises(ValueError, match="^mask_ratio: 0.99 of 16 patches hides 16"):
+    with pytest.raises(
+        ValueError, match="^mask_ratio: found 0.99, which hides 16 of 16 patches, expected "
+    ):
         checks.keep_count(16, 0.99)
-    with pytest.raises(ValueError, match="^mask_ratio: 0.9 of 4 cells hides 4"):
+    with pytest.raises(ValueError, match="^mask_ratio: found 0.9, which hides 4 of 4 cells"):
         checks.keep_count(4, 0.9, "cells")
-    with pytest.raises(ValueError, match="^mask_ratio: 0.8 of 4 units hides 4"):
+    with pytest.raises(ValueError, match="^mask_ratio: found 0.8, which hides 4 of 4 units"):
         checks.unit_count(4, 0.8)
 
 

@@ -1,6 +1,4 @@
-"""dBOT: the facts of the paper (arXiv 2209.03917) and its official code, against independent
-calculations.
-"""
+"""Facts of dBOT (arXiv 2209.03917 and its official code), against independent calculations."""
 
 from __future__ import annotations
 
@@ -18,18 +16,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from stages.kit.nets.teacher import Teacher
 from torch import nn
 
 from stages import data as data_stage
 from stages import pretrain
-from stages.kit import keyed
 from stages.kit.nets import encoders
 from stages.kit.nets.masks import random_masking
-from stages.kit.spec import Spec, configure
+from stages.kit.nets.target import EncoderTarget, Frozen
+from stages.kit.spec import configure
 from stages.kit.train.loop import Recipe
 from stages.methods import random as untrained
 from stages.methods.dbot import Config, Method, views
+from tests import tiny
 from tests.conftest import tiny_content, write_params
 from workflow.params import read
 from workflow.plan import load
@@ -37,43 +35,21 @@ from workflow.plan import load
 SMALL = Config(decoder_dim=16, decoder_depth=1, decoder_heads=2)
 
 
-def spec(size=16, patch=4, width=16, depth=2, heads=2):
-    model = {
-        "name": "vit_tiny_patch16_224",
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "mlp_ratio": 4.0,
-        "args": {},
-    }
-    return Spec(
-        image_size=size,
-        model=model,
-        mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.25, 0.3),
-        num_classes=5,
-        images=100,
-    )
+def spec(size=16, **model):
+    return tiny.spec(size, **{"embed_dim": 16, "mlp_ratio": 4.0, **model})
 
 
 def progress(rows=6, step=0, seed=0):
-    """As much of kit/train/loop.py's Progress as a method may use."""
-    index = torch.arange(rows)
-
-    def uniform(name, *shape):
-        return keyed.uniform(keyed.key(seed, step, name), index, *shape)
-
-    return SimpleNamespace(uniform=uniform, step=step, rows=index)
+    return tiny.progress(rows, step, seed=seed)
 
 
 def batch(rows=6, size=16):
-    return {"view": torch.rand(rows, 3, size, size, generator=torch.Generator().manual_seed(1))}
+    return {"view": tiny.images(rows, size, seed=1)}
 
 
-def teacher(spec, depth=None, seed=3):
+def teacher(spec, depth=None, seed=3) -> Frozen:
     torch.manual_seed(seed)
-    return Teacher(untrained.Method(untrained.Config(depth), spec).encoder, spec)
+    return Frozen(EncoderTarget(untrained.Method(untrained.Config(depth), spec).encoder, spec))
 
 
 def build(config=SMALL, shape=None, target=None, seed=0):
@@ -81,6 +57,21 @@ def build(config=SMALL, shape=None, target=None, seed=0):
     target = target or teacher(shape)
     torch.manual_seed(seed)
     return Method(config, shape, target)
+
+
+def tokens(it: Frozen, images: torch.Tensor, norm: bool = False) -> torch.Tensor:
+    """A teacher's class token and patches (B,1+N,D)."""
+    found = it(images, "cls", "patch", norm=norm)
+    return torch.cat([found["cls"][:, None], found["patch"]], dim=1)
+
+
+def watched(method, monkeypatch) -> dict:
+    """{"predicted": what the method has predicted}, once it has run."""
+    seen, predict = {}, method.predict
+    monkeypatch.setattr(
+        method, "predict", lambda *args: seen.setdefault("predicted", predict(*args))
+    )
+    return seen
 
 
 def masking(rows=6):
@@ -95,15 +86,12 @@ def digest(module: nn.Module) -> str:
 
 
 def test_sequence_lengths_and_shapes_at_full_size(monkeypatch):
-    """224 pixels, patch 16, ratio 0.75: the encoder sees 1 + 49 tokens, the decoder predicts 1 +
-    196.
-    """
-    method, seen = build(shape=spec(size=224, patch=16, depth=1)), {}
+    """224 px, patch 16, ratio 0.75: the encoder sees 1 + 49 tokens, 1 + 196 are predicted."""
+    method = build(shape=spec(224, patch_size=16, depth=1))
+    seen = watched(method, monkeypatch)
     method.encoder.blocks[0].register_forward_hook(
         lambda m, args, out: seen.update(encoder=out.shape[1])
     )
-    decode = method.decode
-    monkeypatch.setattr(method, "decode", lambda *args: seen.setdefault("predicted", decode(*args)))
     with torch.no_grad():
         method(batch(2, 224), progress(2))
     assert seen["encoder"] == 50
@@ -111,9 +99,8 @@ def test_sequence_lengths_and_shapes_at_full_size(monkeypatch):
 
 
 def test_loss_is_over_the_class_token_and_the_hidden_patches(monkeypatch):
-    method, decode, seen = build(), None, {}
-    decode = method.decode
-    monkeypatch.setattr(method, "decode", lambda *args: seen.setdefault("predicted", decode(*args)))
+    method = build()
+    seen = watched(method, monkeypatch)
     loss = method(batch(), progress())["loss"]
     (gradient,) = torch.autograd.grad(loss, seen["predicted"])
     mask = masking()[2].bool()
@@ -126,7 +113,7 @@ def test_loss_is_over_the_class_token_and_the_hidden_patches(monkeypatch):
         ("cls", F.pad(mask & False, (1, 0), value=True)),
     ):
         other = seen["predicted"].detach() + 5.0 * place[..., None]
-        monkeypatch.setattr(method, "decode", lambda *args, other=other: other)
+        monkeypatch.setattr(method, "predict", lambda *args, other=other: other)
         change[name] = (method(batch(), progress())["loss"] - loss).abs().item()
     assert change["visible"] == 0
     assert change["cls"] > 0.1
@@ -134,18 +121,16 @@ def test_loss_is_over_the_class_token_and_the_hidden_patches(monkeypatch):
 
 @pytest.mark.parametrize("norm_target", [True, False])
 def test_loss_is_the_formula(norm_target, monkeypatch):
-    """In float64 with numpy, from the teacher's tokens: smooth L1 of beta 2, a mean over 1 + 12
-    tokens a sample.
-    """
+    """In float64 with numpy: smooth L1 of beta 2, a mean over 1 + 12 tokens of a sample."""
     method = build(dataclasses.replace(SMALL, norm_target=norm_target))
     predicted = 2 * torch.randn(6, 17, 16, generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(method, "decode", lambda *args: predicted)
-    tokens = method.teacher[0].tokens(batch()["view"]).double().numpy()
+    monkeypatch.setattr(method, "predict", lambda *args: predicted)
+    raw = tokens(method.teacher, batch()["view"]).double().numpy()
     chosen = np.concatenate([np.ones((6, 1)), masking()[2].numpy()], axis=1)
     total = count = 0.0
     for b in range(6):
         for n in range(17):
-            t = tokens[b, n]
+            t = raw[b, n]
             if norm_target:
                 t = (t - t.mean()) / math.sqrt(t.var(ddof=1) + 1e-6)
             u = np.abs(predicted[b, n].double().numpy() - t)
@@ -159,18 +144,18 @@ def test_loss_is_the_formula(norm_target, monkeypatch):
 def test_smooth_l1_at_two_residuals(residual, loss, monkeypatch):
     method = build()
     target = method.target(batch()["view"])
-    monkeypatch.setattr(method, "decode", lambda *args: target + residual)
+    monkeypatch.setattr(method, "predict", lambda *args: target + residual)
     assert method(batch(), progress())["loss"].item() == pytest.approx(loss, abs=1e-6)
 
 
 def test_cosine_of_a_perfect_prediction_is_one(monkeypatch):
     method = build()
-    monkeypatch.setattr(method, "decode", lambda *args: 3 * method.target(batch()["view"]))
+    monkeypatch.setattr(method, "predict", lambda *args: 3 * method.target(batch()["view"]))
     assert method(batch(), progress())["cosine"].item() == pytest.approx(1, abs=1e-5)
 
 
 def test_targets_are_standardised_token_by_token():
-    target = build(shape=spec(width=64)).target(batch()["view"]).double()
+    target = build(shape=spec(embed_dim=64)).target(batch()["view"]).double()
     assert target.shape == (6, 17, 64)
     assert target.mean(dim=-1).abs().max() < 1e-5
     assert (target.var(dim=-1, correction=1) - 1).abs().max() < 1e-3
@@ -178,19 +163,20 @@ def test_targets_are_standardised_token_by_token():
 
 def test_target_is_from_before_the_teachers_norm_unless_asked_for():
     it = teacher(spec())
-    nn.init.normal_(it.norm.weight, 1, 0.5)
+    norm = it.open.norm
+    nn.init.normal_(norm.weight, 1, 0.5)
     raw = build(dataclasses.replace(SMALL, norm_target=False), target=it).target(batch()["view"])
     normed = build(
         dataclasses.replace(SMALL, norm_target=False, teacher_norm=True), target=it
     ).target(batch()["view"])
-    assert torch.equal(raw, it.tokens(batch()["view"]))
-    expected = F.layer_norm(raw, (16,), it.norm.weight, it.norm.bias, it.norm.eps)
+    assert torch.equal(raw, tokens(it, batch()["view"]))
+    expected = F.layer_norm(raw, (16,), norm.weight, norm.bias, norm.eps)
     assert torch.allclose(normed, expected, atol=1e-5)
     assert not torch.allclose(raw, normed, atol=0.1)
 
 
 def test_teacher_sees_whole_images_whatever_the_mask_and_gets_no_gradient(monkeypatch):
-    method, seen, target = build(), [], None
+    method, seen = build(), []
     target = method.target
     monkeypatch.setattr(method, "target", lambda images: seen.append(target(images)) or seen[-1])
     losses = [method(batch(), progress(step=step))["loss"] for step in (0, 1)]
@@ -198,9 +184,9 @@ def test_teacher_sees_whole_images_whatever_the_mask_and_gets_no_gradient(monkey
     assert torch.equal(*seen)
     sum(losses).backward()
     assert not any(t.requires_grad for t in seen)
-    assert all(p.grad is None for p in method.teacher[0].parameters())
+    assert all(p.grad is None for p in method.teacher.open.parameters())
     assert not {id(p) for p in method.parameters()} & {
-        id(p) for p in method.teacher[0].parameters()
+        id(p) for p in method.teacher.open.parameters()
     }
     images = batch()["view"]
     painted = images.clone()
@@ -211,13 +197,13 @@ def test_teacher_sees_whole_images_whatever_the_mask_and_gets_no_gradient(monkey
 
 def test_teacher_does_not_change_while_the_student_trains():
     method = build(dataclasses.replace(SMALL, drop_path=0.5)).train()
-    before, student = digest(method.teacher[0]), digest(method.encoder)
+    before, student = digest(method.teacher.open), digest(method.encoder)
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
     for step in range(3):
         optimiser.zero_grad()
         method(batch(), progress(step=step))["loss"].backward()
         optimiser.step()
-    assert digest(method.teacher[0]) == before
+    assert digest(method.teacher.open) == before
     assert digest(method.encoder) != student
 
 
@@ -229,11 +215,11 @@ def test_an_untrained_teacher_is_the_students_own_starting_point():
     method = build(target=whole, seed=0)
     student = copy.deepcopy(method.encoder)
     student.norm = nn.Identity()
-    assert digest(whole.encoder) == digest(student)
-    assert len(shallow.encoder.blocks) == 0
-    for name, value in shallow.encoder.state_dict().items():
+    assert digest(whole.open.encoder) == digest(student)
+    assert len(shallow.open.encoder.blocks) == 0
+    for name, value in shallow.open.encoder.state_dict().items():
         assert torch.equal(value, student.state_dict()[name]), name
-    assert digest(teacher(spec(), seed=1).encoder) != digest(student)
+    assert digest(teacher(spec(), seed=1).open.encoder) != digest(student)
 
 
 def test_a_teacher_without_blocks_gives_targets_of_single_patches():
@@ -246,29 +232,31 @@ def test_a_teacher_without_blocks_gives_targets_of_single_patches():
     assert torch.isfinite(method(batch(), progress())["loss"])
 
 
-class Patches(nn.Module):
-    """A target of patch features only, such as a convolutional network's."""
-
-    dim = 5
-
-    def forward(self, images):
-        colours = F.adaptive_avg_pool2d(images, 4).flatten(2).transpose(1, 2)
-        return F.pad(colours, (0, 2))
-
-
 def test_a_target_without_class_token_is_learnt_at_the_hidden_patches(monkeypatch):
-    method, seen = build(target=Patches()), {}
-    decode = method.decode
-    monkeypatch.setattr(method, "decode", lambda *args: seen.setdefault("predicted", decode(*args)))
+    """Such as a convolutional network's features."""
+    method = build(target=tiny.target(spec(), "patch", width=5))
+    seen = watched(method, monkeypatch)
     (gradient,) = torch.autograd.grad(method(batch(), progress())["loss"], seen["predicted"])
     assert seen["predicted"].shape == (6, 16, 5)
     assert torch.equal((gradient != 0).any(dim=-1), masking()[2].bool())
 
 
+def test_a_target_with_class_token_is_learnt_there_too(monkeypatch):
+    """Whatever target it is: a target `dino`, a run's encoder."""
+    dino = tiny.module("dino", "target")
+    config = dino.Config(prototypes=8, hidden=8, bottleneck=4)
+    for target in (tiny.target(spec(), "patch", "cls"), Frozen(dino.Target(config, spec()))):
+        method = build(target=target)
+        wanted = method.target(batch()["view"])
+        assert wanted.shape == (6, 17, target.sizes["patch"])
+        monkeypatch.setattr(method, "predict", lambda *args, wanted=wanted: wanted.clone())
+        assert method(batch(), progress())["loss"] == 0
+        method.predict = lambda *args, wanted=wanted: F.pad(wanted[:, 1:], (0, 0, 1, 0))
+        assert method(batch(), progress())["loss"] > 0
+
+
 def test_a_student_without_class_token_learns_the_patches_of_any_teacher():
-    plain = dataclasses.replace(
-        spec(), model={**spec().model, "args": {"class_token": False, "global_pool": "avg"}}
-    )
+    plain = spec(args={"class_token": False, "global_pool": "avg"})
     method = build(shape=plain, target=teacher(spec()))
     assert method.target(batch()["view"]).shape == (6, 16, 16)
     assert torch.isfinite(method(batch(), progress())["loss"])
@@ -278,12 +266,11 @@ def test_a_student_without_class_token_learns_the_patches_of_any_teacher():
     ("width", "depth", "heads", "encoder", "decoder"), [(768, 12, 12, 85.80, 26.11)]
 )
 def test_published_parameter_counts(width, depth, heads, encoder, decoder):
+    sizes = {"patch_size": 16, "embed_dim": width, "depth": depth, "num_heads": heads}
+    published = Config(decoder_dim=512, decoder_depth=8, decoder_heads=16)
+    target = SimpleNamespace(sizes={"patch": width, "cls": width})
     with torch.device("meta"):
-        method = Method(
-            Config(decoder_dim=512, decoder_depth=8, decoder_heads=16),
-            spec(224, 16, width, depth, heads),
-            SimpleNamespace(dim=width, has_cls=True),
-        )
+        method = Method(published, spec(224, **sizes), target)
     count = {True: 0, False: 0}
     for name, parameter in method.named_parameters():
         count[name.startswith("encoder.")] += parameter.numel()
@@ -301,7 +288,7 @@ def test_drop_path_rises_in_encoder_and_decoder():
 
     assert rates(method.encoder.blocks) == pytest.approx([0, 0.1, 0.2])
     assert rates(method.decoder.blocks) == pytest.approx([0, 0.1, 0.2])
-    assert not any(rates(method.teacher[0].encoder.blocks))
+    assert not any(rates(method.teacher.open.encoder.blocks))
 
 
 def test_view_is_the_papers():
@@ -311,9 +298,7 @@ def test_view_is_the_papers():
 
 
 def test_published_schedule_of_every_stage():
-    """The preset: in each stage of 800 epochs the rate is blr x 4096 / 256 after 40, near 0 at its
-    start and end.
-    """
+    """In each stage of 800 epochs the rate is blr x 4096 / 256 after 40, near 0 at its ends."""
     runs = read(Path(__file__).parents[1] / "presets/imagenet.yaml").runs
     per_epoch = 1_268_000 // 4096
     for name in ("dbot-1", "dbot-2"):
@@ -328,8 +313,7 @@ def test_published_schedule_of_every_stage():
     assert runs["dbot-1"].teacher == "random"
 
 
-# ------------------------------------------------------------------------------------- a chain, by
-# its stages
+# --- a chain, by its stages -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +366,7 @@ def begun(chain, run: str, monkeypatch) -> SimpleNamespace:
             compute={"workers": 0},
             summary={},
             out=params.parent / "unused",
-            input=lambda id: plan.jobs[id].output,
+            input=lambda role: plan.jobs[job.inputs[role]].output,
         )
     )
     return found
@@ -391,7 +375,7 @@ def begun(chain, run: str, monkeypatch) -> SimpleNamespace:
 def test_a_stage_begins_with_the_old_student_as_teacher_and_a_new_student(chain, monkeypatch):
     _, results = chain
     first, second = (begun(chain, f"dbot-{n}-s0", monkeypatch) for n in (1, 2))
-    old, now = weights(results, "dbot-1-s0"), second.method.teacher[0]
+    old, now = weights(results, "dbot-1-s0"), second.method.teacher.open
     assert {k.removeprefix("norm.") for k in old} == {k.removeprefix("norm.") for k in kept(now)}
     assert all(torch.equal(value, kept(now)[key]) for key, value in old.items())
     student, start = second.method.state_dict(), first.method.state_dict()
@@ -416,7 +400,7 @@ def test_a_stage_begins_with_the_old_student_as_teacher_and_a_new_student(chain,
     assert not torch.equal(first.batch["index"], second.batch["index"]), "another order of images"
 
 
-def kept(teacher: Teacher) -> dict:
+def kept(teacher: EncoderTarget) -> dict:
     """A teacher's weights under the names of the encoder that it was."""
     norm = {f"norm.{k}": v for k, v in teacher.norm.state_dict().items()}
     return teacher.encoder.state_dict() | norm
@@ -431,7 +415,7 @@ def test_the_first_stage_begins_as_its_untrained_teacher(chain, monkeypatch):
         if k.startswith("encoder.")
     }
     assert all(torch.equal(start[k], v) for k, v in weights(results, "random-s0").items())
-    assert all(torch.equal(kept(first.teacher[0])[k], v) for k, v in start.items())
+    assert all(torch.equal(kept(first.teacher.open)[k], v) for k, v in start.items())
 
 
 def test_each_stage_trains_and_leaves_its_teacher_as_it_was(chain):
@@ -439,10 +423,9 @@ def test_each_stage_trains_and_leaves_its_teacher_as_it_was(chain):
     plan = load(params, results)
     for n, above in ((1, "random"), (2, "dbot-1")):
         assert plan.fresh(f"pretrain/dbot-{n}-s0")
-        assert plan.manifest(f"pretrain/dbot-{n}-s0")["inputs"].keys() == {
-            "data",
-            f"pretrain/{above}-s0",
-        }
+        inputs = plan.manifest(f"pretrain/dbot-{n}-s0").inputs
+        made_from = {role: source["job"] for role, source in inputs.items()}
+        assert made_from == {"data": "data/main", "target": f"pretrain/{above}-s0"}
         rows = [
             json.loads(line) for line in (results / f"pretrain/dbot-{n}-s0/history.jsonl").open()
         ]
@@ -484,7 +467,7 @@ def test_one_stage_of_a_finished_encoder_is_plain_feature_distillation(chain):
     import timm
 
     folder = chain[1] / "pretrain/dbot-2-s0/encoder"
-    method = build(target=Teacher.load(folder, spec())).eval()
+    method = build(target=Frozen(EncoderTarget.load(folder, spec()))).eval()
     data = batch()
     loss = method(data, progress())["loss"]
     plain, seen = timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), {}
@@ -495,7 +478,7 @@ def test_one_stage_of_a_finished_encoder_is_plain_feature_distillation(chain):
     with torch.no_grad():
         plain(images)
         target = F.layer_norm(seen["before"], (16,), eps=0) * math.sqrt(15 / 16)
-        predicted = method.decode(method.encode(images, ids_keep), ids_restore)
+        predicted = method.predict(data["view"], ids_keep, ids_restore)
         error = F.smooth_l1_loss(predicted, target, reduction="none", beta=2.0).mean(-1)
     chosen = torch.cat([torch.ones(6, 1), mask], dim=1).bool()
     assert loss.item() == pytest.approx(error[chosen].mean().item(), rel=1e-4)
@@ -503,7 +486,7 @@ def test_one_stage_of_a_finished_encoder_is_plain_feature_distillation(chain):
 
 def test_picture_of_a_perfect_prediction_is_the_target(monkeypatch):
     method, images = build(), batch(10)["view"]
-    monkeypatch.setattr(method, "decode", lambda *args: method.target(images[:8]))
+    monkeypatch.setattr(method, "predict", lambda *args: method.target(images[:8]))
     sheet = method.pictures({"view": images})["features"].astype(int)
     column = 96 + 4
     assert sheet.shape == (8 * column - 4, 4 * column - 4, 3)
@@ -531,16 +514,10 @@ def test_bad_config(values, key):
         Config(**values)
 
 
-def test_config_and_target_must_fit():
+def test_config_and_model_must_fit():
     with pytest.raises(ValueError, match="^mask_ratio"):
-        Config(mask_ratio=0.95).check(8, {"patch_size": 4, "embed_dim": 16})
+        Config(mask_ratio=0.95).check(8, tiny.model())
     with pytest.raises(ValueError, match="embed_dim"):
-        Config().check(16, {"patch_size": 4, "embed_dim": 18})
-    with pytest.raises(ValueError, match="needs a teacher"):
-        Method(SMALL, spec())
+        Config().check(16, tiny.model(embed_dim=18))
     with pytest.raises(ValueError, match="^depth: found 3, expected 0 to model.depth 2"):
-        untrained.Config(depth=3).check(16, {"patch_size": 4, "embed_dim": 16, "depth": 2})
-    method = build(target=Patches())
-    with pytest.raises(ValueError, match=r"features of shape \(6, 16, 5\), expected \(6, 4\)"):
-        method.patches = 4
-        method.target(batch()["view"])
+        untrained.Config(depth=3).check(16, tiny.model())

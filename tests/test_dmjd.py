@@ -1,5 +1,4 @@
-"""DMJD: the facts of the paper (arXiv 2301.00230) and its official code, against independent
-calculations.
+"""Facts of DMJD (arXiv 2301.00230 and its official code), against independent calculations.
 
 Masks are tested in test_masks.py, HOG in test_hog.py.
 """
@@ -16,69 +15,48 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages import data, methods, pretrain, target
+from stages import data, pretrain, target
 from stages.kit import keyed
 from stages.kit.nets import masks
 from stages.kit.nets.positions import sincos_2d
-from stages.kit.spec import Spec
-from stages.kit.train.loop import Progress, Recipe
+from stages.kit.nets.target import Frozen
+from stages.kit.train.loop import Recipe
 from stages.methods.dmjd import Config, Method, pick, views
 from stages.reporting import lineage
-from stages.reporting.results import Jobs
+from stages.reporting.results import Jobs, Row
 from stages.targets import hog, pixels
+from tests import tiny
 
 SMALL = Config(decoder_dim=16, decoder_depth=1, decoder_heads=2)
 PUBLISHED = Config(decoder_dim=512, decoder_depth=8, decoder_heads=16, decoder_mlp_ratio=8.0)
 CONV = {"conv_dims": [8, 8], "conv_depths": [1, 1], "conv_mlp_ratio": 2.0}
 
 
-def spec(size=32, patch=4, width=16, depth=2, heads=2, name="vit_tiny_patch16_224", args=None):
-    model = {
-        "name": name,
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "mlp_ratio": 4.0,
-        "args": args or {},
-    }
-    return Spec(
-        image_size=size,
-        model=model,
-        mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.25, 0.3),
-        num_classes=5,
-        images=100,
-    )
+def spec(size=32, kind="vit", **model):
+    own = {"patch_size": 4, "args": CONV} if kind == "convvit" else {}
+    return tiny.spec(size, kind, **{"embed_dim": 16, "mlp_ratio": 4.0, **own, **model})
 
 
-def made(config=SMALL, encoder="vit", kind=hog, **sizes):
+def made(config=SMALL, encoder="vit", kind=hog, **model):
     torch.manual_seed(0)
-    about = (
-        spec(**sizes)
-        if encoder == "vit"
-        else spec(name="convvit_tiny_patch8_64", args=CONV, **sizes)
-    )
-    return Method(config, about, kind.Target(kind.Config(), about)).eval()
+    about = spec(kind=encoder, **model)
+    return Method(config, about, Frozen(kind.Target(kind.Config(), about))).eval()
 
 
 def progress(rows=4, step=0, seed=0):
-    return Progress(
-        step=step,
-        steps=10,
-        epoch=0.0,
-        seed=seed,
-        rows=torch.arange(rows),
-        device=torch.device("cpu"),
-    )
+    return tiny.progress(rows, step, epoch=0.0, seed=seed)
 
 
 def batch(rows=4, size=32):
-    return {"view": torch.rand(rows, 3, size, size, generator=torch.Generator().manual_seed(1))}
+    return {"view": tiny.images(rows, size, seed=1)}
+
+
+def patches(method, images: torch.Tensor) -> torch.Tensor:
+    return method.teacher(images, "patch")["patch"]
 
 
 def masking(method, rows=4):
-    return method.masks(progress(rows).uniform("mask", method.config.views, method.cells))
+    return method.masks(progress(rows).uniform("mask", method.config.n_masks, method.cells))
 
 
 @pytest.mark.parametrize("encoder", ["vit", "convvit"])
@@ -119,13 +97,13 @@ def test_loss_is_the_formula(kind, monkeypatch):
     method = made(dataclasses.replace(SMALL, vis_weight=0.7), kind=kind)
     ids_keep, ids_hide = masking(method)
     generator = torch.Generator().manual_seed(2)
-    size = method.target[0].dim
+    size = method.teacher.sizes["patch"]
     hidden, seen = (
         3 * torch.randn(*ids.shape, size, generator=generator) for ids in (ids_hide, ids_keep)
     )
     monkeypatch.setattr(method, "predict_hidden", lambda *args: hidden)
     monkeypatch.setattr(method, "predict_visible", lambda *args: seen)
-    truth = method.target[0](batch()["view"]).double().numpy()
+    truth = patches(method, batch()["view"]).double().numpy()
     error, count, smooth, near = 0.0, 0, [], 0
     for row in range(8):
         for place, patch in enumerate(ids_hide[row].tolist()):
@@ -143,8 +121,8 @@ def test_loss_is_the_formula(kind, monkeypatch):
 
 
 def test_each_branch_learns_from_its_own_patches(monkeypatch):
-    """Other targets at the visible patches leave the hidden loss as it is, and the other way round."""
-    method = made(dataclasses.replace(SMALL, views=1))
+    """Other targets at the visible patches leave the hidden loss as it is, and vice versa."""
+    method = made(dataclasses.replace(SMALL, n_masks=1))
     ids_keep, ids_hide = masking(method)
     truth, losses = method.truth(batch()["view"]), []
     for ids in (None, ids_keep, ids_hide):
@@ -231,13 +209,13 @@ def test_decoder_equals_one_that_keeps_the_order_of_the_lists():
     [
         (6e-4, 512, {}, 2.0e-3),
         (6e-4, 512, {"mask_ratio": 0.75}, 1.6e-3),
-        (6e-4, 512, {"views": 1}, 1.2e-3),
+        (6e-4, 512, {"n_masks": 1}, 1.2e-3),
         (6e-4, 512, {"predict_ratio": 0.6}, 1.2e-3),
         (6e-4, 512, {"predict_ratio": 0.9}, 1.8e-3),
-        (6e-4, 256, {"mask_ratio": 0.25, "views": 3}, 1.8e-3),
-        (6e-4, 256, {"mask_ratio": 0.25, "views": 8}, 2.4e-3),
+        (6e-4, 256, {"mask_ratio": 0.25, "n_masks": 3}, 1.8e-3),
+        (6e-4, 256, {"mask_ratio": 0.25, "n_masks": 8}, 2.4e-3),
         (6e-4, 512, {"disjoint": False}, 1.2e-3 * 0.84 / 0.6),
-        (6e-4, 512, {"disjoint": False, "views": 1}, 1.2e-3),
+        (6e-4, 512, {"disjoint": False, "n_masks": 1}, 1.2e-3),
         (6e-4, 512, {"lr_rule": "views"}, 2.4e-3),
         (6e-4, 512, {"lr_rule": "images"}, 1.2e-3),
     ],
@@ -253,16 +231,18 @@ def test_learning_rate_rule(blr, batch_size, changes, lr):
 def test_predicted_share_is_that_of_the_masks():
     for changes in (
         {},
-        {"views": 1},
+        {"n_masks": 1},
         {"mask_ratio": 0.4},
-        {"mask_ratio": 0.3, "views": 3},
+        {"mask_ratio": 0.3, "n_masks": 3},
         {"disjoint": False},
     ):
         config = Config(**changes)
         method = SimpleNamespace(config=config)
-        _, hide = Method.masks(method, keyed.uniform(0, torch.arange(60), config.views, 900))
+        _, hide = Method.masks(method, keyed.uniform(0, torch.arange(60), config.n_masks, 900))
         hidden = (
-            torch.zeros(60 * config.views, 3600).scatter(1, hide, 1.0).view(config.views, 60, 3600)
+            torch.zeros(60 * config.n_masks, 3600)
+            .scatter(1, hide, 1.0)
+            .view(config.n_masks, 60, 3600)
         )
         assert hidden.amax(0).mean().item() == pytest.approx(config.predicted, abs=6e-3), changes
 
@@ -275,9 +255,10 @@ def test_predicted_share_is_that_of_the_masks():
     ],
 )
 def test_published_parameter_counts(name, width, depth, heads, encoder, total, classifier):
-    about = spec(224, 16, width, depth, heads, name)
+    sizes = {"patch_size": 16, "embed_dim": width, "depth": depth, "num_heads": heads}
+    about = spec(224, "convvit", name=name, args={}, **sizes)
     with torch.device("meta"):
-        method = Method(PUBLISHED, about, hog.Target(hog.Config(), about))
+        method = Method(PUBLISHED, about, Frozen(hog.Target(hog.Config(), about)))
     parts = ("encoder", "fusion", "projector", "predictor", "decoder")
     count = dict.fromkeys(parts, 0)
     for key, parameter in method.named_parameters():
@@ -293,11 +274,11 @@ def test_published_parameter_counts(name, width, depth, heads, encoder, total, c
     if width == 768:
         expected = {"fusion": 4.33, "decoder": 42.56, "projector": 0.92, "predictor": 0.06}
         assert {key: round(count[key] / 1e6, 2) for key in expected} == expected
-    assert method.target[0].dim == 108
+    assert method.teacher.sizes == {"patch": 108}
 
 
 def test_initialisation():
-    method = made(Config(decoder_dim=64), width=64)
+    method = made(Config(decoder_dim=64), embed_dim=64)
     for name, layer in method.named_modules():
         if isinstance(layer, nn.Linear) and not name.startswith("encoder."):
             bound = (6 / sum(layer.weight.shape)) ** 0.5
@@ -321,7 +302,7 @@ def test_masks_are_functions_of_seed_and_step():
         assert not torch.equal(a, c) and not torch.equal(a, d)
     one = method.masks(progress().uniform("mask", 2, 16))[0][:4]
     assert torch.equal(
-        one, made(dataclasses.replace(SMALL, views=1)).masks(progress().uniform("mask", 1, 16))[0]
+        one, made(dataclasses.replace(SMALL, n_masks=1)).masks(progress().uniform("mask", 1, 16))[0]
     )
 
 
@@ -335,26 +316,15 @@ def test_without_a_visible_branch():
     assert method.pictures(batch())["predictions"].std() > 0
 
 
-class Teacher(nn.Module):
-    """Features of a network: not of unit scale, and with weights."""
-
-    dim = 5
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-3, 5, 15).view(5, 3))
-
-    def forward(self, images):
-        return F.adaptive_avg_pool2d(images, 8).flatten(2).transpose(1, 2) @ self.weight.T + 7
-
-
 @pytest.mark.parametrize(("given", "normalised"), [(None, True), (False, False), (True, True)])
 def test_features_of_a_network_are_normalised_per_token(given, normalised):
-    method = Method(dataclasses.replace(SMALL, norm_target=given), spec(), Teacher())
-    truth, raw = method.truth(batch()["view"]), Teacher()(batch()["view"]).detach()
-    expected = (raw - raw.mean(-1, keepdim=True)) / (
-        raw.var(-1, correction=0, keepdim=True) + 1e-6
-    ).sqrt()
+    """A network has weights, and its features are not of unit scale."""
+    target = tiny.target(spec(), "patch", width=5)
+    target.open.weight.mul_(3)
+    method = Method(dataclasses.replace(SMALL, norm_target=given), spec(), target)
+    truth, raw = method.truth(batch()["view"]), patches(method, batch()["view"])
+    mean, variance = raw.mean(-1, keepdim=True), raw.var(-1, correction=0, keepdim=True)
+    expected = (raw - mean) / (variance + 1e-6).sqrt()
     torch.testing.assert_close(truth, expected if normalised else raw)
     assert not truth.requires_grad
     assert method.pictures(batch())["predictions"].std() > 0
@@ -363,7 +333,7 @@ def test_features_of_a_network_are_normalised_per_token(given, normalised):
 @pytest.mark.parametrize("kind", [hog, pixels])
 def test_hog_and_pixels_are_taken_as_they_are(kind):
     method = made(kind=kind)
-    assert torch.equal(method.truth(batch()["view"]), method.target[0](batch()["view"]))
+    assert torch.equal(method.truth(batch()["view"]), patches(method, batch()["view"]))
 
 
 def test_pick_takes_rows_of_the_right_image():
@@ -376,7 +346,7 @@ def test_pictures_show_each_view_and_branch(monkeypatch):
     """With perfect predictions the pieces of both branches are those of the target, and grey
     elsewhere.
     """
-    method = made(dataclasses.replace(SMALL, views=3), kind=pixels)
+    method = made(dataclasses.replace(SMALL, n_masks=3), kind=pixels)
     images = batch(10)["view"]
     truth = method.truth(images[:8])
     monkeypatch.setattr(method, "predict_hidden", lambda tokens, keep, hide: pick(truth, hide))
@@ -411,9 +381,7 @@ def test_view_is_the_papers():
 
 
 def test_images_and_effective_epochs_are_counted_separately(tiny_params, tmp_path):
-    """48 images, 3 epochs, 2 views: 144 images seen, 288 views, 6 effective epochs, in the manifest
-    and the report.
-    """
+    """3 epochs of 48 images and 2 masks: 144 images, 6 effective epochs, in the report, too."""
     params = tiny_params(
         tmp_path,
         train={"epochs": 3},
@@ -427,18 +395,14 @@ def test_images_and_effective_epochs_are_counted_separately(tiny_params, tmp_pat
     assert target.main(["--name", "hog", *args]) == 0
     assert pretrain.main(["--run", "dmjd-s0", *args]) == 0
     folder = results / "pretrain" / "dmjd-s0"
-    ids = ("data/main", "target/hog", "pretrain/dmjd-s0")
-    jobs = Jobs({id: results / id for id in ids})
+    jobs = Jobs({id: results / id for id in ("data/main", "target/hog", "pretrain/dmjd-s0")})
     summary = jobs.manifests["pretrain/dmjd-s0"].summary
-    assert (summary["images_seen"], summary["views_seen"], summary["effective_epochs"]) == (
-        144,
-        288,
-        6,
-    )
+    seen = [summary[key] for key in ("images_seen", "views_seen", "effective_epochs")]
+    assert seen == [144, 288, 6]
     assert {path.stem for path in (folder / "pictures").glob("*.png")} == {"views", "predictions"}
     row = json.loads((folder / "history.jsonl").read_text().splitlines()[-1])
     assert {"loss", "hidden_loss", "visible_loss"} <= set(row)
-    cost = lineage.cost(SimpleNamespace(jobs=["dmjd-s0"]), jobs)
+    cost = lineage.cost(Row("dmjd", {}, 0, [0], ["dmjd-s0"]), jobs)
     assert (cost.images, cost.epochs) == (144, 6)
 
 
@@ -448,7 +412,7 @@ def test_images_and_effective_epochs_are_counted_separately(tiny_params, tmp_pat
         ({"mask_ratio": 0.0}, "mask_ratio"),
         ({"predict_ratio": 1.2}, "predict_ratio"),
         ({"predict_ratio": 0.5}, "predict_ratio"),
-        ({"views": 0}, "views"),
+        ({"n_masks": 0}, "n_masks"),
         ({"cell": 0}, "cell"),
         ({"decoder_depth": 0}, "decoder_depth"),
         ({"vis_weight": -1.0}, "vis_weight"),
@@ -463,25 +427,10 @@ def test_bad_config(values, key):
 
 
 def test_config_must_fit_the_model():
-    Config().check(32, {"patch_size": 4, "embed_dim": 16})
+    Config().check(32, spec().model)
     with pytest.raises(ValueError, match="^cell"):
-        Config(cell=3).check(32, {"patch_size": 4, "embed_dim": 16})
+        Config(cell=3).check(32, spec().model)
     with pytest.raises(ValueError, match="^mask_ratio"):
-        Config(cell=4).check(16, {"patch_size": 4, "embed_dim": 16})
+        Config(cell=4).check(16, spec().model)
     with pytest.raises(ValueError, match="embed_dim"):
-        Config().check(32, {"patch_size": 4, "embed_dim": 18})
-
-
-def test_targets_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="needs a target of features"):
-        Method(SMALL, spec(), SimpleNamespace(codes=5))
-    elsewhere = Method(SMALL, spec(), hog.Target(hog.Config(), spec(patch=8)))
-    with pytest.raises(
-        ValueError,
-        match=r"^target: gave features of shape \(4, 16, 108\), expected \(4, 64\) patches",
-    ):
-        elsewhere(batch(), progress())
-
-
-def test_the_method_is_found():
-    assert methods.find("dmjd").Method is Method
+        Config().check(32, tiny.model(embed_dim=18))

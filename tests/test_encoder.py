@@ -5,11 +5,13 @@ Families are swept: a new file in stages/encoders is tested as soon as it exists
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +30,9 @@ from stages.kit.nets.masks import take
 from stages.kit.nets.positions import sincos_2d
 from stages.kit.spec import Spec
 from tests import tiny
+from tests.conftest import tiny_content
 from workflow import plugins
+from workflow.params import ParamsError, check
 
 KINDS = plugins.names("encoder")
 STYLES = [(kind, style) for kind in KINDS for style in tiny.model(kind).styles]
@@ -282,6 +286,30 @@ def test_what_a_family_claims_works_and_the_rest_is_refused(kind, tmp_path):
         assert encoders.features(plain, torch.randn(2, 7, 4, 4))["patch"].shape == (2, 16, 32)
 
 
+@pytest.mark.parametrize(
+    ("kind", "style"), [("vit", "beit"), ("swin", "timm"), ("convvit", "timm")]
+)
+def test_a_compiler_sees_one_graph(kind, style):
+    """Finding the family must not interrupt it."""
+    encoder, _ = build(kind, style)
+    ids = some(encoder, 3)
+    calls = {"drop": lambda x: encoders.visible(encoder, x, ids)["tokens"]}
+    calls["mask"] = lambda x: encoders.masked(encoder, x, None, None)["tokens"]
+    for ability in {"drop", "mask"} & MODULES[kind].CAN:
+        torch._dynamo.reset()
+        compiled = torch.compile(calls[ability], backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(IMAGES), calls[ability](IMAGES))
+    torch._dynamo.reset()
+
+
+def test_networks_know_nothing_of_data_training_and_jobs():
+    folder = Path(encoders.__file__).parent
+    for path in [*folder.glob("*.py"), *Path(families.__file__).parent.glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "module", None) or ""
+            assert not re.match(r"stages\.kit\.(data|parts|train|job)\b", name), (path, name)
+
+
 def test_an_encoder_of_somebody_else_is_refused():
     with pytest.raises(ValueError, match="encoder: found another module, expected one made by"):
         encoders.masked(timm.create_model("vit_tiny_patch16_224"), IMAGES, None, None)
@@ -425,6 +453,10 @@ def test_attention_masks_of_each_sample(encoder, images, fused):
     found = encoders.masked(encoder, images, mask, token, attend=attend)
     expected = by_hand(encoder, images, mask, token, attend)
     torch.testing.assert_close(found["tokens"], expected, atol=1e-11, rtol=1e-11)
+    seen = encoders.masked(encoder, images, mask, token, attend=attend, attention=True)
+    assert torch.equal(seen["tokens"], found["tokens"])
+    assert torch.equal(seen["attention"] > 0, attend[:, None].expand(-1, 2, -1, -1))
+    assert torch.allclose(seen["attention"].sum(-1).float(), torch.ones(3, 2, 17))
     free = encoders.masked(encoder, images, mask, token)["tokens"]
     assert not torch.allclose(found["tokens"], free, atol=1e-3)
     torch.testing.assert_close(
@@ -546,6 +578,15 @@ def test_attention_maps_are_those_of_the_last_block(encoder, images):
     value = (x @ block.attn.qkv.weight.T + bias)[..., 64:].view(3, 17, 2, 16).transpose(1, 2)
     out = block.attn.proj((maps @ value).transpose(1, 2).reshape(3, 17, 32))
     assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_one_pass_gives_features_taps_and_attention(encoder, images):
+    found = encoders.features(encoder, images, taps=(1,), attention=True)
+    for name, expected in encoders.features(encoder, images).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found["attention"], encoders.attention(encoder, images)[:, :, 0, 1:])
+    taps = encoders.masked(encoder, images, None, None, taps=(1,))["taps"]
+    assert torch.equal(found["taps"][1], taps[1])
 
 
 def test_registers_and_missing_class_token(images):
@@ -809,13 +850,13 @@ def test_a_swin_whose_config_is_accepted_can_be_built(changes):
     [
         (
             {"window_size": 3},
-            "^window_size: found 3, which does not divide the 8 tokens per side in stage 1",
+            "^window_size: found 3, expected a divisor of the 8 tokens per side in stage 1",
         ),
         ({"window_size": 0}, "^window_size: found 0, expected 1 or more"),
         ({"depth": (1, 0)}, r"^depth: found \(1, 0\), expected 1 or more"),
-        ({"depth": (), "num_heads": ()}, "^num_heads: found 0 stages"),
-        ({"depth": (1, 1, 1)}, "^num_heads: found 2 stages .* depth has 3"),
-        ({"num_heads": (1, 3)}, "^embed_dim: .*stage 2 is 16 wide .* 3 heads"),
+        ({"depth": (), "num_heads": ()}, "^depth: found no stages, expected one or more"),
+        ({"depth": (1, 1, 1)}, "^num_heads: found 2 stages, expected 3 as in depth"),
+        ({"num_heads": (1, 3)}, "^embed_dim: found 8, .*stage 2 16 wide, expected .* 3 heads"),
         ({"patch_size": 16}, "^patch_size: found 16, .* tokens of 32 pixels, .* image_size 16"),
         ({"name": "vit_tiny_patch16_224"}, "^model"),
         ({"name": "swin_tiny_patch4_window7_223"}, f"^model.name: .*{SWINS[1]}"),
@@ -826,6 +867,66 @@ def test_a_swin_whose_config_is_accepted_can_be_built(changes):
 def test_a_swin_that_cannot_be_is_named_before_anything_runs(changes, match):
     with pytest.raises(ValueError, match=match):
         encoders.create(two_stages(**changes))
+
+
+SWIN_PARAMS = {
+    "name": SWINS[1],
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depth": [1, 1],
+    "num_heads": [1, 2],
+    "window_size": 4,
+}
+
+
+def swin_params(**changes):
+    """Params for images of 16 pixels and the methods that take a Swin."""
+    content = tiny_content(methods={"simmim": {}})
+    content |= {"model": SWIN_PARAMS | changes, "targets": {}}
+    content["grid"]["runs"] = {
+        name: {"method": name} for name in ("simmim", "random", "supervised")
+    }
+    return content
+
+
+def test_a_swin_of_params_is_one():
+    model = check(swin_params()).models["main"]
+    assert (model.kind, model.settings.config["depth"]) == ("swin", (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"window_size": 3}, ["model.window_size: found 3, expected a divisor of the 8 tokens"]),
+        ({"depth": 2}, ["model.depth", "a list", "found 2"]),
+        ({"num_heads": 2}, ["model.num_heads", "a list"]),
+        ({"depth": [1, 0]}, ["model.depth", "1 or more", "(1, 0)"]),
+        ({"depth": []}, ["model.depth: found no stages"]),
+        ({"depth": [1, 1, 1]}, ["model.num_heads", "2 stages", "3"]),
+        ({"num_heads": [1, 3]}, ["model.embed_dim", "stage 2 16 wide", "3 heads"]),
+        ({"patch_size": 16}, ["model.patch_size", "16", "32 pixels"]),
+        (
+            {"name": "vit_tiny_patch16_224"},
+            ["model.depth", "integer", "model.window_size: unknown"],
+        ),
+        ({"name": "swin_tiny_patch4_window7_223"}, ["model.name", SWINS[1]]),
+    ],
+)
+def test_params_name_a_swin_that_cannot_be(changes, words):
+    with pytest.raises(ParamsError) as caught:
+        check(swin_params(**changes))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_plug_ins_that_take_no_swin_say_so():
+    content = tiny_content()
+    content["model"] = SWIN_PARAMS
+    with pytest.raises(ParamsError) as caught:
+        check(content)
+    for word in ("method mae needs", "method beitv2 needs", "target dino needs", "target vqkd"):
+        assert word in str(caught.value)
+    assert "kind swin can 'mask' and 'taps'; expected kind convvit or vit" in str(caught.value)
+    assert "random" not in str(caught.value)
 
 
 # --- positions and patches ----------------------------------------------------------------------

@@ -1,11 +1,10 @@
-"""The whole road with the real stages: params to report, a toy method dropped in, the commands."""
+"""The whole road with the real stages, from params to report, and through the commands."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,32 +14,20 @@ import numpy as np
 import pytest
 
 from tests.conftest import tiny_content, write_params
+from workflow.manifest import Manifest
 from workflow.plan import load
 from workflow.plan.explain import explain
 
 ROOT = Path(__file__).parents[1]
 
 
-def arguments(job) -> list[str]:
-    """What comes after `python -m stages.<stage>` for a job."""
-    if job.stage == "target":
-        return ["--name", job.name]
-    if job.stage == "pretrain":
-        return ["--run", job.name]
-    if job.stage == "transfer":
-        run, task = job.name.split("/")
-        return ["--run", run, "--task", task]
-    return []
-
-
-def run_all(params: Path, results: Path) -> dict[str, dict]:
+def run_all(params: Path, results: Path) -> dict[str, Manifest]:
     """Every job of the plan in its order, in this process; the manifests by job id."""
     plan = load(params, results)
     for job in plan.jobs.values():
         stage = importlib.import_module(f"stages.{job.stage}")
-        assert (
-            stage.main([*arguments(job), "--params", str(params), "--results", str(results)]) == 0
-        )
+        words = job.command.split()[3:]  # after python -m stages.<stage>
+        assert stage.main([*words, "--params", str(params), "--results", str(results)]) == 0
         assert plan.fresh(job.id), explain(plan, job.id)
     return {id: plan.manifest(id) for id in plan.jobs}
 
@@ -60,7 +47,7 @@ def test_every_job_leaves_a_complete_folder(finished):
     assert len(manifests) == 1 + 2 + 4 + 4 * 3 + 1
     for id, manifest in manifests.items():
         folder = results / id
-        listed = {*manifest["outputs"], "manifest.json"}
+        listed = {*manifest.outputs, "manifest.json"}
         there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         assert there == listed, id
     assert not list((results.parent / "work").glob("*/checkpoint*"))
@@ -110,20 +97,11 @@ def test_the_same_parameters_give_the_same_encoder(finished, tmp_path):
     importlib.import_module("stages.pretrain").main(
         ["--run", "mae-s0", "--params", str(params), "--results", str(tmp_path / "results")]
     )
-    again = plan.manifest("pretrain/mae-s0")["outputs"]
-    assert again == manifests["pretrain/mae-s0"]["outputs"]
+    again = plan.manifest("pretrain/mae-s0").outputs
+    assert again == manifests["pretrain/mae-s0"].outputs
 
 
-# --------------------------------------------------------------------------------------------
-# adding a method
-
-DRIVER = """
-import sys
-sys.path.insert(0, "")
-from tests.test_end_to_end import run_all
-from pathlib import Path
-run_all(Path("params.yaml"), Path("results"))
-"""
+# ------------------------------------------------------------------------------------- real engines
 
 
 def copy_of_the_project(folder: Path) -> Path:
@@ -133,30 +111,6 @@ def copy_of_the_project(folder: Path) -> Path:
     for name in ("Snakefile", "dvc.yaml", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
     return folder
-
-
-def test_adding_a_method_is_adding_one_file(tmp_path):
-    """The toy of docs/adding-a-method.md, word for word: every stage knows it by its file name."""
-    project = copy_of_the_project(tmp_path / "project")
-    page = (ROOT / "docs/adding-a-method.md").read_text(encoding="utf-8")
-    toy = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
-    (project / "stages/methods/toy.py").write_text(toy)
-    content = tiny_content()
-    content["methods"] = {"toy": {}}
-    content["tasks"] = {"knn": content["tasks"]["knn"]}
-    content["targets"] = {}
-    content["grid"]["runs"] = {"toy": {"method": "toy"}}
-    write_params(project, content)
-    command = [sys.executable, "-c", DRIVER]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = (project / "results/pretrain/toy-s0/history.jsonl").read_text().splitlines()
-    history = [json.loads(line) for line in lines]
-    assert history and all(np.isfinite(row["loss"]) for row in history)
-    assert "toy" in (project / "results/report/index.html").read_text(encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------- real engines
 
 
 def test_snakemake_runs_the_real_stages(tmp_path):

@@ -210,7 +210,9 @@ def test_dvc_reads_params_as_the_plan_does(path):
 
 def test_an_edit_of_code_runs_what_imports_it(lab):
     it = lab("snakemake")
-    (it.folder / "stages/kit/job/track.py").write_text("# edited\n")
+    for name in ("track", "courier"):
+        with (it.folder / f"stages/kit/job/{name}.py").open("a") as file:
+            file.write("# edited\n")
     assert it.clean() and it.pending() == set(), "it only watches"
     (it.folder / "stages/kit/unused.py").write_text("# new\n")
     assert it.pending() == set() and it.changed() == set(), "nothing imports it"

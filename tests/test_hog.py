@@ -1,6 +1,4 @@
-"""HOG as DMJD's official code computes it (arXiv 2301.00230): golden vectors, and an independent
-calculation.
-"""
+"""HOG as DMJD's official code computes it (arXiv 2301.00230): golden and independent numbers."""
 
 from __future__ import annotations
 
@@ -12,29 +10,17 @@ import torch
 
 from stages.kit.nets.patches import normalise_patches, patchify
 from stages.kit.parts import hog
-from stages.kit.spec import Spec
 from stages.targets import hog as target
 from stages.targets import pixels
+from tests import tiny
 
 
 def spec(size=32, patch=16):
-    model = {
-        "name": "vit_tiny_patch16_224",
-        "patch_size": patch,
-        "embed_dim": 16,
-        "depth": 2,
-        "num_heads": 2,
-        "mlp_ratio": 2.0,
-        "args": {},
-    }
-    return Spec(
-        image_size=size,
-        model=model,
-        mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.25, 0.3),
-        num_classes=3,
-        images=100,
-    )
+    return tiny.spec(size, patch_size=patch)
+
+
+def patches(made, images: torch.Tensor) -> torch.Tensor:
+    return made(images, "patch")["patch"]
 
 
 def pictures(batch=3, size=32, seed=0):
@@ -114,7 +100,7 @@ def test_an_angle_on_a_border_opens_the_next_bin(bins):
 
 
 def test_borders_have_no_gradient_of_their_own():
-    """On the first and last row only differences along the columns count, and the other way round."""
+    """On the first and last row only differences along the columns count, and vice versa."""
     image = torch.zeros(1, 1, 8, 8)
     image[0, 0, 1, 3] = image[0, 0, 4, 1] = 64.0
     found = hog.hog(image, 1)[0, 0]
@@ -130,7 +116,7 @@ def test_8_bit_images_come_through_the_unit_scale_unharmed():
     assert torch.equal(values / 255 * 255, values)
     made = target.Target(target.Config(), spec())
     expected = hog.to_tokens(hog.whiten(hog.hog(pictures(), 8)), 2)
-    assert torch.equal(made(pictures() / 255), expected)
+    assert torch.equal(patches(made, pictures() / 255), expected)
 
 
 def test_batches_do_not_matter(monkeypatch):
@@ -215,8 +201,7 @@ def test_strokes_lie_along_edges():
     assert drawn.max() == 1 and drawn[:, 1:].abs().max() == 0
 
 
-# --- the target plug-ins
-# ------------------------------------------------------------------------------------
+# --- the target plug-ins --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,15 +209,15 @@ def test_strokes_lie_along_edges():
 )
 def test_default_cells(patch, cell, dim):
     made = target.Target(target.Config(), spec(patch * 2, patch))
-    assert (made.cell, made.dim) == (cell, dim)
-    assert made(torch.rand(2, 3, patch * 2, patch * 2)).shape == (2, 4, dim)
+    assert (made.cell, made.sizes) == (cell, {"patch": dim})
+    assert patches(made, torch.rand(2, 3, patch * 2, patch * 2)).shape == (2, 4, dim)
 
 
 def test_hog_target_has_nothing_to_train_or_save():
     made = target.Target(target.Config(), spec())
     assert not list(made.parameters())
     assert not made.state_dict()
-    assert target.Target(target.Config(cell=2), spec(16, 4)).dim == 108
+    assert target.Target(target.Config(cell=2), spec(16, 4)).sizes == {"patch": 108}
 
 
 @pytest.mark.parametrize(("values", "key"), [({"cell": 0}, "cell"), ({"bins": 1}, "bins")])
@@ -242,14 +227,13 @@ def test_bad_hog_config(values, key):
 
 
 def test_hog_cells_must_fit_the_patch():
-    target.Config(cell=2).check(32, {"patch_size": 8, "depth": 2})
-    target.Config(cell=8).check(
-        32, {"patch_size": 2, "depth": [1, 1, 1]}
-    )  # a Swin's last patches have 8 pixels
+    target.Config(cell=2).check(32, tiny.model(patch_size=8))
+    swin = tiny.model("swin", patch_size=2, depth=(1, 1, 1), num_heads=(1, 2, 4))
+    target.Config(cell=8).check(32, swin)  # its last patches have 8 pixels
     with pytest.raises(
         ValueError, match="^cell: 3 pixels do not divide the student's patches of 8"
     ):
-        target.Config(cell=3).check(32, {"patch_size": 8, "depth": 2})
+        target.Config(cell=3).check(32, tiny.model(patch_size=8))
 
 
 def test_flat_images_are_refused():
@@ -263,22 +247,20 @@ def test_flat_images_are_refused():
 
 def test_pixels_are_maes_targets():
     images = pictures() / 255
-    normalised = (images.double() - torch.tensor(spec().mean).view(3, 1, 1)) / torch.tensor(
-        spec().std
-    ).view(3, 1, 1)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (spec().mean, spec().std))
+    normalised = (images.double() - mean) / std
     expected = normalise_patches(patchify(normalised, 16))
-    torch.testing.assert_close(
-        pixels.Target(pixels.Config(), spec())(images).double(), expected, atol=1e-4, rtol=1e-4
-    )
+    found = patches(pixels.Target(pixels.Config(), spec()), images)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
     plain = pixels.Target(pixels.Config(norm_pix=False), spec())
-    torch.testing.assert_close(
-        plain(images).double(), patchify(normalised, 16), atol=1e-5, rtol=1e-5
-    )
-    assert plain.dim == 768
+    expected = patchify(normalised, 16)
+    torch.testing.assert_close(patches(plain, images).double(), expected, atol=1e-5, rtol=1e-5)
+    assert plain.sizes == {"patch": 768}
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_pixels_render_the_image_from_its_own_target(norm_pix):
     images = pictures() / 255
     made = pixels.Target(pixels.Config(norm_pix=norm_pix), spec())
-    torch.testing.assert_close(made.render(made(images), images), images, atol=1e-5, rtol=1e-5)
+    drawn = made.render(patches(made, images), images)
+    torch.testing.assert_close(drawn, images, atol=1e-5, rtol=1e-5)

@@ -4,44 +4,31 @@ not leak.
 
 from __future__ import annotations
 
-import importlib
 import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import tiny_content
 from timm.layers import DropPath
 from torch import nn
 
 from stages.kit.nets import encoders, hybrid, masks
 from stages.kit.nets.positions import sincos_2d
-from stages.kit.spec import Spec
 from stages.kit.train import optim
-from stages.kit.train.loop import Progress
-from stages.targets import hog
+from tests import tiny
+from tests.conftest import tiny_content
+from workflow import plugins
 from workflow.params import ParamsError, check
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+ARGS = {"conv_dims": [8, 12], "conv_depths": [1, 2], "conv_mlp_ratio": 2.0}
 
 
-def spec(size=32, patch=8, width=32, depth=2, heads=2, name="convvit_tiny_patch8_64", **args):
-    args = {"conv_dims": [8, 12], "conv_depths": [1, 2], "conv_mlp_ratio": 2.0, **args}
-    model = {
-        "name": name,
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "mlp_ratio": 2.0,
-        "args": args,
-    }
-    return Spec(image_size=size, model=model, mean=MEAN, std=STD, num_classes=5, images=100)
+def spec(size=32, args=None, **changes):
+    return tiny.spec(size, "convvit", args={**ARGS, **(args or {})}, **changes)
 
 
 def build(**changes):
@@ -49,7 +36,7 @@ def build(**changes):
     mistakes.
     """
     torch.manual_seed(0)
-    encoder = encoders.sincos_vit(spec(**changes)).eval()
+    encoder = encoders.create(spec(**changes), "sincos").eval()
     fusion = hybrid.Fusion(encoder).eval()
     with torch.no_grad():
         for parameter in [*encoder.parameters(), *fusion.parameters()]:
@@ -67,8 +54,7 @@ def drawn(rows, patches=16, keep=6, seed=2):
     return order[:, :keep], torch.ones(rows, patches).scatter(1, order[:, :keep], 0.0)
 
 
-# --- an independent version: maps (B,C,H,W), strided convolutions, multiplication by the visibility
-# map -----------
+# --- an independent version: maps (B,C,H,W), strided convolutions, a visibility map --------------
 
 
 def convolution(x, linear, kernel):
@@ -118,12 +104,12 @@ def official(encoder, fusion, images, ids, mask, patch):
 
 @pytest.mark.parametrize(("patch", "size"), [(4, 16), (8, 32), (16, 64)])
 def test_equals_the_dense_network_with_visibility_maps(patch, size):
-    encoder, fusion = (module.double() for module in build(size=size, patch=patch))
+    encoder, fusion = (module.double() for module in build(size=size, patch_size=patch))
     images, (ids, mask) = pictures(2, size).double(), drawn(4)
     found = encoder.encode(images, ids, fusion)
     assert found.shape == (4, 6, 32)
     assert torch.allclose(found, official(encoder, fusion, images, ids, mask, patch), atol=1e-12)
-    assert torch.equal(encoders.visible(encoder, images, ids, fusion), found)
+    assert torch.equal(encoders.visible(encoder, images, ids, fusion=fusion)["patch"], found)
     for parameter in fusion.parameters():
         nn.init.zeros_(parameter)
     assert torch.allclose(
@@ -157,8 +143,7 @@ def test_gradients_are_those_of_the_dense_network():
         assert theirs.abs().sum() > 0
 
 
-# --- hidden pixels
-# ------------------------------------------------------------------------------------------------
+# --- hidden pixels --------------------------------------------------------------------------------
 
 
 def hide(images, mask, value):
@@ -240,37 +225,20 @@ def test_tokens_come_in_the_order_of_the_ids():
     )
 
 
-def test_the_ways_of_a_vit_that_would_leak_are_refused():
+def test_the_way_of_a_vit_that_would_leak_is_refused():
     encoder, _ = build()
-    ids, mask = drawn(2)
-    with pytest.raises(ValueError, match="visible"):
-        encoders.patch_tokens(encoder, pictures(), mask.bool(), torch.zeros(1, 1, 32))
-    with pytest.raises(ValueError, match="visible"):
-        encoders.run_blocks(
-            encoder, masks.take(encoders.patch_tokens(encoder, pictures()), ids), ids=ids
-        )
+    _, mask = drawn(2)
+    with pytest.raises(ValueError, match="found a convvit .* expected one with mask"):
+        encoders.masked(encoder, pictures(), mask.bool(), torch.zeros(1, 1, 32))
 
 
-def test_visible_of_a_plain_vit():
-    """Views of a ViT: the same function, the same order; no patch but those of its row counts."""
-    torch.manual_seed(0)
-    encoder = encoders.sincos_vit(
-        Spec(32, {**spec().model, "name": "vit_tiny_patch16_224", "args": {}}, MEAN, STD, 5, 9)
-    )
-    images, (ids, mask) = pictures(), drawn(4)
-    found = encoders.visible(encoder.eval(), images, ids)
-    assert found.shape == (4, 7, 32)
-    for row in range(4):
-        image = images[row % 2][None]
-        tokens = masks.take(encoders.patch_tokens(encoder, image), ids[row][None])
-        out, _ = encoders.run_blocks(encoder, encoders.with_prefix(encoder, tokens))
-        assert torch.allclose(found[row], encoder.norm(out)[0], atol=1e-5)
-    changed = hide(images, mask[:2], torch.tensor(5.0))
-    assert torch.equal(encoders.visible(encoder, changed, ids)[:2], found[:2])
+def test_fusion_is_made_by_the_family():
+    encoder, _ = build()
+    assert isinstance(encoders.fusion(encoder), hybrid.Fusion)
+    assert encoders.fusion(encoders.create(tiny.spec())) is None
 
 
-# --- the published network
-# ----------------------------------------------------------------------------------------
+# --- the published network ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,9 +268,8 @@ def test_parameter_counts(name, encoder, fusion, fine_tuned):
 
 def test_grids_of_the_stages():
     for patch, size in ((4, 32), (8, 64), (16, 128)):
-        first, second, tokens = build(size=size, patch=patch)[0].patch_embed.stages(
-            pictures(1, size)
-        )
+        stem = build(size=size, patch_size=patch)[0].patch_embed
+        first, second, tokens = stem.stages(pictures(1, size))
         assert (first.shape, second.shape, tokens.shape) == (
             (1, 64, 4, 4, 8),
             (1, 64, 2, 2, 12),
@@ -312,7 +279,7 @@ def test_grids_of_the_stages():
 
 def test_initial_weights():
     torch.manual_seed(0)
-    encoder = encoders.sincos_vit(spec(width=64, conv_dims=[48, 96]))
+    encoder = encoders.create(spec(args={"conv_dims": [48, 96]}, embed_dim=64, depth=2), "sincos")
     stem = encoder.patch_embed
     assert torch.equal(encoder.pos_embed[0], sincos_2d(64, 4))
     assert not encoder.pos_embed.requires_grad
@@ -336,7 +303,7 @@ def test_initial_weights():
 
 
 def test_drop_path_rises_over_all_blocks_and_both_branches_draw_alone():
-    encoder = encoders.create(spec(depth=3, drop_path_rate=0.5))
+    encoder = encoders.create(spec(depth=3), drop_path=0.5)
     stem = encoder.patch_embed
     for number, layer in enumerate([*stem.stage1, *stem.stage2, *encoder.blocks]):
         assert (
@@ -357,17 +324,19 @@ def test_drop_path_rises_over_all_blocks_and_both_branches_draw_alone():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"patch": 2}, "patch_size: found 2, expected a multiple of 4"),
-        ({"size": 36}, "model.patch_size"),
-        ({"class_token": True}, "class_token"),
-        ({"conv_dim": [8, 8]}, "conv_dim"),
-        ({"width": 34}, "multiple of 4"),
-        ({"name": "convvit_tiny_patch8_63"}, "convvit_tiny_patch8_64"),
+        ({"patch_size": 2}, "^patch_size: found 2, expected a multiple of 4"),
+        ({"size": 36}, "^patch_size: found 8, .* expected a divisor of image_size 36"),
+        ({"num_heads": 3}, "^embed_dim: found 32, expected a multiple of num_heads 3"),
+        ({"args": {"class_token": True}}, "class_token"),
+        ({"args": {"conv_dim": [8, 8]}}, "conv_dim"),
+        ({"embed_dim": 34}, "multiple of 4"),
+        ({"name": "convvit_tiny_patch8_63"}, "^model.name: .*convvit_tiny_patch8_64"),
+        ({"name": "vit_tiny_patch16_224"}, "^model"),
     ],
 )
 def test_errors_name_the_key(changes, match):
     with pytest.raises(ValueError, match=match):
-        encoders.sincos_vit(spec(**changes))
+        encoders.create(spec(**changes), "sincos")
 
 
 def test_params_know_it():
@@ -381,15 +350,17 @@ def test_params_know_it():
         "methods": {"mae": {}, "random": {}},
         "grid": only,
     }
-    check(content)
+    assert check(content).models["main"].kind == "convvit"
     for change, message in (
         ({"name": "convvit_tiny_patch8_63"}, "did you mean 'convvit_tiny_patch8_64'"),
-        ({"patch_size": 2}, "model.patch_size: convvit_tiny_patch8_64 takes a multiple of 4"),
+        ({"patch_size": 2}, "model.patch_size: found 2, expected a multiple of 4"),
         ({"depth": [1, 1]}, "model.depth"),
     ):
         with pytest.raises(ParamsError, match=message):
             check(content | {"model": content["model"] | change})
-    with pytest.raises(ParamsError, match="beitv2 takes no convvit"):
+    with pytest.raises(
+        ParamsError, match="beitv2 needs an encoder that can 'cls', 'mask' and 'taps'"
+    ):
         check(tiny_content(model=model))
 
 
@@ -398,74 +369,46 @@ def test_another_size_of_image_is_refused():
         build()[0](torch.zeros(1, 3, 24, 32))
 
 
-# --- methods
-# ------------------------------------------------------------------------------------------------------
+# --- methods (tests/test_methods.py sweeps those that take it) -----------------------------------
 
-FOLDER = Path(__file__).parent.parent / "stages" / "methods"
-MODULES = {
-    path.stem: importlib.import_module(f"stages.methods.{path.stem}")
-    for path in sorted(FOLDER.glob("[!_]*.py"))
-}
-METHODS = [name for name, module in MODULES.items() if "convvit" in getattr(module, "ENCODERS", ())]
-VISIBLE = [name for name in METHODS if hasattr(MODULES[name].Method, "encode")]
-
-
-def method_of(name):
-    module = MODULES[name]
-    torch.manual_seed(0)
-    return module.Method(
-        module.Config(), spec(), hog.Target(hog.Config(), spec()) if module.TARGET else None
-    )
-
-
-def step_of(module, count=4):
-    rows = torch.arange(count)
-    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(5))
-    batch = {
-        "view": F.interpolate(coarse, size=32, mode="bilinear").clamp(0, 1),
-        "row": rows,
-        "index": rows,
-    }
-    if module.LABELS:
-        batch["label"] = rows % 5
-    return batch, Progress(step=3, steps=10, epoch=0.5, seed=0, rows=rows, device=rows.device)
+DROPPING = [name for name in plugins.names("method") if "drop" in tiny.module(name).NEEDS]
 
 
 def test_methods_are_found():
-    assert {"mae", "dmjd"} <= set(VISIBLE)
-    assert {"random", "supervised"} <= set(METHODS)
+    assert {"mae", "dmjd", "dbot"} <= set(DROPPING)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if MODULES[name].TRAINS])
-def test_methods_train_it_whole(name):
-    method, (batch, now) = method_of(name), step_of(MODULES[name])
-    optimiser, losses = torch.optim.AdamW(optim.groups(method, 0.05), lr=3e-3), []
-    for _ in range(40):
-        optimiser.zero_grad()
-        losses.append(method(batch, now)["loss"])
-        losses[-1].backward()
-        for key, parameter in method.named_parameters():
-            reached = parameter.grad is not None and bool(parameter.grad.any())
-            assert reached == parameter.requires_grad, key
-        optimiser.step()
-    assert losses[-1] < 0.75 * losses[0], losses
+@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("low", [False, True])
+def test_methods_encode_without_a_leak(name, low, monkeypatch):
+    """What a step gives to the encoder, and what comes out when the hidden pixels are others."""
+    calls, visible = [], encoders.visible
+    monkeypatch.setattr(
+        encoders, "visible", lambda *given, **kw: calls.append((given, kw)) or visible(*given, **kw)
+    )
+    method = tiny.method(name, spec()).eval()
+    batch = tiny.batch(tiny.module(name), method.spec)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        method(batch, tiny.progress())
+        ((encoder, images, ids), kw) = calls[0]
+        assert encoder is method.encoder
+        assert kw.get("fusion") is getattr(method, "fusion", None)
+        for row in range(len(ids)):
+            image, seen = images[row % len(images)][None], ids[row][None]
+            hidden = torch.ones(1, 16).scatter(1, seen, 0.0)
+            found, same, other = (
+                visible(encoder, x, seen, **kw)["patch"]
+                for x in (
+                    image,
+                    hide(image, hidden, pictures(1, seed=8)),
+                    hide(image, 1 - hidden, pictures(1, seed=8)),
+                )
+            )
+            assert torch.equal(found, same)
+            assert not torch.equal(found, other)
 
 
-@pytest.mark.parametrize("name", VISIBLE)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_methods_encode_without_a_leak(name, dtype):
-    method, images, (ids, mask) = method_of(name).eval(), pictures(3), drawn(3)
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        found = method.encode(images, ids)
-        assert torch.equal(found, method.encode(hide(images, mask, pictures(3, seed=8)), ids))
-        assert not torch.equal(
-            found, method.encode(hide(images, 1 - mask, pictures(3, seed=8)), ids)
-        )
-    assert found.shape == (3, 6, 32)
-
-
-# --- export, fine-tuning
-# ------------------------------------------------------------------------------------------
+# --- export, fine-tuning --------------------------------------------------------------------------
 
 
 def test_export_is_bit_equal(tmp_path):
@@ -476,15 +419,13 @@ def test_export_is_bit_equal(tmp_path):
     images, (ids, _) = pictures(), drawn(4)
     assert torch.equal(loaded.forward_features(images), encoder.forward_features(images))
     assert torch.equal(loaded.encode(images, ids), encoder.encode(images, ids))
-    assert tuple(loaded.pretrained_cfg["mean"]) == MEAN
+    assert tuple(loaded.pretrained_cfg["mean"]) == spec().mean
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     features = encoders.features(encoders.load(tmp_path / "a").eval(), images)
     assert torch.equal(features["patch"], encoder.forward_features(images))
     assert torch.equal(features["cls"], features["patch"].mean(1))
     assert torch.equal(loaded(images), features["cls"])
-    maps = encoders.attention(encoder, images)
-    assert torch.allclose(maps.sum(-1), torch.ones(2, 2, 16))
 
 
 def test_without_the_project_a_copy_of_the_file_is_enough(tmp_path):
@@ -492,8 +433,9 @@ def test_without_the_project_a_copy_of_the_file_is_enough(tmp_path):
     encoders.save(encoder, tmp_path / "encoder", spec())
     shutil.copy(hybrid.__file__, tmp_path / "hybrid.py")
     script = (
-        "import hybrid, timm, torch; torch.set_num_threads(1); torch.save(timm.create_model('local-dir:encoder', "
-        "pretrained=True).eval().forward_features(torch.load('images')), 'features')"
+        "import hybrid, timm, torch; torch.set_num_threads(1); model = "
+        "timm.create_model('local-dir:encoder', pretrained=True).eval(); "
+        "torch.save(model.forward_features(torch.load('images')), 'features')"
     )
     torch.save(pictures(), tmp_path / "images")
     subprocess.run(
@@ -515,7 +457,7 @@ def test_classifier(tmp_path):
     assert set(state) - set(new) == {"norm.weight", "norm.bias"}
     assert all(torch.equal(state[key], new[key]) for key in set(state) & set(new))
     assert all(parameter.requires_grad for parameter in model.parameters())
-    tokens, _ = encoders.run_blocks(encoder, encoders.patch_tokens(encoder, images))
+    tokens = encoder.encode(images, norm=False)
     pooled = F.layer_norm(tokens.mean(1), (32,), eps=1e-6)
     assert torch.allclose(model(images), pooled @ model.head.weight.T, atol=1e-7)
     rates = [

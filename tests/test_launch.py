@@ -18,8 +18,8 @@ import pytest
 from conftest import tiny_content, write_params
 
 from stages.kit.job import device, launch
-from stages.kit.train import loop
-from workflow import ledger
+from stages.kit.train.signals import Signals
+from workflow import machine
 from workflow.files import JobError
 from workflow.plan import load
 
@@ -36,7 +36,8 @@ def bare(monkeypatch, tmp_path):
 
 def start(folder: Path, code: str, **environment) -> subprocess.Popen:
     """A process with the locks of this test."""
-    head = f"import sys, time, contextlib; sys.path.insert(0, {str(ROOT)!r})\nfrom stages.kit.job import device\n"
+    head = f"import sys, time, contextlib; sys.path.insert(0, {str(ROOT)!r})\n"
+    head += "from stages.kit.job import device\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + code],
         stdout=subprocess.PIPE,
@@ -61,7 +62,7 @@ def free(name: str) -> bool:
     return file is not None
 
 
-# ------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # locks
 
 
@@ -205,26 +206,26 @@ def test_each_slurm_job_counts_its_own_gpus(monkeypatch):
 
 
 def test_gpus_for_snakemake(monkeypatch):
-    monkeypatch.setattr(ledger.Path, "glob", lambda self, _: [1, 2, 3, 4])
-    assert ledger.gpus_here() == 4 and [ledger.gpus(d) for d in ("auto", "cuda", "cpu")] == [
+    monkeypatch.setattr(machine.Path, "glob", lambda self, _: [1, 2, 3, 4])
+    assert machine.gpus_here() == 4 and [machine.gpus(d) for d in ("auto", "cuda", "cpu")] == [
         1,
         1,
         0,
     ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-    assert ledger.gpus_here() == 2
+    assert machine.gpus_here() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert ledger.gpus_here() == 0 and [ledger.gpus(d) for d in ("auto", "cuda", "cuda:1")] == [
+    assert machine.gpus_here() == 0 and [machine.gpus(d) for d in ("auto", "cuda", "cuda:1")] == [
         0,
         1,
         1,
     ]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert ledger.gpus_here() == 0, "Slurm gave this job none, whatever the node has"
+    assert machine.gpus_here() == 0, "Slurm gave this job none, whatever the node has"
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # processes
 
 
@@ -299,7 +300,8 @@ def test_gpus_are_locked_together_and_stay_locked_in_torchrun(tmp_path, become, 
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,6" and inheritable == [True, True]
     monkeypatch.undo()
     code = (
-        "import os\nheld = contextlib.ExitStack(); device.take_gpus(1, 1, held)\nos.execv(sys.executable, "
+        "import os\nheld = contextlib.ExitStack(); device.take_gpus(1, 1, held)\n"
+        "os.execv(sys.executable, "
         '[sys.executable, "-c", "import time; print(1, flush=True); time.sleep(100)"])'
     )
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
@@ -334,10 +336,10 @@ def test_too_few_gpus_and_one_named_gpu_are_refused(tmp_path, become, monkeypatc
 
 
 def test_sigterm_from_slurm_and_from_torchrun_is_one_sigterm():
-    """Both send one to each process; the checkpoint that the first asks for must still be written."""
+    """Both send one to each process. The checkpoint that the first asks for is still written."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        with loop._Signals() as signals:
+        with Signals() as signals:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             assert signals.number == signal.SIGTERM
@@ -351,8 +353,14 @@ def test_sigterm_from_slurm_and_from_torchrun_is_one_sigterm():
     sys.platform != "linux", reason="only Linux tells a process that its parent died"
 )
 def test_a_killed_torchrun_leaves_no_process_behind(tmp_path):
-    worker = "from stages.kit.job.launch import spread\nspread(None, None)\nprint(1, flush=True); time.sleep(9); print('alive')"
-    parent = "import subprocess, os\nsubprocess.Popen([sys.executable, '-c', {!r}], start_new_session=True)\ntime.sleep(100)"
+    worker = (
+        "from stages.kit.job.launch import spread\nspread(None, None)\n"
+        "print(1, flush=True); time.sleep(9); print('alive')"
+    )
+    parent = (
+        "import subprocess, os\n"
+        "subprocess.Popen([sys.executable, '-c', {!r}], start_new_session=True)\ntime.sleep(100)"
+    )
     head = f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
     job = start(tmp_path, parent.format(head + worker), LOCAL_RANK="0")
     assert job.stdout.readline() == "1\n"

@@ -279,7 +279,7 @@ def test_the_untrained_encoder_is_that_of_the_methods(style, name):
     [
         ({"style": "beit"}, "convvit", "style: found 'beit', expected timm or sincos"),
         ({"depth": 1}, "swin", "depth: found 1, expected 0 to model.depth"),
-        ({"style": "beit", "depth": 1}, "vit", "depth: cuts an encoder of style sincos"),
+        ({"style": "beit", "depth": 1}, "vit", "depth: found 1, expected none with style 'beit'"),
     ],
 )
 def test_random_refuses_what_the_model_has_not(config, kind, message):

@@ -251,7 +251,7 @@ BAD = [  # changes to good parameters, and what the message must contain
     ),
     (
         {"methods__mae": {"input_size": 8, "mask_ratio": 0.9}},
-        ["methods.mae.mask_ratio: 0.9 of 4 patches hides 4"],
+        ["methods.mae.mask_ratio: found 0.9, which hides 4 of 4 patches"],
     ),
     ({"grid__runs__mae__model": "vit"}, ["grid.runs.mae.model: no model is called 'vit'"]),
     ({"grid__runs__mae__data": "vit"}, ["grid.runs.mae.data: no data set is called 'vit'"]),

@@ -236,7 +236,7 @@ def test_keys_and_values_that_mlflow_would_refuse():
 
 
 def test_killed_and_resumed_is_one_mlflow_run(lab):
-    """A killed job's lock is free, so its run is closed as KILLED; the resumed job goes on in it."""
+    """A killed job's lock is free, so its run becomes KILLED; the resumed job goes on in it."""
     run, later = make_run(lab), {}
     entry, kill = start(run)
     write_history(run.work, 20)
@@ -368,10 +368,13 @@ def test_one_bad_entry_holds_up_no_other(lab):
     torn = box(lab) / "0-torn"
     torn.mkdir()
     (torn / "note.json").write_text('{"uri": ')
+    nameless = box(lab) / "1-nameless"
+    nameless.mkdir()
+    (nameless / "note.json").write_text(json.dumps(note | {"experiment": ""}))
     whole(make_run(lab, "dead-s0", "a" * 64, tracking_uri=REFUSED))
     whole(make_run(lab, "fine-s0", "b" * 64))
     done, left = courier.replay(box(lab))
-    assert done == 1 and len(left) == 3 and left[0].startswith("0-torn: JSONDecodeError")
+    assert done == 1 and len(left) == 4 and left[0].startswith("0-torn: JSONDecodeError")
     assert [r.info.run_name for r in runs_of(lab)[2]] == ["pretrain/fine-s0"]
 
 

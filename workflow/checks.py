@@ -39,9 +39,8 @@ class Optimiser(Settings):
     lr: float = 1e-3  # peak, for batches of lr_per images
     lr_per: int | None = None  # images; None: lr is not scaled by the batch
     min_lr: float = 0.0  # at the end of the cosine
-    lr_drops: tuple[
-        float, ...
-    ] = ()  # shares of the steps at which a constant rate falls to a tenth
+    # shares of the steps at which a constant rate falls to a tenth
+    lr_drops: tuple[float, ...] = ()
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.05
     weight_decay_end: float | None = None  # reached as a cosine; None: constant
@@ -102,7 +101,7 @@ class Decoder(Settings):
             )
         if self.decoder_dim % self.decoder_heads:
             raise ValueError(
-                f"decoder_heads: found {self.decoder_heads}, which does not divide decoder_dim "
+                f"decoder_heads: found {self.decoder_heads}, expected a divisor of decoder_dim "
                 f"{self.decoder_dim}"
             )
 
@@ -158,7 +157,7 @@ class SelfDistillation(Optimiser):
         super().__post_init__()
         within(self, "[2, inf)", "prototypes")
         within(self, "[1, inf)", "hidden", "bottleneck")
-        within(self, "[0, inf)", "n_local", "freeze_last_layer")
+        within(self, "[0, inf)", "n_local", "freeze_last_layer", "jitter")
         within(self, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end")
         within(self, "[0, 1]", "centre_momentum", "momentum", "min_information", "drop_path")
         within(self, "[0, 1]", "teacher_temp_warmup", "flip", "jitter_p", "grey", "solarise")
@@ -298,6 +297,6 @@ def hidden_count(patches: int, ratio: float) -> int:
 def _both(patches: int, ratio: float, hidden: int, what: str = "patches") -> None:
     if not (0 < ratio < 1 and 0 < hidden < patches):
         raise ValueError(
-            f"mask_ratio: {ratio} of {patches} {what} hides {hidden}, expected at least one hidden "
-            "and one visible"
+            f"mask_ratio: found {ratio}, which hides {hidden} of {patches} {what}, expected at "
+            "least one hidden and one visible"
         )

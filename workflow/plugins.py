@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from workflow import checks
 from workflow.closure import closure, mentions, parse
-from workflow.literals import literals
+from workflow.literals import DEFAULTS, REQUIRED, literals
 from workflow.messages import ParamsError, did_you_mean, nearest
 
 __all__ = ["ROOT", "ParamsError", "Plugin", "declared", "module", "names"]
@@ -72,9 +72,16 @@ def names(kind: str, root: Path = ROOT) -> list[str]:
 
 
 def module(kind: str, name: str) -> ModuleType:
-    """The imported plug-in; ParamsError with the nearest name if there is no such file."""
+    """The imported plug-in, with the default of every literal that it does not declare.
+
+    ParamsError with the nearest name if there is no such file.
+    """
     _file(kind, name, ROOT)
-    return importlib.import_module(f"stages.{FOLDERS[kind]}.{name}")
+    found = importlib.import_module(f"stages.{FOLDERS[kind]}.{name}")
+    for key, value in DEFAULTS[kind].items():
+        if value is not REQUIRED and not hasattr(found, key):
+            setattr(found, key, value)
+    return found
 
 
 def declared(kind: str, name: str, root: Path = ROOT) -> Plugin:

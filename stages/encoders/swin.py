@@ -39,17 +39,19 @@ class Config(checks.Encoder):
     def __post_init__(self):
         super().__post_init__()
         checks.within(self, "[1, inf)", "depth", "num_heads", "window_size")
-        if len(self.depth) != len(self.num_heads) or not self.depth:
+        if not self.depth:
+            raise ValueError("depth: found no stages, expected one or more")
+        if len(self.depth) != len(self.num_heads):
             raise ValueError(
-                f"num_heads: found {len(self.num_heads)} stages {list(self.num_heads)}, depth has "
-                f"{len(self.depth)} {list(self.depth)}"
+                f"num_heads: found {len(self.num_heads)} stages, expected {len(self.depth)} as in "
+                "depth"
             )
         for stage, heads in enumerate(self.num_heads):
             width = self.embed_dim * 2**stage
             if width % heads:
                 raise ValueError(
-                    f"embed_dim: stage {stage + 1} is {width} wide ({self.embed_dim} times "
-                    f"{2**stage}), which is not a multiple of its {heads} heads (num_heads)"
+                    f"embed_dim: found {self.embed_dim}, which makes stage {stage + 1} {width} "
+                    f"wide, expected a multiple of its {heads} heads (num_heads)"
                 )
 
     @property
@@ -63,7 +65,7 @@ class Config(checks.Encoder):
             grid = image_size // (self.patch_size * 2**stage)
             if grid > self.window_size and grid % self.window_size:
                 raise ValueError(
-                    f"window_size: found {self.window_size}, which does not divide the {grid} "
+                    f"window_size: found {self.window_size}, expected a divisor of the {grid} "
                     f"tokens per side in stage {stage + 1}"
                 )
 

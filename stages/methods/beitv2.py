@@ -93,7 +93,7 @@ class Config(checks.Optimiser, checks.Crop):
         count = checks.hidden_count(model.grid(image_size) ** 2, self.mask_ratio)
         if self.min_block > count:
             raise ValueError(
-                f"min_block: found {self.min_block}, but only {count} patches are hidden"
+                f"min_block: found {self.min_block}, expected at most the {count} hidden patches"
             )
         if self.head_depth and self.early(model.depth) >= model.depth:
             raise ValueError(

@@ -4,8 +4,9 @@ A uniformly random part of the patches is dropped; a ViT encodes the rest, witho
 small decoder gets the encoded patches back in their places, one learnt token everywhere else, and
 regresses the pixels of the dropped patches.
 
-Two calls hold what other methods do as well: `encoders.visible` drops the patches and encodes the
-rest, `Decoder` puts the tokens back in order and decodes them (kit/nets/decoder.py).
+Three calls hold what other methods do as well: `random_masking` orders the patches by random
+numbers and keeps the first (kit/nets/masks.py), `encoders.visible` encodes those that are kept
+(kit/nets/encoders.py), `Decoder` puts the tokens back in order and decodes (kit/nets/decoder.py).
 
 Follows facebookresearch/mae, with these departures:
 - masks are a pure function of seed, step and sample, so that a step can be repeated;
@@ -78,13 +79,15 @@ def views(config: Config, spec) -> dict[str, View]:
 
 
 class Method(nn.Module):
+    """The encoder, which is exported, and the decoder, which only pretraining needs."""
+
     def __init__(self, config: Config, spec, target=None):
         super().__init__()
         self.config, self.spec = config, spec
-        self.patches = spec.grid**2
+        self.patches = spec.grid**2  # N
         self.keep = checks.keep_count(self.patches, config.mask_ratio)
         self.encoder = encoders.create(spec, "sincos")
-        self.fusion = encoders.fusion(self.encoder)  # of a ConvViT
+        self.fusion = encoders.fusion(self.encoder)  # of a ConvViT; a ViT has none
         width, prefix = self.encoder.embed_dim, self.encoder.num_prefix_tokens
         self.decoder = Decoder.of(config, width, 3 * spec.patch**2, spec.grid, prefix=prefix)
 
@@ -98,7 +101,7 @@ class Method(nn.Module):
         return {"loss": (error * mask).sum() / mask.sum()}
 
     def reconstruct(self, images, ids_keep, ids_restore) -> torch.Tensor:
-        """Normalised images -> pixels of every patch (B,N,3*patch^2), from the visible ones."""
+        """Normalised images -> pixels of every patch (B,N,3*patch^2), from the kept ones alone."""
         encoded = encoders.visible(self.encoder, images, ids_keep, fusion=self.fusion)
         return self.decoder(encoded["tokens"], ids_restore)
 

@@ -41,7 +41,7 @@ class Config(checks.Settings):
         if self.style not in model.styles:
             raise ValueError(f"style: found {self.style!r}, expected {' or '.join(model.styles)}")
         if self.style == "beit" and self.depth is not None:
-            raise ValueError("depth: cuts an encoder of style sincos, found style 'beit'")
+            raise ValueError(f"depth: found {self.depth}, expected none with style 'beit'")
         if self.style == "sincos" and plain:
             checks.sincos(model)
 

@@ -59,13 +59,17 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Target:
 def given(run, role: str, spec: Spec) -> Frozen | None:
     """What a job learns from in this role, frozen: a finished target, or the encoder of a run.
 
-    None where the job has no such input.
+    None where the job has no such input. ValueError if the target has another grid than `spec`.
     """
     if role not in run.job.inputs:
         return None
     folder = run.input(role)
     if (folder / DESCRIPTION).is_file():
-        return Frozen(load(folder, run.device))
+        target = load(folder, run.device)
+        if target.spec.grid != spec.grid:
+            made, here = (f"{grid}x{grid}" for grid in (target.spec.grid, spec.grid))
+            raise ValueError(f"{role}: found a target of {made} patches, expected {here}")
+        return Frozen(target)
     return Frozen(EncoderTarget.load(folder / "encoder", spec, run.device))
 
 

@@ -55,7 +55,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.Crop):
+class Config(checks.Optimiser, checks.SizedCrop):
     epochs: int = 50
     batch_size: int = 256
     lr_per: int | None = 256

@@ -28,11 +28,6 @@ def main(argv: list[str] | None = None) -> int:
     except ParamsError as error:
         print(error, file=sys.stderr)
         return 1
-    if args.cost:
-        from workflow import cost
-
-        print(cost.table(plan, cost.estimate(plan)))
-        return 0
     if args.prune:
         for folder in prune(plan):
             print(f"deleted {folder}")
@@ -58,7 +53,9 @@ def _show(plan: Plan) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m workflow.plan", description="The jobs of a params file and their state."
+        prog="python -m workflow.plan",
+        description="The jobs of a params file and their state; `python -m stages.cost` tells what "
+        "they will take.",
     )
     parser.add_argument(
         "--params", default="params.yaml", help="params file (default: params.yaml)"
@@ -76,11 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--prune", action="store_true", help="delete outputs of jobs that are no longer in the plan"
-    )
-    parser.add_argument(
-        "--cost",
-        action="store_true",
-        help="measure a few steps of each kind of job and tell what all will take",
     )
     return parser
 

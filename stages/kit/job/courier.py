@@ -78,15 +78,15 @@ def send(outbox: Path, later: dict, uri: str | None = None) -> bool:
             continue
         try:
             note = json.loads((entry / "note.json").read_text())
-            store = uri or note["uri"]
-            if store in down:
-                raise ConnectionError(f"{store} has failed a moment ago")
-            with _alone(store):
+            place = uri or note["uri"], note["experiment"]
+            if place in down:
+                raise ConnectionError(f"{place[0]} has failed a moment ago")
+            with _alone(place[0]):
                 if entry.is_dir():  # else another process has sent it meanwhile
-                    down.add(store)  # until it has answered
-                    connection = connect(store, note["experiment"])
-                    down.remove(store)
-                    _deliver(entry, note, connection, alive)
+                    down.add(place)  # until it has answered
+                    store = connect(*place)
+                    down.remove(place)
+                    _deliver(entry, note, store, alive)
             (entry / "error").unlink(missing_ok=True)
             # reading a long history may take a twentieth of the time
             wait, busy = max(EVERY, 20 * (time.monotonic() - began)), True
@@ -114,10 +114,10 @@ def replay(outbox: Path, uri: str | None = None) -> tuple[int, list[str]]:
 def connect(uri: str, experiment: str):
     """(client, experiment id, parent run id) of a store, each created if missing."""
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     from mlflow.tracking import MlflowClient
 
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     artifacts = None
     if (base := _file(uri)) is not None:  # MLflow would take the working directory of the moment
         artifacts = (base.parent / "mlruns" / experiment).as_uri()

@@ -20,8 +20,8 @@ class Decoder(nn.Module):
     """Encoded tokens of the visible patches -> a prediction of every patch.
 
     width: of the encoded tokens; out: numbers predicted of each token; grid: patches along a side;
-    prefix: tokens before the patches, which go through the blocks with them; with_cls: predict something
-    of the first of these, too; drop_path: in the last block, rising to it from 0.
+    prefix: tokens before the patches, which go through the blocks with them; with_cls: predict
+    something of the first of these, too; drop_path: in the last block, rising to it from 0.
     """
 
     def __init__(

@@ -8,17 +8,17 @@ and 1/16 at patch size 16 (patch 8: 1/2, 1/4, 1/8; patch 4: 1, 1/2, 1/4). Everyt
 ViT works on it: export, k-NN, linear probe, fine-tuning, layer-wise rate decay (the whole stem
 counts as the embedding, as in the official code).
 
-How a method uses it, here with V views of each image (of a plain ViT `visible` asks the same,
-without fusion):
+How a method uses it, here with V views of each image, as any other encoder:
 
     encoder = encoders.create(spec, "sincos")      # model.name: convvit_tiny_patch8_64
-    fusion = hybrid.Fusion(encoder)                # belongs to pretraining and is not exported
-    tokens = encoder.encode(images, ids_keep, fusion)   # (B,3,H,W), (V*B,n) -> (V*B,n,D)
+    fusion = encoders.fusion(encoder)              # belongs to pretraining and is not exported
+    seen = encoders.visible(encoder, images, ids_keep, fusion=fusion)
+    seen["patch"]                                  # (B,3,H,W), (V*B,n) -> (V*B,n,D)
 
 Row v*B + b of `ids_keep` lists the visible patches of view v of image b, in any order, and the
 tokens come in that order, after the last norm. There is no class token. For a mask (1 = hidden)
-with n visible patches in each row, `ids_keep = masks.hidden_ids(~mask, n)`. Without ids and fusion,
-`encoder.encode(images)` is the plain convolution network, `forward_features`.
+with n visible patches in each row, `ids_keep = masks.hidden_ids(~mask, n)`. All of this is
+`encoder.encode`, which without ids and fusion is the plain convolution network, `forward_features`.
 
 Hidden patches are dropped before the first layer. All layers but one work inside a patch (a
 convolution whose kernel equals its stride, or of size 1, is a linear layer on the pixels of a

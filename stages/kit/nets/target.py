@@ -35,7 +35,7 @@ class Target(nn.Module):
     def __init__(self):
         super().__init__()
         self.sizes: dict[str, int] = {}
-        self._in_range = UnitRange()
+        self._in_range = UnitRange(type(self).__module__.rpartition(".")[2])
 
     def train(self, mode: bool = True) -> Target:
         return super().train(False)
@@ -56,12 +56,7 @@ class Target(nn.Module):
         """
         if missing := set(wanted) - set(self.sizes):
             given, missing = (", ".join(sorted(names)) for names in (self.sizes, missing))
-            raise ValueError(f"target: found one that gives {given}, expected {missing}")
-        if bool(layers) != ("layers" in wanted):
-            raise ValueError(
-                f"layers: found {tuple(layers)}, expected numbers of blocks if and only if "
-                "'layers' is wanted"
-            )
+            raise ValueError(f"target: found {given}, expected {missing}")
         self._in_range(images)
         found = self.look(images, set(wanted), norm, tuple(layers))
         rows, patches = len(images), self.spec.grid**2
@@ -151,14 +146,14 @@ def on_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 class UnitRange:
-    """Refuses batches with pixels outside of [0,1].
+    """Refuses batches with pixels outside of [0,1]; `who` is named in the message.
 
     It looks at every batch on a CPU. On a GPU, which it makes wait, it looks at the first and at
     every 256th.
     """
 
-    def __init__(self):
-        self.calls = 0
+    def __init__(self, who: str):
+        self.who, self.calls = who, 0
 
     @eager  # it counts, and looks at values
     def __call__(self, images: torch.Tensor) -> None:
@@ -167,8 +162,8 @@ class UnitRange:
             low, high = (float(x) for x in torch.aminmax(images.detach()))
             if not (low >= -1e-4 and high <= 1 + 1e-4):
                 raise ValueError(
-                    f"target: found pixels from {low:.3g} to {high:.3g}, expected pixels in "
-                    "[0, 1]; it normalises images itself, so give it those from before mean and "
-                    "deviation were applied"
+                    f"{self.who}: found images with pixels from {low:.3g} to {high:.3g}, expected "
+                    "pixels in [0, 1]; it normalises them itself, so give it images from before "
+                    "any mean and std were applied"
                 )
         self.calls += 1

@@ -31,7 +31,7 @@ from torch import nn
 from stages.kit.data.views import View
 from stages.kit.nets import ema, encoders
 from stages.kit.nets.pictures import principal_colours
-from stages.kit.nets.target import Target
+from stages.kit.nets.target import Target, UnitRange
 from stages.kit.parts.collapse import Watch
 from stages.kit.parts.prototypes import Centre, Head, Prototypes, multi_view_loss
 from stages.kit.train import schedule
@@ -102,6 +102,7 @@ class MomentumTeacher(Network, Target):
 
     def __init__(self, config, spec, patch_layer: bool = False):
         super().__init__(config, spec, patch_layer)
+        self._in_range = UnitRange("teacher")
         self.centre = Centre(config.prototypes, config.centre_momentum)
         width, heads = self.encoder.embed_dim, self.encoder.blocks[-1].attn.num_heads
         self.sizes = {"patch": width, "cls": width, "attention": heads}
