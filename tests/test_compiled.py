@@ -5,24 +5,25 @@ happens where it fails.
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_loop import BATCH, ToyBatches, make_run, recipe, rows_of
-from test_methods import SPEC, Target, batch, progress
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_module_simplified
 
+from stages.kit import eager
 from stages.kit.train import compiled, droppath
 from stages.kit.train.loop import fit
-from stages.methods import beitv2, dino, mae
+from tests import tiny
 
-METHODS = {
-    "mae": lambda: mae.Method(mae.Config(decoder_depth=1), SPEC),
-    "beitv2": lambda: beitv2.Method(beitv2.Config(min_block=1, drop_path=0.3), SPEC, Target("ids")),
-    "dino": lambda: dino.Method(dino.Config(), SPEC),
-}
+ROOT = Path(__file__).parents[1]
+SPEC = tiny.spec()
+CHANGES = {"mae": {"decoder_depth": 1}, "beitv2": {"min_block": 1, "drop_path": 0.3}, "dino": {}}
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +36,7 @@ def _forget():
 
 
 def made(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return METHODS[name]().train()
+    return tiny.method(name, SPEC, **CHANGES[name])
 
 
 def steps(module: nn.Module, name: str, forward, count: int = 3) -> tuple[list[float], list[int]]:
@@ -44,9 +44,9 @@ def steps(module: nn.Module, name: str, forward, count: int = 3) -> tuple[list[f
     losses, graphs = [], []
     with droppath.keyed(module) as drop_by:
         for step in range(count):
-            now = progress(step=step)
+            now = tiny.progress(step=step)
             drop_by(now)
-            loss = forward(batch(name), now)["loss"]
+            loss = forward(tiny.batch(tiny.module(name), SPEC), now)["loss"]
             loss.backward()
             with torch.no_grad():
                 for p in module.parameters():
@@ -180,3 +180,49 @@ def test_the_loop_goes_on_where_there_is_no_compiler(tmp_path, monkeypatch, capf
         )
         == 1
     )
+
+
+NEVER = ("torch._dynamo", "torch._inductor", "sympy", "mlflow", "datasets", "scipy", "jinja2")
+
+
+def test_a_stage_is_imported_without_what_few_of_its_jobs_need():
+    """The tracer of torch.compile takes a second of CPU time, most of what an untrained job has."""
+    code = "import sys; from stages import pretrain, target, transfer; "
+    code += f"print([name for name in {NEVER} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_the_stand_in_for_the_tracer_answers_and_is_gone():
+    code = """
+import sys
+from stages.kit.nets import encoders
+from torchvision.ops.roi_align import is_compile_supported
+assert "torch._dynamo" not in sys.modules
+print(is_compile_supported("cpu"), torch._dynamo.utils.is_compile_supported("cpu"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch" + code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout == "True True\n", done.stdout + done.stderr
+
+
+class Marked:
+    @eager.eager
+    def method(self):
+        return torch.compiler.is_compiling()
+
+
+@eager.constant
+def marked():
+    return 1
+
+
+def test_marks_are_handed_over_where_the_names_lead():
+    eager.hand_over()
+    assert Marked.method._torchdynamo_disable and not eager._noted
+    compiled = torch.compile(lambda: Marked().method(), backend="eager")
+    assert compiled() is False and marked._dynamo_marked_constant
+
+    with pytest.raises(ValueError, match="local function"):
+        eager.eager(lambda: None)

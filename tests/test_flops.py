@@ -8,15 +8,12 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from stages import methods, targets
-from stages.kit.nets import encoders as encoder
-from stages.kit.spec import Spec
+from stages.kit.nets import encoders
+from stages.kit.nets.target import Frozen
 from stages.kit.train import flops
-from stages.kit.train.recipe import Progress
+from tests import tiny
 
-MODEL = {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 4.0,
-         "args": {}}  # fmt: skip
-SPEC = Spec(32, MODEL, (0.5,) * 3, (0.25,) * 3, 10, 64)
+SPEC = tiny.spec(32, patch_size=8, depth=3, mlp_ratio=4.0)
 
 
 def block(tokens: int, width: int, mlp_ratio: float = 4.0) -> float:
@@ -101,14 +98,8 @@ def counted(run) -> int:
 def step(method, batch: int) -> int:
     """FLOPs per image of a training step, counted."""
     rows = torch.arange(batch)
-    progress = Progress(0, 10, 0.0, 0, rows, torch.device("cpu"))
-    view = torch.rand(batch, 3, 32, 32)
-    return (
-        counted(
-            lambda: method({"view": view, "row": rows, "index": rows}, progress)["loss"].backward()
-        )
-        / batch
-    )
+    given = {"view": torch.rand(batch, 3, 32, 32), "row": rows, "index": rows}
+    return counted(lambda: method(given, tiny.progress(batch))["loss"].backward()) / batch
 
 
 @pytest.mark.parametrize("tokens, width, ratio", [(17, 32, 4.0), (5, 48, 2.0)])
@@ -119,7 +110,7 @@ def test_block(tokens, width, ratio):
 
 
 def test_vit_forward_and_training():
-    model, images = encoder.create(SPEC).train(), torch.rand(2, 3, 32, 32)
+    model, images = encoders.create(SPEC).train(), torch.rand(2, 3, 32, 32)
     forward = vit(32, 8, 32, 3)
     assert counted(lambda: model.forward_features(images)) == 2 * forward
     total = counted(lambda: model.forward_features(images).sum().backward())
@@ -127,20 +118,17 @@ def test_vit_forward_and_training():
 
 
 def test_mae():
-    module = methods.find("mae")
-    config = module.Config(decoder_dim=24, decoder_depth=2, decoder_heads=2)
-    method = module.Method(config, SPEC).train()
+    method = tiny.method("mae", SPEC, decoder_dim=24, decoder_depth=2, decoder_heads=2)
     assert step(method, 3) == mae(32, 8, 32, 3, keep=4, dim=24, layers=2)
 
 
 @pytest.mark.parametrize("heads", [0, 1])
 def test_beitv2_with_its_tokenizer(heads):
-    kind, module = targets.find("vqkd"), methods.find("beitv2")
-    tokenizer = targets.pin(kind.Target(kind.Config(codes=16, code_dim=8), SPEC))
-    target = counted(lambda: tokenizer(torch.rand(1, 3, 32, 32)))
+    kind = tiny.module("vqkd", "target")
+    tokenizer = Frozen(kind.Target(kind.Config(codes=16, code_dim=8), SPEC))
+    target = counted(lambda: tokenizer(torch.rand(1, 3, 32, 32), "ids"))
     assert target > vit(32, 8, 32, 3)  # and its head and look-up
-    config = module.Config(head_depth=heads)
-    method = module.Method(config, SPEC, tokenizer).train()
+    method = tiny.method("beitv2", SPEC, tokenizer, head_depth=heads)
     expected = beitv2(32, 8, 32, 3, hidden=6, codes=16, heads=heads, tokenizer=target)
     assert step(method, 3) == pytest.approx(expected, rel=1e-9)
 

@@ -232,12 +232,11 @@ def test_spec_normalises_and_survives_json():
         "std": [0.2, 0.1, 0.3],
         "splits": {"train": {"count": 7}},
     }
-    spec = Spec.of(info, 32, {"patch_size": 4})
+    spec = Spec.of(info, 32, {"kind": "vit", "config": {"patch_size": 4}})
     assert (spec.grid, spec.num_classes, spec.images) == (8, 2, 7)
     images = torch.rand(2, 3, 5, 5)
-    wanted = (images - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor(
-        [0.2, 0.1, 0.3]
-    )[:, None, None]
+    mean, std = (torch.tensor(info[key])[:, None, None] for key in ("mean", "std"))
+    wanted = (images - mean) / std
     torch.testing.assert_close(spec.normalise(images), wanted)
     torch.testing.assert_close(spec.denormalise(spec.normalise(images)), images)
     assert Spec.from_json(spec.to_json()) == spec

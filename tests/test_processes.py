@@ -6,12 +6,10 @@ cannot be cut is refused.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,29 +25,19 @@ from stages.kit.data.views import View
 from stages.kit.train.checkpoint import Checkpoint
 from stages.kit.train.history import History
 from stages.kit.train.loop import Recipe, fit, refuse_cuts
-from stages.targets import find
+from tests import tiny
 from workflow.files import JobError
 
 BATCH, IMAGES, EPOCHS = 8, 16, 3  # 6 steps
-PLUGINS = [f"methods.{name}" for name in test_methods.TRAINED]
-PLUGINS += [f"targets.{kind}" for kind in test_targets.KINDS if hasattr(find(kind), "Training")]
-SMALL = {
-    "drop_path": 0.3,
-    "prototypes": 64,
-    "hidden": 32,
-    "bottleneck": 16,
-    "n_local": 2,
-}  # where a plug-in has them
-# settings with more that a cut could break: partners, restarts, k-means in the middle of the
-# training
+PLUGINS = [f"method/{name}" for name in test_methods.TRAINED]
+PLUGINS += [f"target/{kind}" for kind in test_targets.TRAINED]
+SPEC = tiny.spec()
+# where a plug-in has them
+SMALL = {"drop_path": 0.3, "prototypes": 64, "hidden": 32, "bottleneck": 16, "n_local": 2}
+# what a cut could break: partners, restarts, k-means in the middle of the training
 CHANGES = {
-    "methods.supervised": {"mixup": 0.8, "cutmix": 1.0},
-    "targets.vqkd": {
-        **test_targets.CHANGES["vqkd"],
-        "vectors_per_code": 24,
-        "kmeans_after": 0.2,
-        "reseed": 2,
-    },
+    "method/supervised": {"mixup": 0.8, "cutmix": 1.0},
+    "target/vqkd": {"vectors_per_code": 24, "kmeans_after": 0.2, "reseed": 2},
 }
 
 
@@ -104,33 +92,19 @@ class Stopped(nn.Module):
 
 
 def made(plugin: str):
-    """(module, config, spec, what the loop trains) of a plug-in at its sweep's size."""
-    module, (kind, name) = importlib.import_module(f"stages.{plugin}"), plugin.split(".")
-    changes = CHANGES.get(plugin) or getattr(
-        test_methods if kind == "methods" else test_targets, "CHANGES", {}
-    ).get(name, {})
+    """(module, config, what the loop trains) of a plug-in at its sweep's size."""
+    kind, name = plugin.split("/")
+    module = tiny.module(name, kind)
     fields = {field.name for field in dataclasses.fields(module.Config)}
-    changes = {**{key: value for key, value in SMALL.items() if key in fields}, **changes}
-    config, spec = (
-        module.Config(**changes),
-        (test_methods if kind == "methods" else test_targets).SPEC,
-    )
+    changes = {key: value for key, value in SMALL.items() if key in fields}
+    if kind == "target":
+        changes |= test_targets.CHANGES.get(name, {})
+    config = module.Config(**{**changes, **CHANGES.get(plugin, {})})
+    needed = module.TARGET if kind == "method" else module.UPSTREAM
+    target = tiny.target(SPEC, *sorted(needed)) if needed else None
     torch.manual_seed(0)
-    if kind == "methods":
-        return (
-            module,
-            config,
-            spec,
-            module.Method(
-                config, spec, test_methods.Target(module.TARGET) if module.TARGET else None
-            ),
-        )
-    return (
-        module,
-        config,
-        spec,
-        module.Training(config, spec, test_targets.Teacher() if module.UPSTREAM else None),
-    )
+    made = module.Method if kind == "method" else module.Training
+    return module, config, made(config, SPEC, target)
 
 
 def train(
@@ -143,26 +117,21 @@ def train(
     """Trains from, or on from, what lies in the folder; losses by step, and a digest of all that
     was learnt.
     """
-    module, config, spec, training = made(plugin)
+    module, config, training = made(plugin)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Path(folder)
-    for name in ("out", "work"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    run = SimpleNamespace(out=folder / "out", work=folder / "work", device=torch.device("cpu"), compute={}, summary={},
-                          job=SimpleNamespace(id=plugin))  # fmt: skip
-    batches = Double(Pictures(spec.image_size), module.views(config, spec), BATCH, 3, micro=micro, labels=bool(module.LABELS),
-                     workers=0, rank=rank, world=world)  # fmt: skip
+    run, split, views = tiny.run(Path(folder)), Pictures(16), module.views(config, SPEC)
+    how = {"labels": bool(module.LABELS), "workers": 0, "rank": rank, "world": world}
+    batches = Double(split, views, BATCH, 3, micro=micro, **how)
     settings = {"epochs": EPOCHS, "batch_size": BATCH, "precision": precision, "save_minutes": 1e9}
     recipe = Recipe.of(dataclasses.replace(config, lr_per=None), settings, batches.steps_per_epoch)
     try:
         fit(Stopped(training, stop), batches, recipe, run, seed=3)
     except SystemExit as left:
         return {"code": left.code}
-    rows = [
-        json.loads(line) for line in (folder / "out" / "history.jsonl").read_text().splitlines()
-    ]
-    return {"losses": [row["loss"] for row in rows], "state": [(k, v.double().sum().item(), v.double().abs().sum().item())
-                                                               for k, v in training.state_dict().items()]}  # fmt: skip
+    rows = [json.loads(line) for line in (run.out / "history.jsonl").read_text().splitlines()]
+    doubles = {key: value.double() for key, value in training.state_dict().items()}
+    state = [(key, x.sum().item(), x.abs().sum().item()) for key, x in doubles.items()]
+    return {"losses": [row["loss"] for row in rows], "state": state}
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +155,7 @@ def test_a_cut_batch_gives_the_losses_of_the_whole_one(plugin, alone, pair, tmp_
     """
     [whole] = alone.call(train, plugin, str(tmp_path / "whole"))
     assert len(whole["losses"]) == 6 and len({round(loss, 9) for loss in whole["losses"]}) > 3
-    reason, cut = getattr(made(plugin)[3], "whole_batch", None), 2
+    reason, cut = getattr(made(plugin)[2], "whole_batch", None), 2
     if reason:
         with pytest.raises(RuntimeError, match="train.micro_batch: .* cannot accumulate"):
             alone.call(train, plugin, str(tmp_path / "refused"), 2)
@@ -247,7 +216,7 @@ def test_half_a_row_of_history_changes_hands(alone, pair, tmp_path):
 
 
 def loaded(folder: str) -> int | str | None:
-    """The step that this rank would continue with, from a folder of its own; the error's message."""
+    """The step that this rank would continue with, from its own folder, or the error's message."""
     dist.start()
     try:
         state = Checkpoint(Path(folder) / os.environ["RANK"]).load()

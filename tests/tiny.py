@@ -82,11 +82,9 @@ class Colours(Target):
         sizes = {"ids": codes, "logits": codes, "attention": 2}
         self.sizes = {name: sizes.get(name, width) for name in gives or ("ids", "patch", "cls")}
         self.weight = nn.Parameter(torch.linspace(-1, 1, 3 * width).view(width, 3))
-        self.seen: list[torch.Tensor] = []
 
     def look(self, images, wanted, norm, layers):
         assert norm in (True, False)
-        self.seen.append(images)
         colours = F.adaptive_avg_pool2d(images, self.spec.grid).flatten(2).transpose(1, 2)
         ids = (colours.sum(-1) * 20).long() % self.codes
         patch = colours @ self.weight.T
