@@ -21,7 +21,6 @@ are hashed, counted and written. Memory does not grow with the data but for abou
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -33,19 +32,19 @@ import numpy as np
 from tqdm import tqdm
 
 from stages.kit.data.decode import Broken, Pixels, prepare
-from stages.kit.data.store import Split
-from stages.kit.data.tally import Tally, duplicates
+from stages.kit.data.facts import complaints, gather, name_duplicates, summary
+from stages.kit.data.store import SPLITS
+from stages.kit.data.tally import Tally
 from stages.kit.data.threads import ordered_map
 from stages.kit.data.writer import SplitWriter
 from stages.kit.job import process
 from stages.kit.job.command import command
-from stages.sources import SPLITS, Found, Listing, Sample, SourceError
+from stages.sources import Found, Listing, Sample, SourceError
 from stages.sources._splits import assign
 from workflow import plugins
 from workflow.files import write_atomic, write_json
 from workflow.machine import cores
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 FIELDS = ("masks", "boxes")
 
 
@@ -113,34 +112,27 @@ def build(
     if not len(labels["train"]):
         raise SourceError(f"data.source: {data['source']} has no usable image in train")
 
-    statistics = tallies["train"].statistics()
-    argument = f":{Path(source['argument']).name}" if source["argument"] else ""
     facts = {
-        "source": source["name"] + argument,
-        "hash": _hash(found.classes, {s: tally.hasher.hexdigest() for s, tally in tallies.items()}),
+        "source": _name(source),
         "mode": mode,
         "image_size": data["image_size"],
         "store_size": size,
         "classes": found.classes,
-        "fields": sorted(set().union(*fields.values())),
-        **(IMAGENET if data["normalise"] == "imagenet" else statistics),
-        "statistics": statistics,
-        "splits": {s: _facts(part, found.classes, fields[s]) for s, part in labels.items()},
-        "duplicates": duplicates({s: tally.digests for s, tally in tallies.items()}),
-        "quarantine": {
-            "count": len(broken),
-            "reasons": _sorted(Counter(row["reason"] for row in broken)),
-        },
-        "converted": _sorted(sum((tally.converted for tally in tallies.values()), Counter())),
-        "upscaled": sum(tally.upscaled for tally in tallies.values()),
         "ignored": found.ignored,
     }
-    _name_duplicates(facts, out)
-    facts["warnings"] = [*found.warnings, *chosen.warnings, *_complaints(facts)]
+    facts |= gather(facts, labels, tallies, fields, broken, data["normalise"])
+    name_duplicates(facts, out)
+    facts["warnings"] = [*found.warnings, *chosen.warnings, *complaints(facts)]
     write_json(out / "data.json", facts)
     for text in facts["warnings"]:
         print(f"warning: {text}", file=sys.stderr)
-    return _summary(facts, total / (time.monotonic() - began))
+    return summary(facts, total / (time.monotonic() - began))
+
+
+def _name(source: dict) -> str:
+    """The source as the report shows it: without the folders above."""
+    argument = source["argument"]
+    return source["name"] + (f":{Path(argument).name}" if argument else "")
 
 
 def find(data: dict, source: dict) -> Found:
@@ -210,82 +202,6 @@ def _check_quarantine(broken: list[dict], total: int, limit: float, work: Path) 
         f"allowed are {limit:.1%}. First: {first}. The list is in {work / 'quarantine.jsonl'}. "
         "Repair or remove them, or raise the limit."
     )
-
-
-def _facts(labels: np.ndarray, classes: list[str], fields: list[str]) -> dict:
-    """What data.json says of a split. `fields`: those of FIELDS that its images have."""
-    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
-    return {
-        "count": len(labels),
-        "class_counts": counts.tolist(),
-        "labelled": bool(len(labels) and (labels >= 0).all()),
-        "fields": fields,
-    }
-
-
-def _name_duplicates(facts: dict, out: Path) -> None:
-    """Puts names of images, such as "train/cats/1.jpg", in the place of their rows."""
-    groups = facts["duplicates"]["groups"]
-    if not groups:
-        return
-    names = {split: Split(out, split, facts).names() for split in facts["splits"]}
-    facts["duplicates"]["groups"] = [
-        [f"{split}/{names[split][row].removeprefix(split + '/')}" for split, row in group]
-        for group in groups
-    ]
-
-
-def _summary(facts: dict, images_per_s: float) -> dict:
-    repeats = facts["duplicates"]
-    across = {f"in_{pair.replace('-', '_and_')}": n for pair, n in repeats["across"].items() if n}
-    return {
-        **{split: about["count"] for split, about in facts["splits"].items()},
-        "classes": len(facts["classes"]),
-        "mode": facts["mode"],
-        "hash": facts["hash"][:12],
-        "quarantined": facts["quarantine"]["count"],
-        "duplicates": sum(repeats["within"].values()),
-        **across,
-        "warnings": len(facts["warnings"]),
-        "images_per_s": round(images_per_s, 1),
-    }
-
-
-def _sorted(counts: Counter) -> dict[str, int]:
-    return dict(sorted(counts.items()))
-
-
-def _hash(classes: list[str], splits: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps([classes, splits], sort_keys=True).encode()).hexdigest()
-
-
-def _complaints(facts: dict) -> list[str]:
-    """What a user should know before trusting numbers made from this data set."""
-    texts, splits = [], facts["splits"]
-    for pair, n in facts["duplicates"]["across"].items():
-        if n:
-            one, other = pair.split("-")
-            texts.append(
-                f"{n} of {splits[other]['count']} images of {other} are also in {one} "
-                "(exactly equal pixels)"
-            )
-    for split in SPLITS:
-        if split not in splits:
-            texts.append(f"there is no split {split}")
-            continue
-        counts = splits[split]["class_counts"]
-        missing = [name for name, n in zip(facts["classes"], counts, strict=True) if not n]
-        if missing:
-            texts.append(
-                f"{split} has no image of {len(missing)} of {len(counts)} classes "
-                f"({', '.join(missing[:5])})"
-            )
-    if facts["upscaled"]:
-        texts.append(
-            f"{facts['upscaled']} images are smaller than {facts['store_size']} px and were "
-            "enlarged"
-        )
-    return texts
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ import torch
 
 from stages import data, pretrain, target, transfer
 from stages.kit.data import store
+from stages.kit.data.store import SPLITS
 from stages.kit.data.writer import SplitWriter
 from stages.kit.job.device import resolved
 from stages.kit.job.job import Run
 from stages.kit.job.process import set_threads
 from stages.kit.train import compiled
-from stages.sources import SPLITS
 from stages.sources._splits import assign
 from workflow import machine, plugins
 from workflow.files import write_json

@@ -17,8 +17,8 @@ class Spec:
     """Facts that methods, targets and tasks share; built from data.json and params, nothing else.
 
     image_size: side of the square images in pixels; kind, model: the encoder's family (a file in
-    stages/encoders) and its Config; mean, std: of pixels in [0, 1], per channel; num_classes: of the
-    data set; images: size of the train split.
+    stages/encoders) and its Config; mean, std: of pixels in [0, 1], per channel; num_classes: of
+    the data set; images: size of the train split.
     """
 
     image_size: int

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-SPLITS = ("train", "val", "test")
 ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.sources import SPLITS, Found, Listing, SourceError
+from stages.kit.data.store import SPLITS
+from stages.sources import Found, Listing, SourceError
 
 
 @dataclass

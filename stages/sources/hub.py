@@ -18,8 +18,8 @@ from urllib.parse import urlparse
 
 import numpy as np
 
+from stages.kit.data.store import SPLITS
 from stages.sources import (
-    SPLITS,
     Found,
     Listing,
     Sample,

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.kit.data.store import SPLITS
 from stages.sources import (
-    SPLITS,
     Found,
     Listing,
     Sample,

@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 
 from stages.kit.data import store
+from stages.kit.data.store import SPLITS
 from workflow.files import JobError, write_atomic
-
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from stages.tasks import SPLITS, Trial, save_scores
+from stages.kit.data.store import SPLITS
+from stages.tasks import Trial, save_scores
 
 
 class Labelled:

@@ -51,6 +51,7 @@ from workflow.plugins import did_you_mean
 if TYPE_CHECKING:
     import torch
 
+SPLITS = ("train", "val", "test")
 OPEN_SHARDS = 512  # at a time; a process may often open 1024 files
 
 
