@@ -266,6 +266,24 @@ def test_tasks_of_encoders_that_are_built_alike_share_a_rehearsal(plan):
     assert {id for id in asked if id.startswith("transfer")} == expected
 
 
+def test_later_stages_of_a_chain_share_a_rehearsal(tmp_path):
+    content = tiny_content(methods__dbot={})
+    content["grid"]["runs"] = {"dbot": {"method": "dbot", "target": "run:random", "stages": 3}}
+    content["grid"]["runs"]["random"] = {"method": "random"}
+    asked = []
+
+    def rehearsed(plan, job, made):
+        asked.append(job.id)
+        if job.stage == "pretrain":
+            (made[job.id] / "encoder").mkdir(parents=True)
+            (made[job.id] / "encoder/config.json").write_text("{}")
+        return known(plan, job, made)
+
+    estimate.estimate(load(write_params(tmp_path, content), tmp_path / "results"), rehearsed)
+    learners = [id for id in asked if id.startswith("pretrain/dbot")]
+    assert learners == ["pretrain/dbot-1-s0"], "all learn from an encoder that is built alike"
+
+
 def test_a_job_that_fails_leaves_a_reason_and_so_do_those_that_need_it(plan, monkeypatch):
     def broken(run):
         raise ValueError("no such thing\nand more")

@@ -33,7 +33,7 @@ TARGETS = {
              "min_perplexity": 0.0},
 }  # fmt: skip
 JOBS = {
-    "data": ("stages.data",),
+    "data/main": ("stages.data",),
     "target/teacher": ("stages.target", "--name", "teacher"),
     "target/vqkd": ("stages.target", "--name", "vqkd"),
     "pretrain/beitv2-s0": ("stages.pretrain", "--run", "beitv2-s0"),

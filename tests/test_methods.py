@@ -88,7 +88,7 @@ def test_declarations(name):
     module, declared = MODULES[name], plugins.declared("method", name)
     for literal in ("TARGET", "NEEDS", "LABELS", "TRAINS", "PUBLISHED"):
         assert declared.literals[literal] == getattr(module, literal, declared.literals[literal])
-    assert "arXiv" in module.__doc__
+    assert "arXiv" in module.__doc__ or "No paper" in module.__doc__
     alone = declared.config()
     assert dataclasses.asdict(alone) == dataclasses.asdict(module.Config())
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -102,6 +102,8 @@ def test_declarations(name):
 def test_the_published_recipe_is_one(name):
     """Its keys are settings of the method or of train; its values pass the Config's own checks."""
     module, published = MODULES[name], dict(MODULES[name].PUBLISHED)
+    if "No paper" in module.__doc__ and not published:
+        pytest.skip("nothing was published")
     assert published.pop("epochs") > 0
     assert published.pop("batch_size") > 0
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in published.items()}

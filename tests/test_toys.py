@@ -68,7 +68,7 @@ TINY = {
 }
 TOYS = {  # the file of each toy, and the jobs that run its code
     "stages/sources/arrays.py": r"data/photos",
-    "stages/encoders/mixer.py": r"(target|pretrain|transfer)/.*",
+    "stages/encoders/convmix.py": r"(target|pretrain|transfer)/.*",
     "stages/targets/palette.py": r"target/palette",
     "stages/methods/guess.py": r"pretrain/guess-s\d",
     "stages/tasks/prototypes.py": r"transfer/.*/segment",

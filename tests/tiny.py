@@ -9,6 +9,7 @@ out = method(tiny.batch(tiny.module("mae"), spec), tiny.progress())
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +29,10 @@ def model(kind: str = "vit", **changes):
     """The Config of an encoder family in tiny sizes."""
     swin = {"depth": (1, 1), "num_heads": (2, 4), "window_size": 2}
     conv = {"patch_size": 8, "args": {"conv_dims": [8, 16], "conv_depths": [1, 1]}}
-    own = {"vit": {}, "swin": swin, "convvit": conv}[kind]
-    return encoder_config(kind, {**SIZES, **own, **changes})
+    own = {"swin": swin, "convvit": conv}.get(kind, {})
+    known = {f.name for f in fields(module(kind, "encoder").Config)}
+    sizes = {key: value for key, value in SIZES.items() if key in known}
+    return encoder_config(kind, {**sizes, **own, **changes})
 
 
 def spec(image_size: int = 16, kind: str = "vit", classes: int = 4, **changes) -> Spec:

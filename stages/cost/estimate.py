@@ -42,14 +42,13 @@ def estimate(plan, rehearsed: Callable[..., Cost] | None = None) -> dict[str, Co
 def kind(job, kinds: dict[str, str], made: dict[str, Path]) -> str:
     """A digest of all that the cost of a job depends on; kinds, made: of the jobs before it.
 
-    Seeds and names are left out. All that a task sees of an encoder is how it is built.
+    Seeds and names are left out. All that a job sees of an encoder is how it is built.
     """
-    inputs = {role: kinds[id] for role, id in job.inputs.items()}
-    names = {"seed", "run", "stage"}
-    if "encoder" in inputs:
-        names.add("method")
-        built = made[job.inputs["encoder"]] / "encoder" / "config.json"
-        inputs["encoder"] = built.read_text() if built.is_file() else inputs["encoder"]
+    inputs = {}
+    for role, id in job.inputs.items():
+        encoder = made[id] / "encoder" / "config.json"
+        inputs[role] = encoder.read_text() if encoder.is_file() else kinds[id]
+    names = {"seed", "run", "stage"} | ({"method"} if job.stage == "transfer" else set())
     params = {key: value for key, value in job.params.items() if key not in names}
     for part in {"target", "method", "task"} & set(params):
         params[part] = {key: value for key, value in params[part].items() if key != "name"}

@@ -18,7 +18,8 @@ from pathlib import Path
 from workflow.manifest import Manifest
 from workflow.params import Experiment, Params, read
 from workflow.plan import digest
-from workflow.plan.jobs import Job, jobs
+from workflow.plan.job import Job
+from workflow.plan.jobs import jobs
 from workflow.plugins import ROOT, ParamsError, nearest
 
 __all__ = ["Job", "Plan", "load"]

@@ -3,63 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
 from workflow.closure import closure
 from workflow.params import DataSet, Encoder, Experiment, Settings, Student, Target, Task
 from workflow.plan.facts import table
+from workflow.plan.job import Job
 from workflow.plan.user_files import source_state, weights_state
 
-REPORT_FILES = ("index.html", "summary.md", "summary.csv")
 TEMPLATES = "stages/reporting/templates"
-# The options of each stage's command; their values, joined by /, are the name of a job.
-OPTIONS = {
-    "data": ("name",),
-    "target": ("name",),
-    "pretrain": ("run",),
-    "transfer": ("run", "task"),
-    "report": (),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of one stage. Its name is unique in its stage, its id in the plan: <stage>/<name>."""
-
-    stage: str
-    name: str
-    id: str
-    output: Path
-    inputs: dict[str, str]  # role -> id of the job; the one made last is last
-    params: dict
-    code: tuple[str, ...]  # paths of the files that it runs, below the root
-    origins: dict[
-        str, str
-    ]  # dotted key of `params` -> dotted key of params.yaml, where they differ
-    spreads: bool = False  # trains, so several processes can share its work
-    user_files: bool = False  # its parameters hold the state of files of the user's
-    fingerprint: str = ""
-    hashes: dict[str, str] = field(default_factory=dict)  # path of each code file -> sha256
-
-    @property
-    def manifest(self) -> Path:
-        return self.output / "manifest.json"
-
-    @property
-    def command(self) -> str:
-        """The command that runs the job, as both engines call it."""
-        options = zip(
-            OPTIONS[self.stage], self.name.split("/"), strict=False
-        )  # the report has none
-        return " ".join([f"python -m stages.{self.stage}", *(f"--{o} {v}" for o, v in options)])
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """What Snakemake knows of the output: the manifest, and the report's pages."""
-        pages = REPORT_FILES if self.stage == "report" else ()
-        return (self.manifest, *(self.output / name for name in pages))
 
 
 def jobs(experiment: Experiment, results: Path, params_file: Path, root: Path) -> list[Job]:

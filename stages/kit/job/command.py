@@ -10,7 +10,7 @@ from stages.kit.job.launch import spread
 from stages.kit.job.process import prepare
 from workflow.params.entries import FLAT
 from workflow.plan import load
-from workflow.plan.jobs import OPTIONS
+from workflow.plan.job import OPTIONS
 
 HELP = {
     "name": "its name in params.yaml, such as main or vqkd",
