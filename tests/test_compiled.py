@@ -182,7 +182,16 @@ def test_the_loop_goes_on_where_there_is_no_compiler(tmp_path, monkeypatch, capf
     )
 
 
-NEVER = ("torch._dynamo", "torch._inductor", "sympy", "mlflow", "datasets", "scipy", "jinja2")
+NEVER = (
+    "torch._dynamo",
+    "torch._inductor",
+    "sympy",
+    "triton",
+    "mlflow",
+    "datasets",
+    "scipy",
+    "jinja2",
+)
 
 
 def test_a_stage_is_imported_without_what_few_of_its_jobs_need():

@@ -8,16 +8,18 @@ import time
 from functools import lru_cache
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
-def counting() -> FlopCounterMode:
+def counting():
     """Counts the matrix products inside of it, 2 m n k each; norms, activations and softmax are
     left out, as is usual.
 
     So are the scores that fused attention computes again in its backward pass: the model does not
-    ask for them.
+    ask for them. A context manager with `get_total_flops()`.
     """
+    # here, because it loads a compiler (triton) that no untrained job needs
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
     names = [
         op
         for op in flop_registry
