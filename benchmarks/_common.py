@@ -16,55 +16,51 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from stages.kit.nets.teacher import Teacher  # noqa: E402
-
-from stages import methods, targets  # noqa: E402
-from stages.kit.nets import encoders as encoder  # noqa: E402
-from stages.kit.spec import Spec  # noqa: E402
+from stages.kit.nets import encoders  # noqa: E402
+from stages.kit.nets.target import EncoderTarget, Frozen  # noqa: E402
+from stages.kit.spec import Spec, configure, encoder_config  # noqa: E402
+from workflow import plugins  # noqa: E402
 
 OUT = Path(os.environ.get("MIMLAB_BENCH", ROOT / "docs" / "benchmarks"))
 SIZES = {
-    "tiny": {
-        "image": 32,
-        "patch": 8,
-        "dim": 32,
-        "depth": 2,
-        "heads": 2,
-        "batch": 8,
-    },  # to try a benchmark out
+    # to try a benchmark out
+    "tiny": {"image": 32, "patch": 8, "dim": 32, "depth": 2, "heads": 2, "batch": 8},
     "small": {"image": 32, "patch": 4, "dim": 192, "depth": 12, "heads": 3, "batch": 256},
     "large": {"image": 224, "patch": 16, "dim": 384, "depth": 12, "heads": 6, "batch": 32},
     "base": {"image": 224, "patch": 16, "dim": 768, "depth": 12, "heads": 12, "batch": 256},
 }
-# As published at 224 px; the defaults are for small images.
-PUBLISHED = {"mae": {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
-             "beitv2": {"min_block": 16, "head_depth": 2, "early_layer": 9, "mask_ratio": 0.3827}}  # fmt: skip
 
 
 def trainable() -> list[str]:
-    """Every method that trains without labels: the files of stages/methods."""
-    names = sorted(p.stem for p in (ROOT / "stages" / "methods").glob("[a-z]*.py"))
-    return [n for n in names if methods.find(n).TRAINS and not methods.find(n).LABELS]
+    """Every method that trains without labels."""
+    modules = {name: plugins.module("method", name) for name in plugins.names("method")}
+    return [name for name, module in modules.items() if module.TRAINS and not module.LABELS]
 
 
 def subject(name: str, size: str, published: bool = False) -> tuple:
-    """(module, its views) of a method; its target has the student's size and is not trained."""
-    s, module = SIZES[size], methods.find(name)
-    model = {"name": "vit_tiny_patch16_224", "patch_size": s["patch"], "embed_dim": s["dim"], "depth": s["depth"],
-             "num_heads": s["heads"], "mlp_ratio": 4.0, "args": {}}  # fmt: skip
-    spec = Spec(s["image"], model, (0.5,) * 3, (0.25,) * 3, 10, 1024)
-    # a quarter of the image, SimMIM's default, is no multiple of the patch at 224 px
-    settings = {"mask_unit": 2 * s["patch"]} if name == "simmim" else {}
-    config = module.Config(**settings, **(PUBLISHED.get(name, {}) if published else {}))
+    """(module, its views) of a method; its target has the student's size and is not trained.
+
+    published: the paper's settings instead of the defaults, which are for small images.
+    """
+    s, module = SIZES[size], plugins.module("method", name)
+    sizes = {"patch_size": s["patch"], "embed_dim": s["dim"]}
+    model = encoder_config("vit", {**sizes, "depth": s["depth"], "num_heads": s["heads"]})
+    spec = Spec(s["image"], "vit", model, (0.5,) * 3, (0.25,) * 3, 10, 1024)
+    settings = {}
+    if "mask_unit" in vars(module.Config()):  # its default is no multiple of the patch at 224 px
+        settings["mask_unit"] = 2 * s["patch"]
+    if published:
+        known = vars(module.Config())
+        settings |= {key: value for key, value in module.PUBLISHED.items() if key in known}
+    config = configure(module.Config, settings)
     torch.manual_seed(0)
     target = None
-    if module.TARGET == "ids":
-        kind = targets.find("vqkd")
-        target = targets.pin(
-            kind.Target(kind.Config(codes=8192, code_dim=32) if published else kind.Config(), spec)
-        )
-    elif module.TARGET == "features":
-        target = Teacher(encoder.create(spec), spec)
+    if {"ids"} == module.TARGET:
+        kind = plugins.module("target", "vqkd")
+        sizes = {"codes": 8192, "code_dim": 32} if published else {}
+        target = Frozen(kind.Target(kind.Config(**sizes), spec))
+    elif module.TARGET:
+        target = Frozen(EncoderTarget(encoders.create(spec), spec))
     return module.Method(config, spec, target).train(), module.views(config, spec)
 
 
@@ -100,7 +96,8 @@ def write(name: str, columns: list[str], rows: list[list], note: str) -> None:
     ]
     body = [f"| {' | '.join(map(str, row))} |" for row in rows]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    machine = f"{cpu()}, {os.cpu_count()} cores{gpu}; torch {torch.__version__}, {torch.get_num_threads()} threads"
+    threads = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    machine = f"{cpu()}, {os.cpu_count()} cores{gpu}; {threads}"
     text = "\n".join([note, "", *head, *body, "", f"On {machine}.", ""])
     print(text, flush=True)
     OUT.mkdir(parents=True, exist_ok=True)

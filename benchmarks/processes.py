@@ -79,7 +79,8 @@ def main() -> None:
             rate = json.loads(out.read_text())
             first = first or rate
             rows.append([count, f"{rate:.1f}", f"{rate / first:.2f}"])
-    note = f"MAE, {args.size}, batch {SIZES[args.size]['batch']} shared by processes of one thread each, {args.steps} steps."
+    note = f"MAE, {args.size}, batch {SIZES[args.size]['batch']} shared by processes of one thread "
+    note += f"each, {args.steps} steps."
     write("processes", ["processes", "images/s", "over the first"], rows, note)
 
 

@@ -28,6 +28,7 @@ from torchvision import transforms
 
 from stages.kit.data.loader import Batches
 from stages.kit.nets.attention import unfused
+from stages.kit.nets.target import Frozen
 from stages.kit.train import flops, malloc, optim, precision
 from stages.kit.train.recipe import Progress, Recipe
 
@@ -87,8 +88,10 @@ def plain(method, images: np.ndarray, views: dict, batch: int, steps: int, devic
     )
     for step in range(steps):
         chosen = np.random.default_rng(step).choice(len(images), batch, replace=False)
-        made = {name: torch.stack([do(Image.fromarray(images[i])) for i in chosen]).to(device)
-                for name, do in pipelines.items()}  # fmt: skip
+        made = {
+            name: torch.stack([do(Image.fromarray(images[i])) for i in chosen]).to(device)
+            for name, do in pipelines.items()
+        }
         rows = torch.arange(batch, device=device)
         advance(
             method,
@@ -116,9 +119,9 @@ def measure(name: str, size: str, args, device: torch.device) -> list:
     )
     method, views = subject(name, size, args.published)
     method.to(device)
-    for target in vars(method).values():  # targets lie in lists, out of the module's sight
-        if isinstance(target, list) and target and isinstance(target[0], torch.nn.Module):
-            target[0].to(device)
+    for target in vars(method).values():  # a target is out of the module's sight
+        if isinstance(target, Frozen):
+            target.open.to(device)
     batches = Batches(split, views, batch, 0, workers=args.workers)
     with flops.counting() as counter:
         next(plain(method, split.images, views, 2, 1, device))
@@ -138,9 +141,18 @@ def measure(name: str, size: str, args, device: torch.device) -> list:
     used = per_image * batch / mine / flops.matrix_rate(device, kind)
     gigabytes = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if device.type == "cuda" else "-"
     theirs = statistics.median(slow[warm:]) if slow else None
-    return [name, f"{size}, batch {batch}", f"{1e3 * theirs:.0f}" if theirs else "-", f"{1e3 * mine:.0f}",
-            f"{theirs / mine:.2f}" if theirs else "-", f"{batch / mine:.0f}", f"{used:.0%}", gigabytes,
-            f"{batch / loader:.0f}", f"{mine / loader:.1f}"]  # fmt: skip
+    return [
+        name,
+        f"{size}, batch {batch}",
+        f"{1e3 * theirs:.0f}" if theirs else "-",
+        f"{1e3 * mine:.0f}",
+        f"{theirs / mine:.2f}" if theirs else "-",
+        f"{batch / mine:.0f}",
+        f"{used:.0%}",
+        gigabytes,
+        f"{batch / loader:.0f}",
+        f"{mine / loader:.1f}",
+    ]
 
 
 def main() -> None:
@@ -161,8 +173,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     malloc.keep_freed()
     device = torch.device(args.device)
-    columns = ["method", "size", "plain, ms", "mimlab, ms", "plain / mimlab", "images/s", "utilisation", "GPU memory, GB",
-               "loader, images/s", "step / loader"]  # fmt: skip
+    columns = ["method", "size", "plain, ms", "mimlab, ms", "plain / mimlab", "images/s"]
+    columns += ["utilisation", "GPU memory, GB", "loader, images/s", "step / loader"]
     rows = [measure(name, size, args, device) for size in args.size for name in args.methods]
     write(
         args.name,

@@ -27,11 +27,25 @@ TRAIN = {
     "save_minutes": 1e-9,
 }  # a checkpoint after every step
 TARGETS = {
-    "teacher": {"kind": "dino", "prototypes": 32, "hidden": 16, "bottleneck": 8, "n_local": 1, "min_rank": 0.0,
-                "min_information": 0.0},
-    "vqkd": {"kind": "vqkd", "upstream": "teacher", "codes": 8, "code_dim": 4, "vectors_per_code": 4, "min_usage": 0.0,
-             "min_perplexity": 0.0},
-}  # fmt: skip
+    "teacher": {
+        "kind": "dino",
+        "prototypes": 32,
+        "hidden": 16,
+        "bottleneck": 8,
+        "n_local": 1,
+        "min_rank": 0.0,
+        "min_information": 0.0,
+    },
+    "vqkd": {
+        "kind": "vqkd",
+        "upstream": "teacher",
+        "codes": 8,
+        "code_dim": 4,
+        "vectors_per_code": 4,
+        "min_usage": 0.0,
+        "min_perplexity": 0.0,
+    },
+}
 JOBS = {
     "data/main": ("stages.data",),
     "target/teacher": ("stages.target", "--name", "teacher"),

@@ -13,9 +13,21 @@ import signal
 import socket
 import traceback
 
-PRELOAD = ["stages.data", "stages.target", "stages.pretrain", "stages.transfer", "stages.tasks.finetune", "stages.methods.mae",
-           "stages.methods.random", "stages.methods.supervised", "stages.targets.dino", "stages.targets.vqkd", "pytest",
-           "torch.nn.parallel", "torch.distributed"]  # fmt: skip
+PRELOAD = [
+    "stages.data",
+    "stages.target",
+    "stages.pretrain",
+    "stages.transfer",
+    "stages.tasks.finetune",
+    "stages.methods.mae",
+    "stages.methods.random",
+    "stages.methods.supervised",
+    "stages.targets.dino",
+    "stages.targets.vqkd",
+    "pytest",
+    "torch.nn.parallel",
+    "torch.distributed",
+]
 
 
 def context():
