@@ -37,6 +37,7 @@ ui: install
 
 lint: install
 	ruff check .
+	ruff format --check .
 	snakefmt --check Snakefile workflow
 	snakemake --lint
 
