@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from stages.kit.durations import duration
+
 NOTHING = "–"
 
 
@@ -26,15 +28,8 @@ def signed(text: str) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """12 s, 3 min 20 s, 5 h 12 min."""
-    if value is None:
-        return NOTHING
-    if value < 100:
-        return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    """12 s, 3 min 20 s, 5 h 12 min; a dash for None."""
+    return NOTHING if value is None else duration(value)
 
 
 def p_value(value: float | None) -> str:
