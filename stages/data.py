@@ -21,7 +21,9 @@ are hashed, counted and written. Memory does not grow with the data but for abou
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -31,6 +33,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from stages.kit.data import store
 from stages.kit.data.decode import Broken, Pixels, prepare
 from stages.kit.data.facts import complaints, gather, name_duplicates, summary
 from stages.kit.data.store import SPLITS
@@ -40,6 +43,7 @@ from stages.kit.data.writer import SplitWriter
 from stages.kit.job import process
 from stages.kit.job.command import command
 from stages.sources import Found, Listing, Sample, SourceError
+from stages.sources._names import printable
 from stages.sources._splits import assign
 from workflow import plugins
 from workflow.files import write_atomic, write_json
@@ -59,6 +63,18 @@ def make(run) -> None:
         return  # under torchrun one process reads and writes
     params, threads = run.job.params, run.compute["threads"]
     run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
+    if apart(sys.stdout, sys.stderr):  # the rules send stderr into a log that few people read
+        for text in store.info(run.out)["warnings"]:
+            print(f"{run.job.id}: warning: {text}", flush=True)
+
+
+def apart(one, other) -> bool:
+    """Whether two streams lead to different places, as far as that can be known."""
+    try:
+        places = [os.fstat(stream.fileno()) for stream in (one, other)]
+    except (OSError, ValueError, AttributeError):  # closed, or not a file
+        return True
+    return len({(place.st_dev, place.st_ino) for place in places}) == 2
 
 
 def build(
@@ -148,7 +164,30 @@ def find(data: dict, source: dict) -> Found:
             raise SourceError(
                 f"data.{key}: found {data[key]!r}, but the source {source['name']} has no columns"
             )
-    return module.read(source["argument"], module.Config(**source["config"]), data)
+    found = module.read(source["argument"], module.Config(**source["config"]), data)
+    if data.get("group") is not None and any(s.groups is None for s in found.splits.values()):
+        raise SourceError(
+            f"data.group: found {data['group']!r}, but the source {source['name']} has no groups"
+        )
+    return _without_one_class(found)
+
+
+def _without_one_class(found: Found) -> Found:
+    """A source whose labels are all the same has none: any encoder would get all of them right."""
+    used = {label for split in found.splits.values() for label in set(split.labels.tolist())} - {-1}
+    if len(used) != 1 or any(split.masks or split.boxes for split in found.splits.values()):
+        return found
+    (label,) = used
+    splits = {
+        name: dataclasses.replace(split, labels=np.full_like(split.labels, -1))
+        for name, split in found.splits.items()
+    }
+    text = (
+        f"found one class alone ({printable(found.classes[label])!r}), which no task can tell from "
+        "another: all images are taken as unlabelled. If classes lie below it, name the folder or "
+        "the column that has them in data.source or data.label_column"
+    )
+    return dataclasses.replace(found, splits=splits, classes=[], warnings=[*found.warnings, text])
 
 
 def _fields(found: Found, parts: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -196,7 +235,9 @@ def _check_quarantine(broken: list[dict], total: int, limit: float, work: Path) 
     write_atomic(work / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in broken))
     counts = Counter(row["reason"] for row in broken).most_common()
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts)
-    first = "; ".join(f"{row['name']} ({row['reason']}: {row['detail']})" for row in broken[:3])
+    first = "; ".join(
+        f"{printable(row['name'])} ({row['reason']}: {row['detail']})" for row in broken[:3]
+    )
     raise SourceError(
         f"data.quarantine_limit: {len(broken)} of {total} images cannot be used ({reasons}), "
         f"allowed are {limit:.1%}. First: {first}. The list is in {work / 'quarantine.jsonl'}. "

@@ -15,7 +15,8 @@ and literals that say what it is:
 `data` is the entry of the parameters. `read` only lists: how many images each given split has,
 their labels and names. Images come one after the other from `Listing.read(rows)`, so that no source
 holds more than a few in memory. _splits.py then decides, for all sources alike, which split each
-image goes to; _tables.py is for sources that are tables.
+image goes to; _names.py reads the names of splits, _tables.py is for sources that are tables.
+What a source finds and does not use is in its warnings, with a number.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Listing:
     read: ascending row numbers -> their samples, in that order
     names: of all rows, from which a stable order is made; None: the row numbers
     masks, boxes: whether its samples have any
+    groups: of all rows, what must not be torn apart (a patient, a camera), None = a group of its
+        own; None: no groups
     """
 
     labels: np.ndarray
@@ -73,6 +76,7 @@ class Listing:
     names: Sequence[str] | None = None
     masks: bool = False
     boxes: bool = False
+    groups: Sequence | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

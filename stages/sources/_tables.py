@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from stages.sources import SourceError
+from stages.sources._names import printable, some
 from workflow.plugins import did_you_mean
 
 IMAGE_NAMES = ("image", "img", "images", "picture", "pixel_values", "jpg", "png")
@@ -103,3 +106,23 @@ def number_labels(
 
 def _known(value: object) -> bool:
     return value is not None and (value != "" if isinstance(value, str) else value >= 0)
+
+
+def one_form(train: Iterable[str], every: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """({name: the form it gets}, what to say of it): names that differ only in their Unicode form
+    become one, in form NFC. A name that has one form keeps it.
+    """
+    forms: dict[str, set[str]] = {}
+    for name in {*train, *every}:
+        forms.setdefault(unicodedata.normalize("NFC", name), set()).add(name)
+    notes = [
+        f"{len(raw)} spellings of the class {printable(name)!r} differ only in their Unicode form: "
+        "read as one"
+        for name, raw in sorted(forms.items())
+        if len(raw) > 1
+    ]
+    alike = Counter(" ".join(name.casefold().split()) for name in forms)
+    for word in sorted(word for word, n in alike.items() if n > 1):
+        names = [n for n in sorted(forms) if " ".join(n.casefold().split()) == word]
+        notes.append(f"the classes {some(names)} differ only in case or spaces: read as several")
+    return {n: (nfc if len(raw) > 1 else n) for nfc, raw in forms.items() for n in raw}, notes
