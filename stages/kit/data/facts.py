@@ -50,6 +50,7 @@ def _of_split(labels: np.ndarray, classes: list[str], fields: list[str]) -> dict
     return {
         "count": len(labels),
         "class_counts": counts.tolist(),
+        "labels": int((labels >= 0).sum()),
         "labelled": bool(len(labels) and (labels >= 0).all()),
         "fields": fields,
     }
