@@ -4,8 +4,8 @@
 
 Writes results/data/<name>/ (layout: stages/kit/data/store.py). In one pass over the source every
 image is decoded once, in threads. Broken ones go to quarantine.jsonl with their reason, the others
-are hashed, counted and written. Memory does not grow with the data but for about 50 bytes per image
-(label, split and pixel hash), and 20 per box.
+are hashed, counted and written. Memory does not grow with the data but for about 70 bytes per image
+(label, split, hashes of pixels and of looks), and 20 per box.
 
 * Splits that the source gives are kept. A missing test split is `test_fraction` of train, a missing
   val split `val_fraction` of what then remains: stratified by class, chosen by a hash of (seed,
@@ -15,7 +15,7 @@ are hashed, counted and written. Memory does not grow with the data but for abou
   a subset of a larger one. It is applied before decoding, so broken images make it smaller.
 * `hash` covers classes, splits, labels, masks, boxes and all decoded pixels in order: what can be
   learnt from, not how it was packed. Duplicates are images whose decoded pixels are exactly equal.
-  They are reported, never removed.
+  They are reported, never removed, and so are images of two splits that look alike.
 * mean and std are those of the stored squares of train alone.
 """
 
@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stages.kit.data import store
-from stages.kit.data.decode import Broken, Pixels, prepare
+from stages.kit.data.decode import MAX_PIXELS, Broken, Pixels, Range, prepare, raw_levels
 from stages.kit.data.facts import complaints, gather, name_duplicates, summary
 from stages.kit.data.store import SPLITS
 from stages.kit.data.tally import Tally
@@ -50,6 +50,7 @@ from workflow.files import write_atomic, write_json
 from workflow.machine import cores
 
 FIELDS = ("masks", "boxes")
+SAMPLED = 1000  # images, and values of each, that data.range: auto looks at
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,13 +111,21 @@ def build(
     tallies = {split: Tally() for split in writers}
     broken: list[dict] = []
     threads = threads or min(cores(), 8)
-    images = _images(found, chosen.parts, size, threads)
+    span, asked = data.get("range"), data.get("range") == "auto"
+    if asked:
+        span = auto_range(found.splits["train"], chosen.parts["train"], data.get("max_pixels"))
+    how = Range.of({**data, "range": span})
+    complained: list[str] = []
+    images = _images(found, chosen.parts, size, threads, how)
     for split, label, sample, pixels in tqdm(images, "data", total, unit="image", disable=None):
         if isinstance(pixels, Broken):
             why = {"reason": pixels.reason, "detail": pixels.detail}
             broken.append({"split": split, "name": sample.name, **why})
             _check_quarantine(broken, total, data["quarantine_limit"], work)
             continue
+        for text in pixels.said:
+            complained.append(f"{printable(sample.name)}: {text}")
+            print(f"{printable(sample.name)}: libtiff: {text}", file=sys.stderr)
         mask = sample.mask if "masks" in fields[split] else None
         boxes = sample.boxes if "boxes" in fields[split] else ()
         writers[split].add(
@@ -135,10 +144,17 @@ def build(
         "store_size": size,
         "classes": found.classes,
         "ignored": found.ignored,
+        "range": span,
+        "auto_range": asked,
+        "max_pixels": how.max_pixels,
     }
     facts |= gather(facts, labels, tallies, fields, broken, data["normalise"])
     name_duplicates(facts, out)
     facts["warnings"] = [*found.warnings, *chosen.warnings, *complaints(facts)]
+    if complained:
+        facts["warnings"].append(
+            f"libtiff complained {len(complained)} times, first: {complained[0]}"
+        )
     write_json(out / "data.json", facts)
     for text in facts["warnings"]:
         print(f"warning: {text}", file=sys.stderr)
@@ -200,7 +216,34 @@ def _fields(found: Found, parts: dict[str, np.ndarray]) -> dict[str, list[str]]:
     return fields
 
 
-def _images(found: Found, parts: dict[str, np.ndarray], size: int, threads: int) -> Iterator[tuple]:
+def auto_range(
+    train: Listing, part: np.ndarray, max_pixels: int | None = None
+) -> list[float] | None:
+    """The 0.1 and 99.9 percentiles of 16-bit or float images of train, by some of their values."""
+    rows = np.flatnonzero(part == 0)
+    rows = rows[:: max(1, len(rows) // SAMPLED)]
+    found: dict[str, list[np.ndarray]] = {}
+    for sample in train.read(rows):
+        try:
+            drawn = isinstance(sample.image, np.ndarray)
+            raw = None if drawn else raw_levels(sample.image, max_pixels or MAX_PIXELS)
+        except Broken:
+            continue
+        if raw:
+            values = raw[1][np.isfinite(raw[1])]
+            found.setdefault(raw[0], []).append(values[:: max(1, values.size // SAMPLED)])
+    if len(found) > 1:
+        raise SourceError("data.range: auto found 16-bit and float images, expected one kind")
+    values = np.concatenate([np.zeros(0), *(v for kind in found.values() for v in kind)])
+    if not len(values):
+        return None
+    low, high = (float(v) for v in np.percentile(values, (0.1, 99.9)))
+    return [low, high] if low < high else None
+
+
+def _images(
+    found: Found, parts: dict[str, np.ndarray], size: int, threads: int, how: Range
+) -> Iterator[tuple]:
     """(split, label, Sample, Pixels or Broken) of every assigned row, in the source's order."""
     for given, listing in found.splits.items():
         rows = np.flatnonzero(parts[given] >= 0)
@@ -208,18 +251,18 @@ def _images(found: Found, parts: dict[str, np.ndarray], size: int, threads: int)
 
         def work(item: tuple[int, Sample], listing: Listing = listing) -> tuple:
             row, sample = item
-            return row, sample, _prepared(sample, listing, size)
+            return row, sample, _prepared(sample, listing, size, how)
 
         for row, sample, pixels in ordered_map(work, samples, threads if threads > 1 else 0):
             yield SPLITS[parts[given][row]], int(listing.labels[row]), sample, pixels
 
 
-def _prepared(sample: Sample, listing: Listing, size: int) -> Pixels | Broken:
+def _prepared(sample: Sample, listing: Listing, size: int, how: Range) -> Pixels | Broken:
     """The image ready to be stored, or what is wrong with it or its mask."""
     try:
         if sample.problem:
             raise Broken("unreadable", sample.problem)
-        pixels = prepare(sample.image, size)
+        pixels = prepare(sample.image, size, how)
         if listing.masks and (sample.mask is None or sample.mask.shape != pixels.shape):
             found = "no mask" if sample.mask is None else f"a mask of shape {sample.mask.shape}"
             raise Broken("wrong mask", f"found {found}, expected shape {pixels.shape}")
