@@ -25,6 +25,12 @@ from stages.sources import ALIASES, Found, Listing, Sample, SourceError
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
+# A change of any other file makes nothing stale. As EXTENSIONS and _hidden say.
+READS = (
+    "*.jpg", "*.jpeg", "*.jpe", "*.jfif", "*.png", "*.gif", "*.bmp", "*.dib", "*.tif", "*.tiff",
+    "*.webp", "*.ppm", "*.pgm", "*.pbm", "*.pnm", "*.jp2", "*.j2k", "*.avif", "*.mpo",
+)  # fmt: skip
+SKIPS = (".*", "__MACOSX")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from stages.sources._tables import find_columns, number_labels
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
+READS = ("*.parquet",)
 COLUMNS = True
 
 BATCH = 64  # rows read at once

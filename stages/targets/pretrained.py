@@ -47,6 +47,7 @@ from workflow.plugins import did_you_mean
 
 PRODUCES = {"patch"}
 UPSTREAM = None
+READS = ("config.json", "model.safetensors")  # of a local folder
 LABELS = True  # unless `labels` below says otherwise
 
 PACKAGE = "efficientnet_lite0"

@@ -33,6 +33,10 @@ class Data(Section):
         0.2, ge=0, lt=1, description="share of all used to test, if the source has no test"
     )
     max_train: int | None = Field(None, ge=1, description="use at most this many training images")
+    frozen: bool = Field(
+        False,
+        description="keep the data set that was made, whatever becomes of the files of its source",
+    )
     seed: int = Field(0, ge=0)
     normalise: Literal["dataset", "imagenet"] = Field(
         "dataset", description="mean and std: the set's or ImageNet's"
