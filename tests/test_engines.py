@@ -5,9 +5,11 @@ or needless results. They run in a copy of the project whose stages do trivial w
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 import sys
+import time
 import zipfile
 
 import pytest
@@ -345,6 +347,62 @@ def test_part_of_the_jobs_other_files_and_opting_out(lab):
     it.snakemake("--config", "dvc=false")
     assert len(it.ran()) == 6 and (it.folder / "dvc.lock").read_text() == lock
     assert "dvcs" in it.snakemake("--config", "dvcs=false", "-n", good=False)
+
+
+@pytest.fixture
+def slow(lab):
+    """A lab in which snakemake runs in the background; its first job takes 5 s."""
+    it = lab("new")
+    (it.folder / "meanwhile.py").write_text("import time; time.sleep(5)")
+    with it.started(sys.executable, "-m", "snakemake", "--cores", "2") as process:
+        while not (it.folder / "done.py").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield it, process
+
+
+def test_after_a_kill_of_snakemake_the_same_command_continues(slow):
+    it, process = slow
+    process.kill()
+    process.wait()
+    assert list((it.folder / ".snakemake/locks").iterdir()), "Snakemake leaves its locks"
+    it.snakemake()
+    assert sorted(it.ran()) == sorted(it.plan().jobs), "the job left behind was waited for"
+    assert "waiting for process" in (it.folder / "logs/data/main.log").read_text()
+    assert it.right() and it.pending() == set() and it.clean()
+
+
+def test_the_lock_of_a_snakemake_that_lives_is_respected(slow):
+    it, process = slow
+    assert "Directory cannot be locked" in it.snakemake(good=False)
+    it.snakemake("-n")
+    assert process.wait() == 0
+    assert sorted(it.ran()) == sorted(it.plan().jobs) and it.right()
+
+
+def test_locks_that_another_machine_left_stay(lab):
+    it = lab("snakemake")
+    (it.folder / "results/report/manifest.json").unlink()
+    locks = it.folder / ".snakemake/locks"
+    for owner, good in (("another-machine\n", False), ("", False), (f"{platform.node()}\n", True)):
+        locks.mkdir(exist_ok=True)
+        (locks / "0.output.lock").write_text("results/report/manifest.json\n")
+        (it.folder / ".snakemake/owners").write_text(owner)
+        it.snakemake(good=good)
+
+
+@pytest.mark.parametrize(
+    "name", ["$(touch HACKED)", "a'b\"c", "`touch HACKED`; touch HACKED", "-ä"]
+)
+def test_names_are_quoted_for_the_shell(lab, name):
+    it = lab("new")
+    shutil.copy(it.folder / "params.yaml", it.folder / f"{name}.yaml")
+    it.snakemake("--config", f"params={name}.yaml", f"results={name}/results")
+    assert len(it.ran()) == 8
+    assert (it.folder / name / "results/report/manifest.json").exists()
+    assert not (it.folder / "HACKED").exists()
+    said = it.snakemake("-n", "--config", "results=a{run}", good=False)
+    assert "results: found 'a{run}', expected a name without braces" in said
 
 
 def test_snakemakes_own_report_and_lint(lab):
