@@ -13,6 +13,7 @@ import time
 import zipfile
 
 import pytest
+import yaml
 
 from tests.lab import BIN, PARAMS, ROOT, Lab
 from tests.walk import Walk
@@ -347,6 +348,34 @@ def test_part_of_the_jobs_other_files_and_opting_out(lab):
     it.snakemake("--config", "dvc=false")
     assert len(it.ran()) == 6 and (it.folder / "dvc.lock").read_text() == lock
     assert "dvcs" in it.snakemake("--config", "dvcs=false", "-n", good=False)
+
+
+def test_other_results_are_not_replaced_by_mistake(lab):
+    it = lab("snakemake")
+    text = (it.folder / "params.yaml").read_text()
+    (it.folder / "other.yaml").write_text(text)
+    assert "Nothing to be done" in it.snakemake("-n", "--config", "params=other.yaml")
+    (it.folder / "other.yaml").write_text(text.replace("0.75", "0.5"))
+    why = (
+        "other.yaml: found results, which holds pretrain/mae-s0 and more of params.yaml, expected "
+        "another folder (snakemake --config params=other.yaml results=FOLDER, or --results FOLDER)"
+        ", or compute: {replace: true}, to replace them"
+    )
+    assert why in it.snakemake("--config", "params=other.yaml", good=False)
+    stage = ("-m", "stages.pretrain", "--run", "mae-s0", "--params", "other.yaml")
+    assert why in it.python(*stage, good=False)
+    assert it.ran() == [] and it.right(), "nothing was touched"
+    it.snakemake("--config", "params=other.yaml", "results=others/results")
+    assert len(it.ran()) == 8
+    more = yaml.safe_load((it.folder / "other.yaml").read_text())
+    more["compute"]["replace"] = True
+    (it.folder / "other.yaml").write_text(yaml.safe_dump(more))
+    it.snakemake("--config", "params=other.yaml")
+    assert set(it.ran()) == MAE_JOBS
+    assert "holds pretrain/mae-s0 and more of other.yaml" in it.snakemake(good=False)
+    (it.folder / "other.yaml").unlink()
+    it.snakemake()
+    assert set(it.ran()) == MAE_JOBS and it.right(), "a file that is gone owns nothing"
 
 
 @pytest.fixture

@@ -170,6 +170,9 @@ class Compute(Section):
     compile: Literal["auto", True, False] = Field(
         False, description="forward and backward by torch.compile; auto: in long trainings on CUDA"
     )
+    replace: bool = Field(
+        False, description="replace what another params file made in the same results folder"
+    )
     tracking: bool = True
     tracking_uri: str | None = Field(
         None, description="MLflow server or store (null: MLFLOW_TRACKING_URI or SQLite)"

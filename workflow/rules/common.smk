@@ -6,6 +6,7 @@ from workflow.engines.dvc import follow, record
 from workflow.engines.snakemake import own, reconcile
 from workflow.machine import gpus, gpus_here, threads
 from workflow.plan import load
+from workflow.plan.owner import check
 from workflow.plugins import ParamsError
 
 PARAMS, RESULTS, PYTHON = config["params"], config["results"], sys.executable
@@ -21,6 +22,8 @@ __name__ = "Snakefile"
 warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
 try:
     plan = load(PARAMS, RESULTS)
+    if workflow.is_main_process:
+        check(plan)
 except ParamsError as error:
     raise WorkflowError(str(error)) from None
 
