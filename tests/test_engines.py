@@ -378,6 +378,77 @@ def test_other_results_are_not_replaced_by_mistake(lab):
     assert set(it.ran()) == MAE_JOBS and it.right(), "a file that is gone owns nothing"
 
 
+def test_a_checkout_anywhere_moved_and_without_git(lab, tmp_path):
+    first = lab("snakemake")
+    (tmp_path / 'l\'été "ä" $x').mkdir()
+    it = Lab(tmp_path / 'l\'été "ä" $x' / "my lab")
+    first.folder.rename(it.folder)
+    assert it.pending() == set() and it.clean(), "a moved checkout has nothing to do"
+    it.set(0.5)
+    it.snakemake()
+    assert set(it.ran()) == MAE_JOBS and it.right() and it.clean()
+    it.set(0.4)
+    it.dvc("repro", "-q")
+    assert set(it.ran()) == MAE_JOBS and it.right() and it.pending() == set()
+    shutil.rmtree(it.folder / ".git")
+    it.set(0.3)
+    said = it.snakemake()
+    assert set(it.ran()) == MAE_JOBS and it.right()
+    [warning] = re.findall("^warning: .*", said, re.M)
+    why = f"{it.folder} is not a git repository; `--config dvc=false` does without it"
+    assert warning == f"warning: dvc.lock was not updated: {why}"
+
+
+def test_snakemake_in_another_folder_says_where_to_run(lab, tmp_path):
+    it = lab("snakemake")
+    snakefile = str(it.folder / "Snakefile")
+    (tmp_path / "else").mkdir()
+    other = Lab(tmp_path / "else")
+    said = other.snakemake("-n", "-s", snakefile, good=False)
+    assert f"expected that of the Snakefile: add --directory '{it.folder}'" in said
+    said = other.snakemake("-n", "-s", snakefile, "--directory", str(it.folder))
+    assert "Nothing to be done" in said
+    assert list(other.folder.iterdir()) == [], "nothing was left there"
+
+
+def test_results_on_another_disk_by_a_link(lab, tmp_path):
+    it = lab("snakemake")
+    (it.folder / "results").rename(tmp_path / "disk")
+    (it.folder / "results").symlink_to(tmp_path / "disk")
+    assert it.pending() == set()
+    it.set(0.5)
+    said = it.snakemake()
+    assert set(it.ran()) == MAE_JOBS and it.right() and it.pending() == set()
+    why = f"found results as a link to {tmp_path / 'disk'}, expected a folder of the checkout"
+    assert re.findall("^warning: .*", said, re.M)[0].startswith(
+        f"warning: dvc.lock was not updated: {why}"
+    )
+    assert "warning" not in it.snakemake("--config", "dvc=false")
+    assert why in it.dvc("repro", good=False)
+    assert it.ran() == [] and it.right()
+
+
+def test_params_and_data_in_odd_places(tmp_path):
+    odd = tmp_path / 'l\'été "ä" $x'
+    (odd / "my photos").mkdir(parents=True)
+    (odd / "my photos/a.png").write_bytes(b"1")
+    it = Lab.create(tmp_path / "lab")
+    data = {"source": f"folder:{odd / 'my photos'}", "image_size": 16}
+    runs = {"runs": {"mae": {"method": "mae"}}}
+    text = yaml.safe_dump(PARAMS | {"data": data, "grid": runs}, allow_unicode=True)
+    (odd / "my params.yaml").write_text(text)
+    (odd / "my venv").symlink_to(BIN.parent)
+    it.run(
+        *(str(odd / "my venv/bin/python"), "-m", "snakemake", "--cores", "2", "--config"),
+        *(f"params={odd / 'my params.yaml'}", f"results={odd / 'my results'}"),
+    )
+    assert (odd / "my results/report/manifest.json").exists() and len(it.ran()) == 4
+    assert "fresh" in it.python(
+        *("-m", "workflow.plan", "--params", str(odd / "my params.yaml")),
+        *("--results", str(odd / "my results")),
+    )
+
+
 @pytest.fixture
 def slow(lab):
     """A lab in which snakemake runs in the background; its first job takes 5 s."""
