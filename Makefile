@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
-# The commands of both engines say plain `python`: it has to be this one.
+# The commands of both engines say plain `python`: it has to be this one. Scripts beside it, such as
+# `snakemake`, hold the place where they were installed; a checkout that was moved runs modules.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 CORES ?= all
 
@@ -25,7 +26,7 @@ $(STAMP):
 	@rm -f $(VENV)/installed-*; touch $@
 
 demo: install
-	@snakemake --cores $(CORES)
+	@python -m snakemake --cores $(CORES)
 	@echo "report: results/report/index.html"
 
 test: install
@@ -33,13 +34,13 @@ test: install
 
 ui: install
 	@echo "MLflow at http://127.0.0.1:5000 (Ctrl-C ends it)"
-	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1 mlflow server --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri sqlite:///mlflow.db
+	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1 python -m mlflow server --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri sqlite:///mlflow.db
 
 lint: install
-	ruff check .
-	ruff format --check .
+	python -m ruff check .
+	python -m ruff format --check .
 	snakefmt --check Snakefile workflow
-	snakemake --lint
+	python -m snakemake --lint
 
 bench: install
 	@for file in benchmarks/[a-z]*.py; do echo "$$file"; python "$$file" || exit 1; done

@@ -158,22 +158,41 @@ class Lab:
 
     def run(self, *command: str, good: bool = True) -> str:
         """Run a command in the lab; what it printed. AssertionError if it ends otherwise."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        environment |= GIT | {
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "MIMLAB_TRACKING": "off",
-            "DVC_NO_ANALYTICS": "1",
-            "HOME": str(self.folder.parent),
-            "XDG_CACHE_HOME": str(self.folder.parent / "cache"),
-            "PYTHONPATH": "",
-        }
         done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True
+            command, cwd=self.folder, env=self._environment(), capture_output=True, text=True
         )
         said = done.stdout + done.stderr
         ended = f"{' '.join(command)}\nexit status {done.returncode}\n{said}"
         assert (done.returncode == 0) == good, ended
         return said
+
+    @contextlib.contextmanager
+    def started(self, *command: str):
+        """A command that runs in the background; it is killed in the end."""
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(
+            command, cwd=self.folder, env=self._environment(), stdout=null, stderr=null
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    def _environment(self) -> dict[str, str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        return (
+            environment
+            | GIT
+            | {
+                "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+                "MIMLAB_TRACKING": "off",
+                "DVC_NO_ANALYTICS": "1",
+                "HOME": str(self.folder.parent),
+                "XDG_CACHE_HOME": str(self.folder.parent / "cache"),
+                "PYTHONPATH": "",
+            }
+        )
 
     def git(self, *words: str) -> str:
         return self.run("git", *words)

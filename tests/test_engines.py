@@ -5,12 +5,15 @@ or needless results. They run in a copy of the project whose stages do trivial w
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 import sys
+import time
 import zipfile
 
 import pytest
+import yaml
 
 from tests.lab import BIN, PARAMS, ROOT, Lab
 from tests.walk import Walk
@@ -345,6 +348,161 @@ def test_part_of_the_jobs_other_files_and_opting_out(lab):
     it.snakemake("--config", "dvc=false")
     assert len(it.ran()) == 6 and (it.folder / "dvc.lock").read_text() == lock
     assert "dvcs" in it.snakemake("--config", "dvcs=false", "-n", good=False)
+
+
+def test_other_results_are_not_replaced_by_mistake(lab):
+    it = lab("snakemake")
+    text = (it.folder / "params.yaml").read_text()
+    (it.folder / "other.yaml").write_text(text)
+    assert "Nothing to be done" in it.snakemake("-n", "--config", "params=other.yaml")
+    (it.folder / "other.yaml").write_text(text.replace("0.75", "0.5"))
+    why = (
+        "other.yaml: found results, which holds pretrain/mae-s0 and more of params.yaml, expected "
+        "another folder (snakemake --config params=other.yaml results=FOLDER, or --results FOLDER)"
+        ", or compute: {replace: true}, to replace them"
+    )
+    assert why in it.snakemake("--config", "params=other.yaml", good=False)
+    stage = ("-m", "stages.pretrain", "--run", "mae-s0", "--params", "other.yaml")
+    assert why in it.python(*stage, good=False)
+    assert it.ran() == [] and it.right(), "nothing was touched"
+    it.snakemake("--config", "params=other.yaml", "results=others/results")
+    assert len(it.ran()) == 8
+    more = yaml.safe_load((it.folder / "other.yaml").read_text())
+    more["compute"]["replace"] = True
+    (it.folder / "other.yaml").write_text(yaml.safe_dump(more))
+    it.snakemake("--config", "params=other.yaml")
+    assert set(it.ran()) == MAE_JOBS
+    assert "holds pretrain/mae-s0 and more of other.yaml" in it.snakemake(good=False)
+    (it.folder / "other.yaml").unlink()
+    it.snakemake()
+    assert set(it.ran()) == MAE_JOBS and it.right(), "a file that is gone owns nothing"
+
+
+def test_a_checkout_anywhere_moved_and_without_git(lab, tmp_path):
+    first = lab("snakemake")
+    (tmp_path / 'l\'été "ä" $x').mkdir()
+    it = Lab(tmp_path / 'l\'été "ä" $x' / "my lab")
+    first.folder.rename(it.folder)
+    assert it.pending() == set() and it.clean(), "a moved checkout has nothing to do"
+    it.set(0.5)
+    it.snakemake()
+    assert set(it.ran()) == MAE_JOBS and it.right() and it.clean()
+    it.set(0.4)
+    it.dvc("repro", "-q")
+    assert set(it.ran()) == MAE_JOBS and it.right() and it.pending() == set()
+    shutil.rmtree(it.folder / ".git")
+    it.set(0.3)
+    said = it.snakemake()
+    assert set(it.ran()) == MAE_JOBS and it.right()
+    [warning] = re.findall("^warning: .*", said, re.M)
+    why = f"{it.folder} is not a git repository; `--config dvc=false` does without it"
+    assert warning == f"warning: dvc.lock was not updated: {why}"
+
+
+def test_snakemake_in_another_folder_says_where_to_run(lab, tmp_path):
+    it = lab("snakemake")
+    snakefile = str(it.folder / "Snakefile")
+    (tmp_path / "else").mkdir()
+    other = Lab(tmp_path / "else")
+    said = other.snakemake("-n", "-s", snakefile, good=False)
+    assert f"expected that of the Snakefile: add --directory '{it.folder}'" in said
+    said = other.snakemake("-n", "-s", snakefile, "--directory", str(it.folder))
+    assert "Nothing to be done" in said
+    assert list(other.folder.iterdir()) == [], "nothing was left there"
+
+
+def test_results_on_another_disk_by_a_link(lab, tmp_path):
+    it = lab("snakemake")
+    (it.folder / "results").rename(tmp_path / "disk")
+    (it.folder / "results").symlink_to(tmp_path / "disk")
+    assert it.pending() == set()
+    it.set(0.5)
+    said = it.snakemake()
+    assert set(it.ran()) == MAE_JOBS and it.right() and it.pending() == set()
+    why = f"found results as a link to {tmp_path / 'disk'}, expected a folder of the checkout"
+    assert re.findall("^warning: .*", said, re.M)[0].startswith(
+        f"warning: dvc.lock was not updated: {why}"
+    )
+    assert "warning" not in it.snakemake("--config", "dvc=false")
+    assert why in it.dvc("repro", good=False)
+    assert it.ran() == [] and it.right()
+
+
+def test_params_and_data_in_odd_places(tmp_path):
+    odd = tmp_path / 'l\'été "ä" $x'
+    (odd / "my photos").mkdir(parents=True)
+    (odd / "my photos/a.png").write_bytes(b"1")
+    it = Lab.create(tmp_path / "lab")
+    data = {"source": f"folder:{odd / 'my photos'}", "image_size": 16}
+    runs = {"runs": {"mae": {"method": "mae"}}}
+    text = yaml.safe_dump(PARAMS | {"data": data, "grid": runs}, allow_unicode=True)
+    (odd / "my params.yaml").write_text(text)
+    (odd / "my venv").symlink_to(BIN.parent)
+    it.run(
+        *(str(odd / "my venv/bin/python"), "-m", "snakemake", "--cores", "2", "--config"),
+        *(f"params={odd / 'my params.yaml'}", f"results={odd / 'my results'}"),
+    )
+    assert (odd / "my results/report/manifest.json").exists() and len(it.ran()) == 4
+    assert "fresh" in it.python(
+        *("-m", "workflow.plan", "--params", str(odd / "my params.yaml")),
+        *("--results", str(odd / "my results")),
+    )
+
+
+@pytest.fixture
+def slow(lab):
+    """A lab in which snakemake runs in the background; its first job takes 5 s."""
+    it = lab("new")
+    (it.folder / "meanwhile.py").write_text("import time; time.sleep(5)")
+    with it.started(sys.executable, "-m", "snakemake", "--cores", "2") as process:
+        while not (it.folder / "done.py").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield it, process
+
+
+def test_after_a_kill_of_snakemake_the_same_command_continues(slow):
+    it, process = slow
+    process.kill()
+    process.wait()
+    assert list((it.folder / ".snakemake/locks").iterdir()), "Snakemake leaves its locks"
+    it.snakemake()
+    assert sorted(it.ran()) == sorted(it.plan().jobs), "the job left behind was waited for"
+    assert "waiting for process" in (it.folder / "logs/data/main.log").read_text()
+    assert it.right() and it.pending() == set() and it.clean()
+
+
+def test_the_lock_of_a_snakemake_that_lives_is_respected(slow):
+    it, process = slow
+    assert "Directory cannot be locked" in it.snakemake(good=False)
+    it.snakemake("-n")
+    assert process.wait() == 0
+    assert sorted(it.ran()) == sorted(it.plan().jobs) and it.right()
+
+
+def test_locks_that_another_machine_left_stay(lab):
+    it = lab("snakemake")
+    (it.folder / "results/report/manifest.json").unlink()
+    locks = it.folder / ".snakemake/locks"
+    for owner, good in (("another-machine\n", False), ("", False), (f"{platform.node()}\n", True)):
+        locks.mkdir(exist_ok=True)
+        (locks / "0.output.lock").write_text("results/report/manifest.json\n")
+        (it.folder / ".snakemake/owners").write_text(owner)
+        it.snakemake(good=good)
+
+
+@pytest.mark.parametrize(
+    "name", ["$(touch HACKED)", "a'b\"c", "`touch HACKED`; touch HACKED", "-ä"]
+)
+def test_names_are_quoted_for_the_shell(lab, name):
+    it = lab("new")
+    shutil.copy(it.folder / "params.yaml", it.folder / f"{name}.yaml")
+    it.snakemake("--config", f"params={name}.yaml", f"results={name}/results")
+    assert len(it.ran()) == 8
+    assert (it.folder / name / "results/report/manifest.json").exists()
+    assert not (it.folder / "HACKED").exists()
+    said = it.snakemake("-n", "--config", "results=a{run}", good=False)
+    assert "results: found 'a{run}', expected a name without braces" in said
 
 
 def test_snakemakes_own_report_and_lint(lab):

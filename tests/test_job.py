@@ -22,6 +22,7 @@ from stages.kit.job import job as jobs
 from stages.kit.job import process as own_process
 from stages.kit.job.device import choose_device
 from stages.kit.job.job import JobError, running, write_atomic, write_json
+from stages.kit.job.orphan import left_behind
 from workflow.manifest import Manifest
 from workflow.plan import load
 from workflow.plugins import ROOT
@@ -457,3 +458,35 @@ def test_torch_is_imported_only_for_a_device(plan):
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# -------------------------------------------------------------------------------------------------
+# a job whose engine was killed
+
+
+ORPHAN = """
+import subprocess, sys, time
+from pathlib import Path
+child = "import sys, time; from pathlib import Path; from stages.kit.job.orphan import sign; "
+child += "sign(Path(sys.argv[1])); print('signed', flush=True); time.sleep(60)"
+process = subprocess.Popen([sys.executable, "-c", child, sys.argv[1]], stdout=subprocess.PIPE)
+process.stdout.readline()
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell")
+def test_a_process_that_lost_its_engine_is_known(tmp_path):
+    path, command = tmp_path / "lock", [sys.executable, "-c", ORPHAN, str(tmp_path / "lock")]
+    assert left_behind(path) is None, "nobody has signed"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as engine:
+        child = int(engine.stdout.readline())
+        assert left_behind(path) is None, "its engine lives"
+        engine.kill()
+    assert left_behind(path) == child
+    os.kill(child, signal.SIGKILL)
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_text():
+        time.sleep(0.01)
+    path.write_text("half a li")
+    assert left_behind(path) is None

@@ -20,6 +20,9 @@ from fractions import Fraction
 from math import ceil, inf
 from typing import Any, Literal
 
+# Beyond reason: no encoder is so wide, so deep, or sees so large an image.
+MOST_WIDTH, MOST_DEPTH, MOST_PIXELS = 2**16, 1000, 4096
+
 # --- settings that are shared -------------------------------------------------------------------
 
 
@@ -52,9 +55,10 @@ class Optimiser(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        within(self, "(0, inf)", "lr", "eps")
+        within(self, "(0, inf)", "lr", "eps", most=1000)
         within(self, "[1, inf)", "lr_per")
-        within(self, "[0, inf)", "min_lr", "weight_decay", "weight_decay_end", "clip")
+        within(self, "[0, inf)", "min_lr", "weight_decay", "weight_decay_end", most=1000)
+        within(self, "[0, inf)", "clip")
         within(self, "[0, 1)", "warmup", "betas", "sgd_momentum")
         within(self, "(0, 1)", "lr_drops")
 
@@ -80,7 +84,7 @@ class SizedCrop(Crop):
 
     def __post_init__(self):
         super().__post_init__()
-        within(self, "[4, inf)", "input_size")
+        within(self, "[4, inf)", "input_size", most=MOST_PIXELS)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ class Decoder(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        within(self, "[1, inf)", "decoder_dim", "decoder_depth", "decoder_heads")
+        within(self, "[1, inf)", "decoder_dim", "decoder_heads", most=MOST_WIDTH)
+        within(self, "[1, inf)", "decoder_depth", most=MOST_DEPTH)
         if self.decoder_dim % 4:
             raise ValueError(
                 f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 (for sin-cos "
@@ -155,9 +160,10 @@ class SelfDistillation(Optimiser):
 
     def __post_init__(self):
         super().__post_init__()
-        within(self, "[2, inf)", "prototypes")
-        within(self, "[1, inf)", "hidden", "bottleneck")
-        within(self, "[0, inf)", "n_local", "freeze_last_layer", "jitter")
+        within(self, "[2, inf)", "prototypes", most=10**7)
+        within(self, "[1, inf)", "hidden", "bottleneck", most=MOST_WIDTH)
+        within(self, "[0, inf)", "n_local", "jitter", most=100)
+        within(self, "[0, inf)", "freeze_last_layer")
         within(self, "(0, inf)", "student_temp", "teacher_temp", "teacher_temp_end")
         within(self, "[0, 1]", "centre_momentum", "momentum", "min_information", "drop_path")
         within(self, "[0, 1]", "teacher_temp_warmup", "flip", "jitter_p", "grey", "solarise")
@@ -197,8 +203,9 @@ class Encoder(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        within(self, "[1, inf)", "patch_size", "embed_dim")
-        within(self, "(0, inf)", "mlp_ratio")
+        within(self, "[1, inf)", "patch_size", most=MOST_PIXELS)
+        within(self, "[1, inf)", "embed_dim", most=MOST_WIDTH)
+        within(self, "(0, inf)", "mlp_ratio", most=100)
 
     @property
     def styles(self) -> tuple[str, ...]:
@@ -226,10 +233,11 @@ class Encoder(Settings):
 # --- checks of single settings ------------------------------------------------------------------
 
 
-def within(config, interval: str, *keys: str) -> None:
+def within(config, interval: str, *keys: str, most: float = 1e9) -> None:
     """Each of the settings `keys` is a number in `interval`, such as "(0, 1]" or "[1, inf)".
 
-    Every entry of a list counts. None is always allowed.
+    Every entry of a list counts. None is always allowed. `most` ends an interval that has no end:
+    what is beyond reason.
     """
     low, high = (float(end) for end in interval[1:-1].split(","))
     for key in keys:
@@ -241,6 +249,8 @@ def within(config, interval: str, *keys: str) -> None:
             below = number < high or (interval[-1] == "]" and number == high)
             if not (above and below):
                 raise ValueError(f"{key}: found {found}, expected {_words(interval, low, high)}")
+            if number > most:
+                raise ValueError(f"{key}: found {found}, expected at most {most:,.0f}")
 
 
 def _words(interval: str, low: float, high: float) -> str:

@@ -15,7 +15,13 @@ FIELDS = {"labels", "masks", "boxes", "points"}  # of a data set, besides its im
 
 # What a file of each kind may declare, and what it means not to declare it.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "source": {"ARGUMENT": REQUIRED, "PATHS": (), "INPUT": "images"},
+    "source": {
+        "ARGUMENT": REQUIRED,
+        "PATHS": (),
+        "READS": ("*",),
+        "SKIPS": (),
+        "INPUT": "images",
+    },
     "encoder": {"CAN": REQUIRED, "NAMES": None, "INPUT": "images"},
     "target": {
         "PRODUCES": REQUIRED,
@@ -23,6 +29,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "NEEDS": NO_WORDS,
         "LABELS": False,
         "PATHS": (),
+        "READS": ("*",),
+        "SKIPS": (),
         "PUBLISHED": {},
         "INPUT": "images",
     },
@@ -71,6 +79,8 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected, in 
         lambda v: v in ("PATH", "NAME", None),
     ),
     "PATHS": ("a tuple of settings that name files of the user's", texts),
+    "READS": ('a tuple of patterns of the files that count in a folder, such as ("*.csv",)', texts),
+    "SKIPS": ('a tuple of patterns of names that are passed over, such as (".*",)', texts),
     "INPUT": ('"images", another word, or a set of them', lambda v: text(v) or words(v) and v),
     "CAN": ('a set of words such as {"drop", "mask"}', words),
     "NAMES": ("a regular expression of timm's names", text),

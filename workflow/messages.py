@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 FEW = 12  # names that a message lists beside the nearest one
@@ -34,6 +35,18 @@ def shown(value) -> str:
     if value is None:
         return "nothing"
     return repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+
+
+def legible(name: str) -> str:
+    """A file name as it can be printed: bytes that are no UTF-8, and line breaks, are escaped."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """The text, without its middle if it is long."""
+    half = most // 2 - 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def listed(words: Iterable[str], last: str = "and") -> str:

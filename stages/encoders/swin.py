@@ -38,7 +38,8 @@ class Config(checks.Encoder):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.within(self, "[1, inf)", "depth", "num_heads", "window_size")
+        checks.within(self, "[1, inf)", "depth", most=checks.MOST_DEPTH)
+        checks.within(self, "[1, inf)", "num_heads", "window_size")
         if not self.depth:
             raise ValueError("depth: found no stages, expected one or more")
         if len(self.depth) != len(self.num_heads):

@@ -41,7 +41,8 @@ class Config(checks.Encoder):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.within(self, "[1, inf)", "depth", "num_heads")
+        checks.within(self, "[1, inf)", "depth", most=checks.MOST_DEPTH)
+        checks.within(self, "[1, inf)", "num_heads")
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim: found {self.embed_dim}, expected a multiple of num_heads "

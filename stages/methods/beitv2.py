@@ -82,7 +82,7 @@ class Config(checks.Optimiser, checks.Crop):
         super().__post_init__()
         checks.within(self, "(0, 1)", "mask_ratio")
         checks.within(self, "[1, inf)", "min_block", "early_layer")
-        checks.within(self, "[0, inf)", "head_depth", "jitter")
+        checks.within(self, "[0, inf)", "head_depth", "jitter", "layer_scale", most=1000)
         checks.within(self, "[0, 1)", "drop_path")
 
     def early(self, depth: int) -> int:

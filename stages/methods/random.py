@@ -32,6 +32,10 @@ class Config(checks.Settings):
     style: Literal["sincos", "beit"] = "sincos"  # of a ViT: its positions and initial weights
     layer_scale: float = 0.1  # of style beit
 
+    def __post_init__(self):
+        super().__post_init__()
+        checks.within(self, "[0, inf)", "layer_scale", "depth")
+
     def check(self, image_size: int, model) -> None:
         plain = isinstance(model.depth, int)  # one stage
         if self.depth is not None and not (plain and 0 <= self.depth <= model.depth):

@@ -78,6 +78,7 @@ class Config(checks.Optimiser, checks.SizedCrop):
         checks.within(self, "(0, 1)", "mask_ratio")
         checks.within(self, "[1, inf)", "mask_unit")
         checks.within(self, "[0, 1)", "drop_path")
+        checks.within(self, "[0, inf)", "layer_scale")
         if self.local_norm is not None and (self.local_norm < 3 or self.local_norm % 2 == 0):
             raise ValueError(
                 f"local_norm: found {self.local_norm}, expected an odd number of pixels from 3"

@@ -38,6 +38,12 @@ SYSTEM_ENDS = (".lrdata", ".lrcat-data", ".photoslibrary", ".aplibrary", ".cocat
 PLAIN = {".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html"}
 PLAIN |= {".log", ".py", ".ini", ".db", ".xmp", ".pdf", ".toml", ".sh", ".ipynb", ".cfg", ".url"}
 HIDDEN, OUTSIDE = "hidden", "image outside a class folder"
+# A change of any other file makes nothing stale. As EXTENSIONS and _hidden say.
+READS = (
+    "*.jpg", "*.jpeg", "*.jpe", "*.jfif", "*.png", "*.gif", "*.bmp", "*.dib", "*.tif", "*.tiff",
+    "*.webp", "*.ppm", "*.pgm", "*.pbm", "*.pnm", "*.jp2", "*.j2k", "*.avif", "*.mpo",
+)  # fmt: skip
+SKIPS = (".*", "__MACOSX")
 
 
 @dataclass(frozen=True)

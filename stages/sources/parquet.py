@@ -33,6 +33,7 @@ from stages.sources._tables import find_columns, number_labels, plain_labels, un
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
+READS = ("*.parquet",)
 COLUMNS = True
 
 BATCH, VALUES = 64, 65536  # rows of images, and of labels, read at once

@@ -34,7 +34,8 @@ class Config:
 
     def __post_init__(self):
         checks.within(self, "[1, inf)", "cell")
-        checks.within(self, "[2, inf)", "bins")
+        checks.within(self, "[2, inf)", "bins", most=10_000)
+        checks.within(self, "[0, inf)", "min_rank")
 
     def check(self, image_size: int, model) -> None:
         if model.stride % self.pixels(model.stride):

@@ -47,6 +47,7 @@ from workflow.plugins import did_you_mean
 
 PRODUCES = {"patch"}
 UPSTREAM = None
+READS = ("config.json", "model.safetensors")  # of a local folder
 LABELS = True  # unless `labels` below says otherwise
 
 PACKAGE = "efficientnet_lite0"
@@ -75,7 +76,8 @@ class Config:
                 f"weights: found {self.weights!r}, expected 'efficientnet_lite0', 'timm:NAME' or "
                 "'local:FOLDER'"
             )
-        checks.within(self, "[1, inf)", "input_size")
+        checks.within(self, "[1, inf)", "input_size", most=checks.MOST_PIXELS)
+        checks.within(self, "[0, inf)", "min_rank")
         if self.proj and self.layer not in (None, -1):
             raise ValueError(
                 f"proj: found layer {self.layer}, expected the last one, to which the projection "

@@ -71,7 +71,20 @@ def stage_name(job: Job) -> str:
 
 def _plan_stage(plan: Plan) -> str:
     """The name of the stage that writes the fingerprints; "watch" looks at files every time."""
-    return "watch@files" if any(job.user_files for job in plan.jobs.values()) else "plan@params"
+    watch = outside(plan) or any(job.user_files for job in plan.jobs.values())
+    return "watch@files" if watch else "plan@params"
+
+
+def outside(plan: Plan) -> str:
+    """Why DVC cannot take the results, which lie on another disk; empty if they do not."""
+    root = (plan.root / "results").parent.resolve()
+    place = (plan.root / "results").resolve()
+    if place.is_relative_to(root):
+        return ""
+    return (
+        f"found {plan.results} as a link to {place}, expected a folder of the checkout, as DVC "
+        "takes no other; Snakemake does (`--config dvc=false` ends this warning)"
+    )
 
 
 def record(plan: Plan) -> bool:
@@ -87,9 +100,16 @@ def record(plan: Plan) -> bool:
     fresh = [job for job in plan.jobs.values() if plan.fresh(job.id)]
     everything = len(fresh) == len(plan.jobs)
     names = [] if everything else [_plan_stage(plan), *map(stage_name, fresh)]
-    command = [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *names]
+    if outside(plan):
+        print(f"warning: dvc.lock was not updated: {outside(plan)}", file=sys.stderr)
+        return False
+    command = [sys.executable, "-m", "dvc", "commit", "--force", *names]
     environment = os.environ | {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1"}
     done = subprocess.run(command, cwd=plan.root, env=environment, capture_output=True, text=True)
     if done.returncode:
-        print(f"warning: dvc.lock was not updated: {done.stderr.strip()[-500:]}", file=sys.stderr)
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        why = said[-1].removeprefix("ERROR: ") if said else done.stderr.strip()[-500:]
+        why = why or f"dvc commit ended with status {done.returncode}"
+        hint = "; `--config dvc=false` does without it"
+        print(f"warning: dvc.lock was not updated: {why}{hint}", file=sys.stderr)
     return done.returncode == 0

@@ -1,16 +1,23 @@
-"""File times by which Snakemake decides as the plan does."""
+"""File times by which Snakemake decides as the plan does, and who owns its locks."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import platform
+import shutil
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from workflow.plan import Job, Plan
 
 # Nanoseconds of 1980-01-02: older than any input. Snakemake takes 1970 for "no time at all", and
 # zip files begin in 1980.
 STALE = 315_619_200 * 10**9
+PATIENCE = 2.0  # seconds in which another dry run ends
 
 
 def reconcile(plan: Plan) -> None:
@@ -31,6 +38,48 @@ def reconcile(plan: Plan) -> None:
             if time != wanted:
                 _set_time(path, wanted, job)
         times[job.id] = _time(job.manifest) or 0
+
+
+def own(folder: Path) -> IO | None:
+    """Sign this run into Snakemake's folder, and take over locks whose owner was killed.
+
+    Keep what it returns: that file is locked until the process ends, however it ends. Snakemake's
+    own locks are plain files. They are removed if nobody holds a lock here, which a run that lives
+    does, and only this machine has signed. None where files cannot be locked.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "owners").open("a+", encoding="utf-8")
+    except OSError:
+        return None
+    host, locks = platform.node(), folder / "locks"
+    try:
+        if _locked(file, fcntl.LOCK_EX, PATIENCE if locks.is_dir() else 0):
+            file.seek(0)
+            if set(file.read().split("\n")) == {host, ""}:
+                shutil.rmtree(locks, ignore_errors=True)
+            if not locks.is_dir():
+                file.truncate(0)
+        file.write(f"{host}\n")
+        file.flush()
+        if _locked(file, fcntl.LOCK_SH, PATIENCE):
+            return file
+    except OSError:
+        pass
+    file.close()
+    return None
+
+
+def _locked(file: IO, how: int, patience: float) -> bool:
+    """Lock the file within so many seconds; OSError where the file system knows no locks."""
+    end = time.monotonic() + patience
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.05)
 
 
 def _set_time(path: Path, time: int, job: Job) -> None:

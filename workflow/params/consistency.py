@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from workflow.params.sections import Data, Grid, Params
+from workflow.messages import shown
+from workflow.params.sections import MOST_SEEDS, Data, Grid, Params
 from workflow.plugins import NAME
 
 RULE = "must be lower-case letters, digits, - and _, and begin with a letter or digit"
+LONGEST = 100  # characters of a name; file systems take 255 bytes, and seeds and endings come to it
 SEEDED = re.compile(r".*-s\d+\Z")  # job names are <run>-s<seed>, so a run may not end like one
 
 
@@ -36,7 +38,9 @@ def _data_problems(key: str, data: Data) -> Iterator[str]:
 def _name_problems(params: Params) -> Iterator[str]:
     """Names that cannot be those of folders."""
     if not NAME.match(params.experiment):
-        yield f"experiment: {params.experiment!r} {RULE}"
+        yield f"experiment: {shown(params.experiment)} {RULE}"
+    elif len(params.experiment) > LONGEST:
+        yield _too_long("experiment", params.experiment)
     named = {
         "data": params.data if all(isinstance(v, dict) for v in params.data.values()) else {},
         "models": params.models or {},
@@ -47,7 +51,9 @@ def _name_problems(params: Params) -> Iterator[str]:
     }
     for key, names in named.items():
         for name in names:
-            if not NAME.match(name):
+            if len(name) > LONGEST:
+                yield _too_long(key, name)
+            elif not NAME.match(name):
                 yield f"{key}.{name}: the name {name!r} {RULE}"
     for name in params.grid.runs:
         if SEEDED.match(name):
@@ -57,9 +63,18 @@ def _name_problems(params: Params) -> Iterator[str]:
             )
 
 
+def _too_long(key: str, name: str) -> str:
+    return (
+        f"{key}: found a name of {len(name)} characters ({shown(name)}), expected at most "
+        f"{LONGEST}, as it becomes part of file names"
+    )
+
+
 def _seed_problems(grid: Grid) -> Iterator[str]:
     seeds = {"grid.seeds": grid.seeds}
     seeds |= {f"grid.runs.{name}.seeds": run.seeds for name, run in grid.runs.items() if run.seeds}
     for key, values in seeds.items():
         if len(set(values)) < len(values) or min(values) < 0:
-            yield f"{key}: {values} must be different whole numbers, none below 0"
+            yield f"{key}: {shown(values)} must be different whole numbers, none below 0"
+        elif max(values) >= MOST_SEEDS:
+            yield f"{key}: found {max(values)}, expected numbers below {MOST_SEEDS}"

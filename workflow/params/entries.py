@@ -33,6 +33,7 @@ class DataSet:
     source: str
     argument: str | None  # what follows the colon in `source`
     settings: Settings
+    frozen: bool = False  # changed files of the source are not looked at
 
     @property
     def image_size(self) -> int | None:
@@ -112,6 +113,11 @@ def data_sets(checker: Checker, entries: dict[str, tuple[str, Data]]) -> dict[st
             checker.problems.append(
                 f"{key}.source: {source} needs something to read, as in {source}:{expected}"
             )
+        if data.frozen and expected != "PATH" and not plugin.literals["PATHS"]:
+            checker.problems.append(
+                f"{key}.frozen: found true, but the source {source} reads no files that could "
+                "change; expected false"
+            )
         sized = data.image_size is not None or plugin.literals["INPUT"] != "images"
         if not sized:
             checker.problems.append(f"{key}.image_size: required, but not given")
@@ -119,8 +125,8 @@ def data_sets(checker: Checker, entries: dict[str, tuple[str, Data]]) -> dict[st
         at = f"{key}.options"
         settings = checker.settings("source", source, plugin, at, [Layer(at, data.options)])
         if settings and sized:
-            entry = data.model_dump(exclude={"options"})
-            found[name] = DataSet(name, key, entry, source, argument or None, settings)
+            entry = data.model_dump(exclude={"options", "frozen"})
+            found[name] = DataSet(name, key, entry, source, argument or None, settings, data.frozen)
     return found
 
 

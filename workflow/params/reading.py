@@ -5,13 +5,22 @@ A mistake is named with its line.
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import stat
 from pathlib import Path
 
 import yaml
 
-from workflow.messages import ParamsError, did_you_mean
+from workflow.messages import ParamsError, did_you_mean, shown
 
+# Far beyond what an experiment needs, far below what a computer cannot take.
+MOST_BYTES = 10**6
+MOST_VALUES = 50_000  # with every alias written out
+MOST_DEPTH = 30
+MOST_DIGITS = 18
+BRIEF = f"a number of at most {MOST_DIGITS} digits"
 STRING, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 HINTS = {  # what PyYAML says -> what to do
     r"'\t'": "; indent with spaces, not with tabs",
@@ -34,6 +43,53 @@ class _Loader(yaml.SafeLoader):
             )
         return token
 
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}  # id of a node -> values in it; 0 while it is composed
+
+    def compose_node(self, parent, index):
+        """The same, but aliases that multiply and brackets within brackets come to an end."""
+        mark = self.peek_event().start_mark
+        at = f"{mark.name}, line {mark.line + 1}"
+        alias = self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > MOST_DEPTH:
+            raise ParamsError(f"{at}: found more than {MOST_DEPTH} levels, expected fewer")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if alias and id(node) not in self._sizes:
+            raise ParamsError(f"{at}: found an alias of what it stands in, expected one of another")
+        children = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        self._sizes[id(node)] = size = 1 + sum(self._sizes[id(child)] for child in children)
+        if size > MOST_VALUES:
+            raise ParamsError(
+                f"{at}: found more than {MOST_VALUES} values, with aliases written out, expected "
+                "fewer"
+            )
+        return node
+
+    def construct_object(self, node, deep=False):
+        """The same, with the line of what YAML allows and Python cannot hold."""
+        try:
+            value = super().construct_object(node, deep)
+            wrong = _beyond(value)
+        except ParamsError:
+            raise
+        except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            wrong = (
+                f"{'a number' if kind in ('int', 'float') else 'quotes around a text'} ({error})"
+            )
+            if "limit" in wrong:  # Python's own, of 4300 digits
+                wrong = BRIEF
+        if wrong:
+            at = f"{node.start_mark.name}, line {node.start_mark.line + 1}"
+            raise ParamsError(f"{at}: found {shown(node.value)}, expected {wrong}")
+        return value
+
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         lines = {}
@@ -54,6 +110,23 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _beyond(value) -> str | None:
+    """What is expected instead of a value that nothing could use."""
+    if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+        return BRIEF
+    if isinstance(value, str) and ("\0" in value or not _encodable(value)):
+        return "text without NUL and without halves of characters (surrogates)"
+    return None
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -61,16 +134,38 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Named(io.StringIO):
+    """A text with the name that messages give to it."""
+
+    def __init__(self, text: str, name: str):
+        super().__init__(text)
+        self.name = name
+
+
+def _text(path: Path) -> str:
+    """What a file holds; ParamsError if that cannot be a params file."""
+    with path.open("rb") as file:
+        about = os.fstat(file.fileno())
+        if stat.S_ISCHR(about.st_mode) or stat.S_ISBLK(about.st_mode):
+            raise ParamsError(f"{path}: is a device, expected a file")
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        size = max(about.st_size, len(content))
+        raise ParamsError(f"{path}: found {size} bytes, expected at most {MOST_BYTES}")
+    return content.decode("utf-8-sig")
+
+
 def read_yaml(path: str | Path) -> dict:
     """The mapping in a YAML file; ParamsError if it is missing, empty, not YAML, or no mapping."""
     path = Path(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _Loader)
+        content = yaml.load(_Named(_text(path), str(path)), _Loader)
     except FileNotFoundError:
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
         raise ParamsError(f"{path}: no such file{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except ParamsError:
+        raise
+    except (OSError, ValueError) as error:  # such as a name with a NUL, and what is no UTF-8
         raise ParamsError(f"{path}: cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:
         mark, said = error.problem_mark, ", ".join(filter(None, [error.context, error.problem]))

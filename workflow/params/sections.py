@@ -12,6 +12,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MOST = 10**6  # epochs, images in a batch, and the like: more is a slip of the keyboard
+MOST_SEEDS = 2**32  # what random generators take
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -50,7 +53,11 @@ class Data(Section):
     group: str | int | None = Field(
         None, description="what no split tears apart: a column, or the level of a folder (1: first)"
     )
-    seed: int = Field(0, ge=0)
+    frozen: bool = Field(
+        False,
+        description="keep the data set that was made, whatever becomes of the files of its source",
+    )
+    seed: int = Field(0, ge=0, lt=MOST_SEEDS)
     normalise: Literal["dataset", "imagenet"] = Field(
         "dataset", description="mean and std: the set's or ImageNet's"
     )
@@ -60,6 +67,7 @@ class Data(Section):
     memory_map_gb: float = Field(
         8,
         ge=0,
+        le=MOST,
         description="a set no larger than this is decoded once, into squares of store_size from "
         "which crops are cut; of a larger one, crops are cut from the whole originals",
     )
@@ -77,13 +85,13 @@ class Data(Section):
 
 
 class Train(Section):
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1, description="images per step over all devices")
+    epochs: int = Field(ge=1, le=MOST)
+    batch_size: int = Field(ge=1, le=MOST, description="images per step over all devices")
     micro_batch: int | None = Field(
-        None, ge=1, description="images per pass and device; accumulation follows"
+        None, ge=1, le=MOST, description="images per pass and device; accumulation follows"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    save_minutes: float = Field(5, gt=0, description="minutes between checkpoints")
+    save_minutes: float = Field(5, gt=0, le=MOST, description="minutes between checkpoints")
     nan_skips: int = Field(
         0, ge=0, description="batches that may be left out because they give NaN; 0: stop at once"
     )
@@ -106,7 +114,7 @@ class TargetWords(Section):
     kind: str | None = KIND
     recipe: Literal["published"] | None = RECIPE
     upstream: str | None = Field(None, description=LEARNS_FROM)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=MOST_SEEDS)
     data: str | None = DATA
     model: str | None = MODEL
 
@@ -137,7 +145,9 @@ class Run(Section):
         le=99,
         description="a chain: runs NAME-1, NAME-2, ..., each the teacher of the next",
     )
-    seeds: list[int] | None = Field(None, min_length=1, description="instead of grid.seeds")
+    seeds: list[int] | None = Field(
+        None, min_length=1, max_length=1000, description="instead of grid.seeds"
+    )
     set: dict[str, Any] = Field(
         default_factory=dict, description="settings of the method (or of train) for this run only"
     )
@@ -162,7 +172,7 @@ class Contrast(Section):
 
 
 class Grid(Section):
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[int] = Field([0], min_length=1, max_length=1000)
     runs: dict[str, Run] = Field(min_length=1)
     contrasts: dict[str, Contrast] = Field(
         default_factory=dict,
@@ -174,13 +184,19 @@ class Compute(Section):
     """How to run, never what: no key here is part of a fingerprint."""
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    workers: int = Field(1, ge=0, description="threads that prepare batches")
-    threads: int | None = Field(None, ge=1, description="CPU threads of a job")
+    workers: int = Field(1, ge=0, le=1024, description="threads that prepare batches")
+    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads of a job")
     processes: int = Field(
-        1, ge=1, description="processes that train one job, each with a GPU where there are any"
+        1,
+        ge=1,
+        le=1024,
+        description="processes that train one job, each with a GPU where there are any",
     )
     compile: Literal["auto", True, False] = Field(
         False, description="forward and backward by torch.compile; auto: in long trainings on CUDA"
+    )
+    replace: bool = Field(
+        False, description="replace what another params file made in the same results folder"
     )
     tracking: bool = True
     tracking_uri: str | None = Field(

@@ -36,10 +36,10 @@ class Plan:
         self.runs = experiment.runs
         self.jobs: dict[str, Job] = {}
         files = digest.Files(root)
-        for job in jobs(experiment, results, params_file, root):
+        for job in jobs(experiment, results, params_file, root, files):
             hashes = files.hashes(job.code)
             inputs = {role: self.jobs[id].fingerprint for role, id in job.inputs.items()}
-            fingerprint = digest.of_value([job.stage, job.params, hashes, inputs])
+            fingerprint = digest.of_job(job.stage, job.params, job.places, hashes, inputs)
             self.jobs[job.id] = replace(job, fingerprint=fingerprint, hashes=hashes)
 
     def job(self, id: str) -> Job:

@@ -6,7 +6,7 @@ import argparse
 import sys
 import warnings
 
-from workflow.engines.dvc import RUNS, follow
+from workflow.engines.dvc import RUNS, follow, outside
 from workflow.plan import Plan, load
 from workflow.plan.explain import explain
 from workflow.plan.leftovers import leftovers, prune
@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         for folder in prune(plan):
             print(f"deleted {folder}")
         return 0
+    if args.check and (why := outside(plan)):
+        print(why, file=sys.stderr)
+        return 1
     changed = (args.params, args.results) == DEFAULT and follow(plan)
     if args.check:
         if changed:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from workflow.files import sha256
+from workflow.plan.user_files import without_places
 from workflow.plugins import ParamsError
 
 
@@ -18,6 +19,13 @@ def of_text(text: str) -> str:
 def of_value(value) -> str:
     """Of anything that JSON can hold. The order of a mapping's keys does not matter."""
     return of_text(json.dumps(value, sort_keys=True, separators=(",", ":")))
+
+
+def of_job(
+    stage: str, params: dict, places: dict[str, str], hashes: dict[str, str], inputs: dict[str, str]
+) -> str:
+    """A job's fingerprint. `places`: as a Job's; `inputs`: role -> fingerprint."""
+    return of_value([stage, without_places(params, places), hashes, inputs])
 
 
 class Files:

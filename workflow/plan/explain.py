@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from workflow.manifest import Manifest
 from workflow.plan import Job, Plan
+from workflow.plan.user_files import Place, changed_files
 
 SHOWN = 6  # causes in a sentence
 
@@ -27,19 +28,31 @@ def causes(plan: Plan, id: str) -> list[str]:
         return [f"it has not been run (there is no {job.manifest})"]
     if missing := plan.missing(id):
         return [f"its output {missing} is missing"]
-    found = [*_parameters(job, manifest), *_code(job, manifest), *_inputs(plan, job, manifest)]
+    found = [
+        *_parameters(plan, job, manifest),
+        *_code(job, manifest),
+        *_inputs(plan, job, manifest),
+    ]
     if not found and manifest.fingerprint != job.fingerprint:
         return [f"its manifest {job.manifest} was not written by this plan"]
     return found
 
 
-def _parameters(job: Job, manifest: Manifest) -> Iterator[str]:
+def _parameters(plan: Plan, job: Job, manifest: Manifest) -> Iterator[str]:
     as_json = json.loads(json.dumps(job.params))  # tuples are lists, all keys are text
-    for key, old, new in _differences(manifest.params, as_json):
+    differ = {key: values for key, *values in _differences(manifest.params, as_json)}
+    moved = {job.places[key] for key in differ if key in job.places}
+    said, place = set(), Place(plan.results, plan.params_file)
+    for key, (old, new) in differ.items():
         origin = _origin(job, key)
-        of_files = origin.startswith("what ")  # two digests would tell a person nothing
-        values = "" if of_files else f" from {_show(old)} to {_show(new)}"
-        yield f"{origin} changed{values}"
+        if key in job.places and (job.places[key] not in differ or origin in said):
+            continue  # the same files at another place
+        if key in job.places.values() or origin.startswith("what "):
+            if key not in moved:  # two digests would tell a person nothing
+                yield f"{origin} changed{changed_files(place, old, new)}"
+            continue
+        said.add(origin)
+        yield f"{origin} changed from {_show(old)} to {_show(new)}"
 
 
 def _code(job: Job, manifest: Manifest) -> Iterator[str]:

@@ -32,6 +32,9 @@ class Job:
     ]  # dotted key of `params` -> dotted key of params.yaml, where they differ
     spreads: bool = False  # trains, so several processes can share its work
     user_files: bool = False  # its parameters hold the state of files of the user's
+    # dotted keys of `params` that say where such files lie -> the keys of their states; the first
+    # are no part of the fingerprint
+    places: dict[str, str] = field(default_factory=dict)
     fingerprint: str = ""
     hashes: dict[str, str] = field(default_factory=dict)  # path of each code file -> sha256
 

@@ -8,19 +8,23 @@ from pathlib import Path
 
 from workflow.closure import closure
 from workflow.params import DataSet, Encoder, Experiment, Settings, Student, Target, Task
+from workflow.plan import digest
 from workflow.plan.facts import table
 from workflow.plan.job import Job
-from workflow.plan.user_files import source_state, weights_state
+from workflow.plan.user_files import Place, changed_files, source_state, weights_state
+from workflow.plugins import ParamsError
 
 TEMPLATES = "stages/reporting/templates"
 
 
-def jobs(experiment: Experiment, results: Path, params_file: Path, root: Path) -> list[Job]:
+def jobs(
+    experiment: Experiment, results: Path, params_file: Path, root: Path, files: digest.Files
+) -> list[Job]:
     """Every job without its fingerprint, inputs first; the report is last.
 
     Data sets and targets that no run needs are left out.
     """
-    lab = _Lab(experiment, results, params_file, root)
+    lab = _Lab(experiment, Place(results, params_file), root, files)
     makers = lab.makers()
     wanted = [id for id in makers if id.startswith(("pretrain/", "transfer/"))]
     needed = _inputs_first(wanted, makers)
@@ -48,9 +52,8 @@ def _inputs_first(wanted: list[str], makers: dict[str, Callable[[], Job]]) -> di
 class _Lab:
     """Makes the jobs of one experiment."""
 
-    def __init__(self, experiment: Experiment, results: Path, params_file: Path, root: Path):
-        self.experiment, self.results = experiment, results
-        self.params_file, self.root = params_file, root
+    def __init__(self, experiment: Experiment, place: Place, root: Path, files: digest.Files):
+        self.experiment, self.place, self.root, self.files = experiment, place, root, files
         self.closure = cache(lambda *entries: closure(entries, root))
 
     def makers(self) -> dict[str, Callable[[], Job]]:
@@ -74,14 +77,37 @@ class _Lab:
         """`code`: the stage's plug-in files, to which the stage's own file is added."""
         id = f"{stage}/{name}" if name else stage
         files = self.closure(f"stages/{stage}.py", *code)
-        return Job(stage, name or stage, id, self.results / id, code=files, **rest)
+        return Job(stage, name or stage, id, self.place.results / id, code=files, **rest)
 
     def data(self, data: DataSet) -> Job:
-        plugin, config = data.settings.plugin, data.settings.config
-        source = {"name": data.source, "argument": data.argument, "config": config}
-        state = source_state(data, source, self.results / f"data/{data.name}", self.params_file)
+        """Reads the source as it is now, or stays as it was made if the data set is frozen."""
+        made = self.place.made(f"data/{data.name}")
+        frozen = made.params.get("source_state") if made and data.frozen else None
+        if frozen:
+            job = self._data(data, frozen)
+            hashes = self.files.hashes(job.code)
+            if digest.of_job("data", job.params, job.places, hashes, {}) == made.fingerprint:
+                return job
+        job = self._data(data, source_state(data, _source(data), self.place))
+        state = job.params["source_state"]
+        if frozen and state != frozen:
+            differ = [name for name in state if state[name] != frozen.get(name)]
+            files = changed_files(self.place, frozen.get(differ[0], ""), state[differ[0]])
+            what = job.origins[f"source_state.{differ[0]}"]
+            raise ParamsError(
+                f"{self.place.params_file}:\n  {data.key}.frozen: found true, but {job.id} has to "
+                f"be made again and {what} has changed{files}, expected false, to read it as it is "
+                "now"
+            )
+        return job
+
+    def _data(self, data: DataSet, state: dict[str, str] | None) -> Job:
+        plugin, config, source = data.settings.plugin, data.settings.config, _source(data)
         what = {file: f"what {data.key}.options.{file} names" for file in state or ()}
         what |= {"argument": f"what {data.entry['source']} holds"}
+        places = {"data.source": "source_state.argument"} if state and "argument" in state else {}
+        places |= {"source.argument": "source_state.argument"} if places else {}
+        places |= {f"source.config.{n}": f"source_state.{n}" for n in state or () if n in config}
         return self.job(
             "data",
             data.name,
@@ -97,6 +123,7 @@ class _Lab:
                 **{f"source_state.{file}": text for file, text in what.items()},
             },
             user_files=state is not None,
+            places=places,
         )
 
     def target(self, target: Target) -> Job:
@@ -108,8 +135,7 @@ class _Lab:
         elif target.upstream:
             inputs["upstream"] = f"target/{target.upstream}"
         facts = {"name": target.name, "kind": target.kind, "config": settings.config}
-        output = self.results / f"target/{target.name}"
-        if files := weights_state(settings, key, output, self.params_file):
+        if files := weights_state(settings, key, target.name, self.place):
             facts["files"] = files
         base = _base(data, model) | {"train": settings.train}
         return self.job(
@@ -123,6 +149,7 @@ class _Lab:
             | {f"target.files.{file}": f"what {key}.{file} names" for file in files or ()},
             spreads=True,
             user_files=bool(files),
+            places={f"target.config.{name}": f"target.files.{name}" for name in files or ()},
         )
 
     def pretrain(self, run: Student, seed: int) -> Job:
@@ -186,6 +213,11 @@ class _Lab:
             },
             origins={"runs": "grid.runs", "contrasts": "grid.contrasts"},
         )
+
+
+def _source(data: DataSet) -> dict:
+    config = data.settings.config
+    return {"name": data.source, "argument": data.argument, "config": config}
 
 
 def _headline(task: Task) -> dict[str, str]:

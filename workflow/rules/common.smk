@@ -3,26 +3,32 @@ import warnings
 from pathlib import Path
 
 from workflow.engines.dvc import follow, record
-from workflow.engines.snakemake import reconcile
+from workflow.engines.snakemake import own, reconcile
 from workflow.machine import gpus, gpus_here, threads
 from workflow.plan import load
+from workflow.plan.owner import check
 from workflow.plugins import ParamsError
 
 PARAMS, RESULTS, PYTHON = config["params"], config["results"], sys.executable
 LOGS = (Path(RESULTS).parent / "logs").as_posix()
 DEFAULT = (PARAMS, RESULTS) == ("params.yaml", "results")
 # The command of a job is the same under both engines; other files than the default ones are named.
-FILES = [] if DEFAULT else ["--params", PARAMS, "--results", RESULTS]
+FILES = [] if DEFAULT else [f"--params={PARAMS}", f"--results={RESULTS}"]
+if set("{}") & set(RESULTS):  # Snakemake would take them for wildcards
+    raise WorkflowError(f"results: found {RESULTS!r}, expected a name without braces")
 
 # Snakemake runs its files without a name, and Python drops the warnings of code that has none.
 __name__ = "Snakefile"
 warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
 try:
     plan = load(PARAMS, RESULTS)
+    if workflow.is_main_process:
+        check(plan)
 except ParamsError as error:
     raise WorkflowError(str(error)) from None
 
 if workflow.is_main_process:
+    OWNED = own(Path(".snakemake"))  # held until this process ends
     reconcile(plan)
     if DEFAULT:
         follow(plan)

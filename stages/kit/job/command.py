@@ -11,6 +11,7 @@ from stages.kit.job.process import prepare
 from workflow.params.entries import FLAT
 from workflow.plan import load
 from workflow.plan.job import OPTIONS
+from workflow.plan.owner import claim
 
 HELP = {
     "name": "its name in params.yaml, such as main or vqkd",
@@ -33,6 +34,7 @@ def command(stage: str, doc: str, work: Callable[[Run], None], argv: list[str] |
     parser.add_argument("--results", default="results", help="(default: results)")
     args = parser.parse_args(argv)
     plan = load(args.params, args.results)
+    claim(plan)
     names = [getattr(args, option) for option in OPTIONS[stage]]
     job = plan.job("/".join([stage, *names]))
     spread(plan, job, argv)

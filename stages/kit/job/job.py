@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +24,8 @@ from functools import cached_property
 from pathlib import Path
 
 from stages.kit.job.device import choose_device, locked
-from stages.kit.job.process import barrier, rank, set_threads, terminable, threads
+from stages.kit.job.orphan import left_behind, sign
+from stages.kit.job.process import barrier, rank, set_threads, terminable, threads, world
 from stages.kit.job.provenance import environment, git_state, peak_mb
 from stages.kit.job.track import tracked
 from workflow.engines import dvc
@@ -172,15 +175,30 @@ def _told_if_full(path: Path, empty: bool = False):
 
 @contextlib.contextmanager
 def _alone(job: Job, plan: Plan):
-    """One process per job and results folder; the lock ends with the process, however that ends."""
+    """One process per job and results folder; the lock ends with the process, however that ends.
+
+    A process that its engine has left behind, since the engine was killed, is waited for. If it
+    has finished the job, nothing is left to do: SystemExit with status 0.
+    """
     folder = plan.results.parent / "work" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(str(job.output.resolve()).encode()).hexdigest()[:16]
-    file = locked(folder / f"{name}.lock")
-    if file is None:
-        raise JobError(
-            f"{job.id} is running already in another process on {job.output}; wait for it or "
-            "stop it"
-        )
+    name = hashlib.sha256(os.fsencode(job.output.resolve())).hexdigest()[:16]
+    path, waited = folder / f"{name}.lock", False
+    while (file := locked(path)) is None:
+        holder = left_behind(path)
+        if holder is None:
+            raise JobError(
+                f"{job.id} is running already in another process on {job.output}; wait for it or "
+                "stop it"
+            )
+        if not waited:
+            said = f"{job.id}: waiting for process {holder}, which does it and lost its engine"
+            print(said, file=sys.stderr, flush=True)
+        waited = True
+        time.sleep(0.2)
     with file:
+        if waited and world() == 1 and plan.fresh(job.id):
+            print(f"{job.id}: finished by the process that was waited for", flush=True)
+            raise SystemExit(0)
+        sign(path)
         yield

@@ -59,18 +59,19 @@ def terminable():
 
 def rank() -> int:
     """The number of this process among those of torchrun; 0 alone."""
-    return int(os.environ.get("RANK", 0)) if _world() > 1 else 0
+    return int(os.environ.get("RANK", 0)) if world() > 1 else 0
 
 
 def barrier() -> None:
     """Wait for the other processes of torchrun."""
-    if _world() > 1:
+    if world() > 1:
         from stages.kit import dist
 
         dist.barrier()
 
 
-def _world() -> int:
+def world() -> int:
+    """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
