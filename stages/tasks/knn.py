@@ -10,7 +10,8 @@ loss leave untrained. The headline's feature and k are chosen on the validation 
 report the best k on the test set); the usual k = 20 is reported for each feature besides. `centred`
 adds variants from which the training mean is subtracted before the normalisation, named
 "cls-centred" and "patch-centred" because they are another protocol. Votes are scaled by the nearest
-neighbour's, which changes no ranking and lets T go to 0.
+neighbour's, which changes no ranking and lets T go to 0. The top-5 accuracy counts classes that got
+votes, which may be fewer than five; the official one fills up with classes that got none.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def vote(
     chunk: int = 512,
 ) -> dict[int, torch.Tensor]:
     """{k: class scores (M, classes)} for queries (M, D) among training images; all rows are unit
-    vectors.
+    vectors. A class that got a vote has a score above 0.
 
     The training images come in blocks of (vectors (n, D), labels (n,)), so that memory does not
     grow with their number. Of equally near images any may be taken. `ks` must not exceed the number
@@ -80,7 +81,7 @@ def vote(
         owner = torch.cat((owner, torch.cat([label for _, label in found])), 1)
         near, order = near.topk(min(most, near.shape[1]), 1)
         owner = owner.gather(1, order)
-    weight = ((near - near[:, :1]) / temperature).exp()
+    weight = ((near - near[:, :1]) / temperature).exp().clamp(min=torch.finfo(near.dtype).tiny)
     votes = {k: weight.new_zeros(len(queries), classes) for k in ks}
     return {k: vote.scatter_add_(1, owner[:, :k], weight[:, :k]).cpu() for k, vote in votes.items()}
 
@@ -132,7 +133,7 @@ def run(trial: Trial) -> dict:
     headline = test[feature][best[feature]]
     save(trial, images, headline.argmax(1))
     metrics = {
-        **accuracy(headline, labels["test"]),
+        **accuracy(headline, labels["test"], least=0.0),
         "n_test": len(labels["test"]),
         "protocol": "weighted k-NN",
         "split": "test",
