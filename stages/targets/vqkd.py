@@ -13,7 +13,9 @@ says how the codes move and where that departs. Further departures:
   The official code clusters what the untrained encoder gives; in short trainings most codes are
   then never used. In 150 steps of batch 64 (512 codes, rendered scenes of 32 pixels) usage over the
   validation images rose from 36 to 100 % with a DINO teacher and from 12 to 64 % with
-  EfficientNet-Lite0, and the reconstruction improved, too;
+  EfficientNet-Lite0, and the reconstruction improved, too. PUBLISHED has it in the first step, as
+  has presets/photos64.yaml. That step is not quantised yet, but its rate is 0: the codes are made
+  by the untrained encoder, and no weight moves before they are used;
 - timm's ViT has a bias for keys, which the official one lacks; softmax cancels it;
 - the learning rate's warm-up is a share of the steps (official: 10 of 100 epochs, the same share);
 - defaults are for small images; PUBLISHED is the recipe for ImageNet, with a CLIP ViT-B/16 as
@@ -53,6 +55,7 @@ PUBLISHED = {
     "code_dim": 32,
     "decoder_depth": 3,
     "kmeans_after": 0.0,
+    "vectors_per_code": 1,
     "crop_min": 0.08,
     "lr": 5e-5,
     "lr_per": 128,
