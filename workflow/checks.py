@@ -42,6 +42,9 @@ class Optimiser(Settings):
     # shares of the steps at which a constant rate falls to a tenth
     lr_drops: tuple[float, ...] = ()
     warmup: float = 0.05  # share of the steps
+    warmup_from: float = 0.0  # share of lr at which it begins
+    # whose official code counts the steps of the rate, see kit/train/schedule.py
+    schedule: Literal["mae", "beit", "simmim"] = "mae"
     weight_decay: float = 0.05
     weight_decay_end: float | None = None  # reached as a cosine; None: constant
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
@@ -55,7 +58,7 @@ class Optimiser(Settings):
         within(self, "(0, inf)", "lr", "eps")
         within(self, "[1, inf)", "lr_per")
         within(self, "[0, inf)", "min_lr", "weight_decay", "weight_decay_end", "clip")
-        within(self, "[0, 1)", "warmup", "betas", "sgd_momentum")
+        within(self, "[0, 1)", "warmup", "warmup_from", "betas", "sgd_momentum")
         within(self, "(0, 1)", "lr_drops")
 
 

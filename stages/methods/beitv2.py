@@ -14,6 +14,8 @@ initialisation pass. Departures:
 - colours are jittered after the crop, not before (contrast then refers to the mean grey of the
   crop);
 - student and tokenizer see the same resized pixels, where the official code resizes a crop twice;
+- the rate reaches its peak in the step after the warm-up, officially in the warm-up's last one
+  (`schedule: beit`, which PUBLISHED has);
 - `mask_ratio` is rounded to a count of patches; 0.3827 gives the official 75 of 196;
 - defaults are for small images; PUBLISHED is the recipe for ImageNet and ViT-B/16 over 300 epochs
   (1600 epochs: betas 0.9, 0.999, drop_path 0.1; ViT-L: layer_scale 1e-5, early_layer 21).
@@ -57,6 +59,7 @@ PUBLISHED = {
     "lr_per": None,
     "min_lr": 1e-05,
     "warmup": 0.0333,
+    "schedule": "beit",
     "weight_decay": 0.05,
     "betas": [0.9, 0.98],
     "clip": 3.0,

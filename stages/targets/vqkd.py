@@ -18,6 +18,7 @@ says how the codes move and where that departs. Further departures:
   by the untrained encoder, and no weight moves before they are used;
 - timm's ViT has a bias for keys, which the official one lacks; softmax cancels it;
 - the learning rate's warm-up is a share of the steps (official: 10 of 100 epochs, the same share);
+  the step after it is at the peak, officially its last one is (`schedule: beit`, in PUBLISHED);
 - defaults are for small images; PUBLISHED is the recipe for ImageNet, with a CLIP ViT-B/16 as
   teacher (decoder_depth 1 was also released).
 """
@@ -61,6 +62,7 @@ PUBLISHED = {
     "lr_per": 128,
     "min_lr": 1e-5,
     "warmup": 0.1,
+    "schedule": "beit",
     "weight_decay": 1e-4,
     "betas": [0.9, 0.99],
 }

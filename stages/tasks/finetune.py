@@ -10,7 +10,9 @@ Departures. Defaults are for small images and sets: rate 1e-3 at batch 256, laye
 epochs of which a tenth warms up, crops of at least half the area, RandAugment of magnitude 6, no
 erasing (`PUBLISHED` has MAE's). Neighbours in a batch are mixed with each other, see
 kit/train/mixing.py. The share of a mixed label is the area really kept. The last epoch is reported;
-official code prints the best one on the test set.
+official code prints the best one on the test set. SimMIM's code counts the steps of the rate in
+another way (`schedule: simmim`, `warmup_from: 0.0002`, kit/train/schedule.py), and its least rate
+is the same for all layers; here as in MAE's it is scaled with the layer.
 
 Images have `input_size`, or the size of the task's data set. Positions are resized to it as
 tasks/_features.py says. Mean and standard deviation are those of the pretraining.
