@@ -19,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from scipy.stats import kstest, truncnorm
 from timm.models._hub import save_config_for_hf
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -29,6 +30,7 @@ from stages.kit.nets import encoders, patches, pictures
 from stages.kit.nets.masks import take
 from stages.kit.nets.positions import sincos_2d
 from stages.kit.spec import Spec
+from stages.kit.train import optim
 from tests import tiny
 from tests.conftest import tiny_content
 from workflow import plugins
@@ -669,6 +671,28 @@ def test_classifier_on_the_class_token_keeps_the_norm(encoder, images, tmp_path)
     model = encoders.classifier(tmp_path, 7, pool="token").eval()
     expected = model.head(encoders.features(encoder, images)["cls"])
     assert torch.allclose(model(images), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["beitv2", "simmim"])
+def test_absolute_positions_of_a_beit_start_as_published_and_are_not_decayed(name):
+    """Cut at one deviation of 0.02, as all of BEiT's weights; timm cuts at 2."""
+    given = tiny.spec(image_size=64, embed_dim=64, args={"use_abs_pos_emb": True})
+    plain, beit = (encoders.create(each, "beit") for each in (tiny.spec(), given))
+    assert plain.pos_embed is None
+    assert encoders.embeddings(plain) == {"cls_token"}
+    expected = truncnorm(-1, 1, scale=0.02)
+    for token in (beit.pos_embed, encoders.create(given, "beit").pos_embed):
+        values = token.detach().flatten().numpy()
+        assert len(values) == 257 * 64 and abs(values).max() <= 0.02
+        assert kstest(values, expected.cdf).pvalue > 1e-3
+        assert values.std() == pytest.approx(expected.std(), rel=0.05)
+    method = tiny.method(name, given)
+    decayed, undecayed = optim.groups(method, 0.05)
+    of = {id(p): key for key, p in method.named_parameters()}
+    undecayed = {of[id(p)] for p in undecayed["params"]}
+    assert {"encoder.pos_embed", "encoder.cls_token"} <= undecayed
+    decayed = {of[id(p)] for p in decayed["params"]}
+    assert {"mask_token", "encoder.rel_pos_bias.relative_position_bias_table"} <= decayed
 
 
 def test_classifier_of_a_beit_unshares_the_table(images, tmp_path):

@@ -152,10 +152,10 @@ class Method(nn.Module):
         scale_by_depth(self.aggregation, first=self.early + 1)
 
     def no_weight_decay(self) -> set[str]:
-        """Besides one-dimensional parameters. The mask token and the table of relative positions
-        are decayed.
+        """Besides one-dimensional parameters: the class token, and absolute positions where the
+        encoder has any. The mask token and the table of relative positions are decayed.
         """
-        return {"encoder.cls_token"}
+        return {f"encoder.{name}" for name in encoders.embeddings(self.encoder)}
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss", and loss and accuracy of each of the two

@@ -125,9 +125,12 @@ class Method(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Besides one-dimensional parameters. As run officially, a ViT's mask token and all
-        relative-position tables are decayed, a Swin's mask token is not.
+        relative-position tables are decayed; a Swin's mask token is not, nor are a ViT's class
+        token and its absolute positions, where it has any.
         """
-        return {"mask_token"} if self.staged else {"encoder.cls_token"}
+        if self.staged:
+            return {"mask_token"}
+        return {f"encoder.{name}" for name in encoders.embeddings(self.encoder)}
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean absolute error of (hidden) normalised

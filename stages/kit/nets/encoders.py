@@ -152,6 +152,14 @@ def has_cls(encoder: nn.Module) -> bool:
     return getattr(encoder, "cls_token", None) is not None
 
 
+def embeddings(encoder: nn.Module) -> set[str]:
+    """Names of the encoder's class token and absolute positions, as far as it has them: what BEiT's
+    line of methods does not decay.
+    """
+    names = ("cls_token", "pos_embed")
+    return {name for name in names if getattr(encoder, name, None) is not None}
+
+
 def features(
     encoder: nn.Module, images: torch.Tensor, *, taps: tuple = (), attention: bool = False
 ) -> dict:
