@@ -20,31 +20,13 @@ from conftest import tiny_content, write_params
 from warm import context
 
 WORKERS = (0, 2)  # loader threads, in turn from one start to the next
-TRAIN = {
-    "epochs": 2,
-    "batch_size": 16,
-    "micro_batch": 8,
-    "save_minutes": 1e-9,
-}  # a checkpoint after every step
+# a checkpoint after every step
+TRAIN = {"epochs": 2, "batch_size": 16, "micro_batch": 8, "save_minutes": 1e-9}
+SMALL = {"prototypes": 32, "hidden": 16, "bottleneck": 8, "n_local": 1}
+CODES = {"codes": 8, "code_dim": 4, "vectors_per_code": 4}
 TARGETS = {
-    "teacher": {
-        "kind": "dino",
-        "prototypes": 32,
-        "hidden": 16,
-        "bottleneck": 8,
-        "n_local": 1,
-        "min_rank": 0.0,
-        "min_information": 0.0,
-    },
-    "vqkd": {
-        "kind": "vqkd",
-        "upstream": "teacher",
-        "codes": 8,
-        "code_dim": 4,
-        "vectors_per_code": 4,
-        "min_usage": 0.0,
-        "min_perplexity": 0.0,
-    },
+    "teacher": {"kind": "dino", **SMALL, "min_rank": 0.0, "min_information": 0.0},
+    "vqkd": {"upstream": "teacher", **CODES, "min_usage": 0.0, "min_perplexity": 0.0},
 }
 JOBS = {
     "data/main": ("stages.data",),
@@ -54,6 +36,7 @@ JOBS = {
     "transfer/beitv2-s0/finetune": ("stages.transfer", "--run", "beitv2-s0", "--task", "finetune"),
 }
 TRAINED = list(JOBS)[1:]
+RESULT = r"os.mkdir .*/encoder|open .*/\.(target|scores)"  # the first file of what is exported
 CHANGES = {
     "open",
     "os.rename",
@@ -87,12 +70,13 @@ def _job(folder: str, words: tuple, workers: int, moment: tuple) -> None:
 
     import torch
 
+    from stages.kit.job import command
+
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     module = importlib.import_module(words[0])
-    module.load = functools.partial(
-        module.load, root=Path("code")
-    )  # a job that is edited meanwhile would start anew
+    # a job whose code is edited meanwhile would start anew
+    command.load = functools.partial(command.load, root=Path("code"))
     seen = _watch(os.path.realpath(folder), moment)
     if moment[:1] == ("room",):
         resource.setrlimit(resource.RLIMIT_FSIZE, (moment[1], resource.RLIM_INFINITY))
@@ -200,12 +184,8 @@ def test_killed_at_any_moment_and_started_again_ends_with_the_same_bytes(job, st
         ("at", r"os.rename .*checkpoint", 2),  # between the two renames of one
         ("event", draw.randint(1, events // 3)),
         ("after", draw.uniform(0.0, 0.5)),
-        (
-            "torn",
-            r"os.mkdir .*/encoder|open .*/\.(target|predictions)",
-            1,
-        ),  # while the result is exported
-        (signal.SIGINT, r"os.mkdir .*/encoder|open .*/\.(target|predictions)", 1),
+        ("torn", RESULT, 1),  # while the result is exported
+        (signal.SIGINT, RESULT, 1),
         ("at", r"results.*manifest\.json", 3),  # all but the last act
         ("event", draw.randint(1, 20)),
     ]

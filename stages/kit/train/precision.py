@@ -8,10 +8,10 @@ kind of machine:
 - anything else: fp32.
 
 Measured on a Xeon with AMX (torch 2.15), without torch's fused attention (kit/nets/attention.py):
-CPU time of a whole training step (forward, backward, fused AdamW) of a ViT of depth 6 on 65 tokens at
-batch 64, fp32 over bf16. One thread: width 32 1.31, 48 1.41, 64 1.59, 128 2.08, 192 2.38, 384 2.69;
-384 on 197 tokens 2.49 (batch 4). Two threads, time of both: width 64 1.69, 192 2.63. With fused
-attention bf16 gains only from width 128 on.
+CPU time of a whole training step (forward, backward, fused AdamW) of a ViT of depth 6 on 65 tokens
+at batch 64, fp32 over bf16. One thread: width 32 1.31, 48 1.41, 64 1.59, 128 2.08, 192 2.38, 384
+2.69; 384 on 197 tokens 2.49 (batch 4). Two threads, time of both: width 64 1.69, 192 2.63. With
+fused attention bf16 gains only from width 128 on.
 """
 
 from __future__ import annotations
