@@ -70,6 +70,7 @@ BAD = {
         "clip": [-1.0],
     },
     checks.Crop: {"crop_min": [0.0, 1.1], "flip": [-0.1, 1.1]},
+    checks.Evaluation: {"eval_crop": [0.0, 1.1]},
     checks.SizedCrop: {"crop_min": [0.0], "input_size": [0, 3]},
     checks.Decoder: {
         "decoder_dim": [0, 18],

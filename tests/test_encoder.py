@@ -19,7 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from scipy.stats import kstest, truncnorm
+from scipy.stats import kstest, norm, truncnorm
 from timm.models._hub import save_config_for_hf
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -664,6 +664,17 @@ def test_classifier_of_a_vit(images, tmp_path):
     tokens = encoders.masked(encoder, images, None, None, norm=False)["patch"]
     pooled = F.layer_norm(tokens.mean(1), (32,), eps=1e-6)
     assert torch.allclose(model(images), pooled @ model.head.weight.T, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_head_of_a_classifier_starts_with_the_deviation_asked_for(kind, tmp_path):
+    """dBOT's fine-tuning starts it at 0.01, cut at 2 in absolute terms: a normal distribution."""
+    given = tiny.spec(kind=kind)
+    encoders.save(encoders.create(given), tmp_path, given)
+    torch.manual_seed(0)
+    head = encoders.classifier(tmp_path, 200, head_std=0.01).get_classifier()
+    assert kstest(head.weight.detach().flatten().numpy(), norm(scale=0.01).cdf).pvalue > 1e-3
+    assert head.bias.abs().max() == 0
 
 
 def test_classifier_on_the_class_token_keeps_the_norm(encoder, images, tmp_path):

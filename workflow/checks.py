@@ -87,6 +87,18 @@ class SizedCrop(Crop):
 
 
 @dataclass(frozen=True)
+class Evaluation(Settings):
+    """What of an image a task's evaluation shows."""
+
+    # middle share of the centre square's side; papers resize to 256 pixels for crops of 224: 0.875
+    eval_crop: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "(0, 1]", "eval_crop")
+
+
+@dataclass(frozen=True)
 class Decoder(Settings):
     """The transformer decoder of masked autoencoders (kit/nets/decoder.py)."""
 

@@ -16,6 +16,7 @@ says how the codes move and where that departs. Further departures:
   EfficientNet-Lite0, and the reconstruction improved, too. PUBLISHED has it in the first step, as
   has presets/photos64.yaml. That step is not quantised yet, but its rate is 0: the codes are made
   by the untrained encoder, and no weight moves before they are used;
+- `health` looks at the whole centre square, the official validation at a crop of 224 of 256 pixels;
 - timm's ViT has a bias for keys, which the official one lacks; softmax cancels it;
 - the learning rate's warm-up is a share of the steps (official: 10 of 100 epochs, the same share);
   the step after it is at the peak, officially its last one is (`schedule: beit`, in PUBLISHED);

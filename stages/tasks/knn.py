@@ -11,7 +11,9 @@ report the best k on the test set); the usual k = 20 is reported for each featur
 adds variants from which the training mean is subtracted before the normalisation, named
 "cls-centred" and "patch-centred" because they are another protocol. Votes are scaled by the nearest
 neighbour's, which changes no ranking and lets T go to 0. The top-5 accuracy counts classes that got
-votes, which may be fewer than five; the official one fills up with classes that got none.
+votes, which may be fewer than five; the official one fills up with classes that got none. The whole
+centre square is seen; official evaluations resize to 256 and crop 224 (`eval_crop: 0.875`, which
+PUBLISHED has).
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from workflow import checks
 
 HEADLINE = ("top1", "top-1 accuracy", "%")
 NEEDS = {"labels"}
+PUBLISHED = {"k": [10, 20, 100, 200], "temperature": 0.07, "eval_crop": 0.875}
 BLOCK = 65536  # training images compared at once
 
 
 @dataclass(frozen=True)
-class Config(checks.Settings):
+class Config(checks.Evaluation):
     """k: candidates for the number of neighbours, those not below the number of training images are
     left out (and listed); temperature: T of the vote; centred: also try features less the training
     mean; precision: of the feature extraction.
@@ -102,7 +105,8 @@ def run(trial: Trial) -> dict:
             f"found {len(labels['train'])}: use a smaller k or more images",
             "k",
         )
-    train = frozen(trial, "train", precision=config.precision)
+    how = {"precision": config.precision, "crop": config.eval_crop}
+    train = frozen(trial, "train", **how)
     centres = {name: (name, torch.zeros(())) for name in train}
     if config.centred:
         for name, values in train.items():
@@ -110,7 +114,7 @@ def run(trial: Trial) -> dict:
 
     def scores(split: str, ks: list[int]) -> dict[str, dict[int, torch.Tensor]]:
         """{feature: {k: class scores}} of a split's labelled images."""
-        result, queries = {}, frozen(trial, split, precision=config.precision)
+        result, queries = {}, frozen(trial, split, **how)
         for name, (kind, centre) in centres.items():
             parts = zip(
                 rows["train"].split(BLOCK), labels["train"].to(device).split(BLOCK), strict=True

@@ -196,15 +196,18 @@ def depths(encoder: nn.Module) -> tuple[int, ...]:
 # --- export, import, fine-tuning ----------------------------------------------------------------
 
 
-def save(encoder: nn.Module, folder: str | Path, spec) -> None:
-    """Export as a timm folder (config.json, model.safetensors) with the preprocessing of `spec`."""
+def save(encoder: nn.Module, folder: str | Path, spec, crop: float = 1.0) -> None:
+    """Export as a timm folder (config.json, model.safetensors) with the preprocessing of `spec`.
+
+    crop: what share of the short side an evaluation shows.
+    """
     side = spec.image_size
     preprocessing = {
         "input_size": (3, side, side),
         "mean": tuple(spec.mean),
         "std": tuple(spec.std),
         "interpolation": "bicubic",
-        "crop_pct": 1.0,
+        "crop_pct": crop,
         "crop_mode": "center",
     }
     # not those of timm's own weights
@@ -240,7 +243,12 @@ def _kind(folder: str | Path) -> str:
 
 
 def classifier(
-    folder: str | Path, num_classes: int, pool: str = "avg", drop_path: float = 0.0, **kw
+    folder: str | Path,
+    num_classes: int,
+    pool: str = "avg",
+    drop_path: float = 0.0,
+    head_std: float | None = None,
+    **kw,
 ) -> nn.Module:
     """An exported encoder with a new linear head, everything trainable: the start of fine-tuning.
 
@@ -249,7 +257,7 @@ def classifier(
     has only pretrained norm -> mean -> Linear ("avg"). drop_path rises linearly from 0 to its value
     over the blocks. A shared relative-position table is copied into every block. The head's weights
     start at truncated normal, standard deviation 2e-5 (ViT), 0.02 scaled by 0.001 (BEiT) or 0.02
-    (Swin); its bias at 0. **kw goes to timm (img_size resizes positions, a Swin's with its
+    (Swin), or for all with head_std (dBOT: 0.01); its bias at 0. **kw goes to timm (img_size resizes positions, a Swin's with its
     window_size). Raises RuntimeError if other than the new layers are missing from the file.
     """
     if pool not in ("avg", "token"):
@@ -284,9 +292,12 @@ def classifier(
             f"{sorted(set(result.missing_keys) - new)}, unexpected "
             f"{sorted(set(result.unexpected_keys) - dropped)}"
         )
-    if isinstance(model, VisionTransformer):  # timm's Beit and Swin start their heads as published
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)
-        nn.init.zeros_(model.head.bias)
+    if head_std is None and isinstance(model, VisionTransformer):
+        head_std = 2e-5  # timm's Beit and Swin start their heads as published
+    if head_std is not None:
+        head = model.get_classifier()
+        nn.init.trunc_normal_(head.weight, std=head_std)
+        nn.init.zeros_(head.bias)
     model.family = kind
     return model.requires_grad_(True)
 
