@@ -109,7 +109,17 @@ BAD = {
     },
     checks.Encoder: {"patch_size": [0], "embed_dim": [0], "mlp_ratio": [0.0]},
 }
-TYPED = {"optimizer", "clip_mode", "schedule", "norm_last", "blur", "shared_head", "name", "args"}
+TYPED = {
+    "optimizer",
+    "clip_mode",
+    "schedule",
+    "positions",
+    "norm_last",
+    "blur",
+    "shared_head",
+    "name",
+    "args",
+}
 
 
 def test_every_mixin_is_here():

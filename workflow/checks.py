@@ -88,10 +88,13 @@ class SizedCrop(Crop):
 
 @dataclass(frozen=True)
 class Evaluation(Settings):
-    """What of an image a task's evaluation shows."""
+    """What of an image a task's evaluation shows, and how the encoder is fitted to its size."""
 
     # middle share of the centre square's side; papers resize to 256 pixels for crops of 224: 0.875
     eval_crop: float = 1.0
+    # how tables of positions are resized, if they must be: by timm, or as officially, see
+    # kit/nets/positions.py
+    positions: Literal["timm", "bicubic", "dino"] = "timm"
 
     def __post_init__(self):
         super().__post_init__()

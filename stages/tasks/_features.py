@@ -9,7 +9,9 @@ or not at all. The folder may be deleted whenever nothing runs, and keeps itself
 by dropping what was used longest ago.
 
 Images of another size than the pretraining's. The encoder is loaded at the size of the task's data
-set, by timm, with the mean and standard deviation of its own pretraining:
+set, with the mean and standard deviation of its own pretraining. Its tables of positions are
+resized by timm. `positions: bicubic` and `positions: dino` resize them as official codes do
+(kit/nets/positions.py). timm's way:
 
 - absolute positions (ViT, ConvViT): bicubic with antialiasing, the patches' alone. MAE's and
   iBOT's code has no antialiasing, and with it torch takes another bicubic kernel, so a larger grid
@@ -57,6 +59,7 @@ def frozen(
     taps: tuple[int, ...] = (),
     norm: bool = False,
     crop: float = 1.0,
+    positions: str = "timm",
     batch_size: int = 256,
 ) -> dict[str, torch.Tensor]:
     """Features of all images of a split of the task's data, in its order; float32, on the CPU.
@@ -89,6 +92,7 @@ def frozen(
         "device": run.device.type,
         "augment": augment,
         "crop": crop,
+        "positions": positions,
         "torch": torch.__version__,
         "code": _code(trial.spec.kind),
     }
@@ -104,7 +108,8 @@ def frozen(
             try:
                 workers = run.compute.get("workers", 1)
                 images = _images(trial.open(split), size, batch_size, augment, workers, crop)
-                encoder = encoders.load(trial.encoder, img_size=size).to(run.device).eval()
+                encoder = encoders.load(trial.encoder, positions, img_size=size)
+                encoder = encoder.to(run.device).eval()
                 if precision == "bf16":
                     attention.unfused(encoder, run.device)
                 _extract(encoder, images, part, run.device, precision, **asked)

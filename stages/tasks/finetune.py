@@ -56,6 +56,7 @@ PUBLISHED = {
     "randaugment": "rand-m9-mstd0.5-inc1",
     "erase": 0.25,
     "eval_crop": 0.875,
+    "positions": "bicubic",
 }
 
 
@@ -132,8 +133,15 @@ class Classifier(nn.Module):
     def __init__(self, encoder_dir, config: Config, classes: int, size: int):
         super().__init__()
         self.config, self.classes = config, classes
-        how = {"pool": config.pool, "drop_path": config.drop_path, "head_std": config.head_std}
-        self.model = encoders.classifier(encoder_dir, classes, img_size=size, **how)
+        self.model = encoders.classifier(
+            encoder_dir,
+            classes,
+            pool=config.pool,
+            drop_path=config.drop_path,
+            head_std=config.head_std,
+            positions=config.positions,
+            img_size=size,
+        )
         for name in ("mean", "std"):
             values = torch.tensor(self.model.pretrained_cfg[name]).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)

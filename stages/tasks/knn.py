@@ -33,7 +33,7 @@ from workflow import checks
 
 HEADLINE = ("top1", "top-1 accuracy", "%")
 NEEDS = {"labels"}
-PUBLISHED = {"k": [10, 20, 100, 200], "temperature": 0.07, "eval_crop": 0.875}
+PUBLISHED = {"k": [10, 20, 100, 200], "temperature": 0.07, "eval_crop": 0.875, "positions": "dino"}
 BLOCK = 65536  # training images compared at once
 
 
@@ -105,7 +105,7 @@ def run(trial: Trial) -> dict:
             f"found {len(labels['train'])}: use a smaller k or more images",
             "k",
         )
-    how = {"precision": config.precision, "crop": config.eval_crop}
+    how = {"crop": config.eval_crop, "positions": config.positions, "precision": config.precision}
     train = frozen(trial, "train", **how)
     centres = {name: (name, torch.zeros(())) for name in train}
     if config.centred:

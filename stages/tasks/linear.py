@@ -49,6 +49,7 @@ PUBLISHED = {
     "warmup": 0.1111,
     "crop_min": 0.08,
     "eval_crop": 0.875,
+    "positions": "bicubic",
 }
 EPS = 1e-6  # of the BatchNorm
 ON_DEVICE = 4 << 30  # bytes of features that a GPU holds as a whole; more are fetched by the batch
@@ -246,8 +247,8 @@ def run(trial: Trial) -> dict:
         raise trial.error(f"needs 2 or more labelled training images, found {count}")
 
     def features(split: str, augment=None) -> dict[str, torch.Tensor]:
-        how = {"precision": config.precision, "crop": config.eval_crop}
-        every = frozen(trial, split, augment=augment, **how)
+        fit = {"crop": config.eval_crop, "positions": config.positions}
+        every = frozen(trial, split, precision=config.precision, augment=augment, **fit)
         return {name: every[name] for name in config.features}
 
     def fit(heads: list[Head], number: int) -> list[Stack]:

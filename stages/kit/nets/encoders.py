@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from stages.kit.nets.positions import fitted
 from workflow import plugins
 
 
@@ -221,14 +222,17 @@ def save(encoder: nn.Module, folder: str | Path, spec, crop: float = 1.0) -> Non
     )
 
 
-def load(folder: str | Path, **kw) -> nn.Module:
+def load(folder: str | Path, positions: str = "timm", **kw) -> nn.Module:
     """The exported encoder with its weights.
 
-    **kw goes to timm.create_model; another img_size resizes its positions. FileNotFoundError if
-    there is none.
+    **kw goes to timm.create_model; another img_size resizes its positions. positions: by timm, or
+    as `positions.fitted` does. FileNotFoundError if there is none.
     """
-    kind = _kind(folder)
-    encoder = timm.create_model(f"local-dir:{_checked(folder)}", pretrained=True, **kw)
+    kind, ready = _kind(folder), positions == "timm"
+    encoder = timm.create_model(f"local-dir:{_checked(folder)}", pretrained=ready, **kw)
+    if not ready:
+        state = load_file(Path(folder) / "model.safetensors")
+        encoder.load_state_dict(fitted(state, encoder, positions))
     encoder.family = kind
     return encoder
 
@@ -248,6 +252,7 @@ def classifier(
     pool: str = "avg",
     drop_path: float = 0.0,
     head_std: float | None = None,
+    positions: str = "timm",
     **kw,
 ) -> nn.Module:
     """An exported encoder with a new linear head, everything trainable: the start of fine-tuning.
@@ -257,8 +262,8 @@ def classifier(
     has only pretrained norm -> mean -> Linear ("avg"). drop_path rises linearly from 0 to its value
     over the blocks. A shared relative-position table is copied into every block. The head's weights
     start at truncated normal, standard deviation 2e-5 (ViT), 0.02 scaled by 0.001 (BEiT) or 0.02
-    (Swin), or for all with head_std (dBOT: 0.01); its bias at 0. **kw goes to timm (img_size resizes positions, a Swin's with its
-    window_size). Raises RuntimeError if other than the new layers are missing from the file.
+    (Swin), or for all with head_std (dBOT: 0.01); its bias at 0. positions as for `load`. **kw goes
+    to timm (img_size resizes positions, a Swin's with its window_size). Raises RuntimeError if other than the new layers are missing from the file.
     """
     if pool not in ("avg", "token"):
         raise ValueError(f"pool: found {pool!r}, expected 'avg' or 'token'")
@@ -281,6 +286,8 @@ def classifier(
         state |= {
             f"blocks.{i}.attn.relative_position_bias_table": table for i in range(len(model.blocks))
         }
+    if positions != "timm":
+        state = fitted(state, model, positions)
     resized = sys.modules[type(model).__module__].checkpoint_filter_fn  # positions, to the grid
     state = resized(state, model)
     result = model.load_state_dict(state, strict=False)
