@@ -117,9 +117,9 @@ def test_hidden_pixels_change_labels_but_not_one_bit_of_the_logits():
 
 def test_the_tokenizer_sees_the_same_view_and_never_learns():
     method = build()
-    teacher = method.tokenizer.open
-    before, seen = teacher.weight.clone(), []
-    teacher.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    teacher, seen = method.tokenizer.open, []
+    teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    before = teacher.weight.clone()
     optimiser = torch.optim.SGD(method.parameters(), lr=0.1)
     for step in range(10):
         method(batch(), tiny.progress(6, step=step))["loss"].backward()

@@ -42,7 +42,7 @@ class Target(nn.Module):
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         """`forward` without its checks; it may give more than is wanted."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__}: found no `look`, expected one of its own")
 
     def forward(
         self, images: torch.Tensor, *wanted: str, norm: bool = True, layers: tuple = ()
