@@ -70,7 +70,7 @@ def _open(run):
         "mark": mark.read_text(),
         "name": run.job.id,
         "experiment": run.plan.experiment,
-        "uri": store_uri(project, run.compute.get("tracking_uri")),
+        "uri": chosen(run.compute.get("tracking_uri")),
         "tags": _tags(run),
         "params": flat(run.job.params),
         "start": now(),
@@ -161,9 +161,17 @@ def _harmless():
 # ---------------------------------------------------------------------------------- for both sides
 
 
+def chosen(configured: str | None = None) -> str:
+    """The store to use: `configured`, else MLFLOW_TRACKING_URI, else mlflow.db in the project.
+
+    A path in it may be relative to the project: notes hold it so, and follow a moved project.
+    """
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
 def store_uri(project: Path, configured: str | None = None) -> str:
-    """The store to use: `configured`, else MLFLOW_TRACKING_URI, else mlflow.db in the project."""
-    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    """The store that is `chosen`, with its whole path."""
+    uri = chosen(configured)
     if uri.startswith("sqlite:///"):
         uri = f"sqlite:///{(project / uri.removeprefix('sqlite:///')).resolve()}"
     return uri
