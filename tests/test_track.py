@@ -22,6 +22,7 @@ import pytest
 from stages.kit.job import courier, track
 
 ROOT = Path(__file__).resolve().parents[1]
+START = track._start_courier
 REFUSED = "http://127.0.0.1:9"  # nothing listens on the discard port
 
 
@@ -438,6 +439,21 @@ def test_a_temporary_workspace_of_dvc_leaves_its_entries_in_the_project(tmp_path
     note = track.read(entry / "note.json")
     assert track.store_uri(tmp_path, note["uri"]) == f"sqlite:///{tmp_path}/mlflow.db"
     assert (entry / "files/encoder").is_dir()
+
+
+def test_the_courier_of_a_temporary_workspace_runs_the_projects_code(tmp_path, monkeypatch):
+    """The workspace may be gone before Python has read it."""
+    monkeypatch.setattr(track, "_start_courier", START)
+    started = []
+    monkeypatch.setattr(track.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    outside, project = tmp_path / "outside", tmp_path / "project"
+    for folder in (outside, project):
+        box(folder).mkdir(parents=True)
+    (project / "stages/kit/job").mkdir(parents=True)
+    (project / "stages/kit/job/courier.py").touch()
+    for folder, code in ((outside, ROOT), (project, project)):
+        track._start_courier(box(folder))
+        assert started.pop()["PYTHONPATH"].split(os.pathsep)[0] == str(code)
 
 
 def test_a_moved_project_takes_its_store_its_artifacts_and_its_outbox_along(empty_store, tmp_path):

@@ -132,10 +132,15 @@ def _tags(run) -> dict[str, str]:
 
 
 def _start_courier(outbox: Path) -> None:
-    """Starts the courier unless one is at work. It outlives the job, so its session is its own."""
+    """Starts the courier unless one is at work. It outlives the job, so its session is its own.
+
+    It runs the project's code where it can: a temporary workspace may vanish before it has started.
+    """
     if held(outbox / "courier.lock"):
         return
-    path = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH")]
+    places = [outbox.parents[1], Path(__file__).resolve().parents[3]]
+    code = next(p for p in places if (p / "stages/kit/job/courier.py").is_file())
+    path = [str(code), os.environ.get("PYTHONPATH")]
     with (outbox / "courier.log").open("a") as log:
         subprocess.Popen(
             [sys.executable, "-m", "stages.kit.job.courier", "--serve", str(outbox), str(IDLE)],
