@@ -61,6 +61,7 @@ BAD = {
         "min_lr": [-1e-9],
         "lr_drops": [(0.5, 1.0), (0.0,)],
         "warmup": [1.0, -0.1],
+        "warmup_from": [1.0, -0.1],
         "weight_decay": [-0.1],
         "weight_decay_end": [-0.1],
         "betas": [(0.9, 1.0), (-0.1, 0.9)],
@@ -69,6 +70,7 @@ BAD = {
         "clip": [-1.0],
     },
     checks.Crop: {"crop_min": [0.0, 1.1], "flip": [-0.1, 1.1]},
+    checks.Evaluation: {"eval_crop": [0.0, 1.1]},
     checks.SizedCrop: {"crop_min": [0.0], "input_size": [0, 3]},
     checks.Decoder: {
         "decoder_dim": [0, 18],
@@ -107,7 +109,17 @@ BAD = {
     },
     checks.Encoder: {"patch_size": [0], "embed_dim": [0], "mlp_ratio": [0.0]},
 }
-TYPED = {"optimizer", "clip_mode", "norm_last", "blur", "shared_head", "name", "args"}
+TYPED = {
+    "optimizer",
+    "clip_mode",
+    "schedule",
+    "positions",
+    "norm_last",
+    "blur",
+    "shared_head",
+    "name",
+    "args",
+}
 
 
 def test_every_mixin_is_here():

@@ -215,6 +215,18 @@ def test_square_equals_torchvision(height, width, size):
     np.testing.assert_array_equal(square(image, size), np.asarray(theirs(Image.fromarray(image))))
 
 
+@pytest.mark.parametrize("height, width, size", [(20, 24, 16), (31, 17, 7), (64, 64, 56)])
+def test_square_of_a_larger_resize_equals_torchvision(height, width, size):
+    """The published evaluation: short side to int(size / 0.875), then the centre."""
+    image, short = picture(3, height, width), int(size / 0.875)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    theirs = transforms.Compose([transforms.Resize(short, bicubic), transforms.CenterCrop(size)])
+    found = square(image, size, short=short)
+    np.testing.assert_array_equal(found, np.asarray(theirs(Image.fromarray(image))))
+    if short == height == width:
+        np.testing.assert_array_equal(found, image[4:60, 4:60])
+
+
 def test_square_of_an_endless_strip_is_cheap_and_central():
     image = np.zeros((2, 400_000, 3), np.uint8)
     image[:, 200_000 - 1 : 200_000 + 1] = 255

@@ -290,6 +290,23 @@ def test_initialisation():
     assert not hasattr(method, "no_weight_decay")  # the mask token is decayed
 
 
+def test_visible_branch_by_hand_where_the_eps_of_its_norms_shows():
+    method = made()
+    tokens = 1e-3 * torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
+
+    def norm(x):
+        variance = x.var(-1, unbiased=False, keepdim=True)
+        return (x - x.mean(-1, keepdim=True)) / (variance + 1e-6).sqrt()
+
+    x = tokens.double()
+    for number in (0, 3, 6):
+        linear = method.projector[number]
+        x = norm(x @ linear.weight.double().T + linear.bias.double())
+        x = x if number == 6 else F.gelu(x)
+    expected = x @ method.predictor.weight.double().T + method.predictor.bias.double()
+    torch.testing.assert_close(method.predict_visible(tokens).double(), expected, atol=1e-5, rtol=0)
+
+
 def test_masks_are_functions_of_seed_and_step():
     """Both views', and whatever ran before: a resumed run asks Progress for the same step."""
     method = made()

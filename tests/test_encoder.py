@@ -19,16 +19,19 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from scipy.interpolate import RectBivariateSpline
+from scipy.stats import kstest, norm, truncnorm
 from timm.models._hub import save_config_for_hf
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 
 from stages import encoders as families
 from stages.encoders import vit
-from stages.kit.nets import encoders, patches, pictures
+from stages.kit.nets import encoders, patches, pictures, positions
 from stages.kit.nets.masks import take
 from stages.kit.nets.positions import sincos_2d
 from stages.kit.spec import Spec
+from stages.kit.train import optim
 from tests import tiny
 from tests.conftest import tiny_content
 from workflow import plugins
@@ -664,11 +667,151 @@ def test_classifier_of_a_vit(images, tmp_path):
     assert torch.allclose(model(images), pooled @ model.head.weight.T, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_head_of_a_classifier_starts_with_the_deviation_asked_for(kind, tmp_path):
+    """dBOT's fine-tuning starts it at 0.01, cut at 2 in absolute terms: a normal distribution."""
+    given = tiny.spec(kind=kind)
+    encoders.save(encoders.create(given), tmp_path, given)
+    torch.manual_seed(0)
+    head = encoders.classifier(tmp_path, 200, head_std=0.01).get_classifier()
+    assert kstest(head.weight.detach().flatten().numpy(), norm(scale=0.01).cdf).pvalue > 1e-3
+    assert head.bias.abs().max() == 0
+
+
+def cubic_weights(distance):
+    """Keys' kernel with a = -0.75, which torch takes without antialiasing."""
+    x, a = np.abs(distance), -0.75
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def sampling(old: int, new: int, step: float) -> np.ndarray:
+    """(new, old): what each new place takes of the old ones, which go on beyond the edge."""
+    matrix = np.zeros((new, old))
+    for row in range(new):
+        centre = (row + 0.5) * step - 0.5
+        for place in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            matrix[row, min(max(place, 0), old - 1)] += cubic_weights(centre - place)
+    return matrix
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 6), (14, 24), (7, 14), (4, 3)])
+@pytest.mark.parametrize("excess", [None, 0.0, 0.1])
+def test_absolute_positions_are_resized_as_by_mae_and_dino(old, new, excess):
+    table = torch.randn(1, old * old, 5, generator=torch.Generator().manual_seed(0))
+    matrix = sampling(old, new, old / (new + (excess or 0.0)))
+    grid = table[0].view(old, old, 5).double().numpy()
+    expected = np.einsum("ra,cb,abd->rcd", matrix, matrix, grid).reshape(1, new * new, 5)
+    found = positions.absolute(table, old, new, excess)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    assert positions.absolute(table, old, old, excess) is table
+
+
+@pytest.mark.parametrize(("old", "new", "extra"), [(14, 24, 3), (8, 16, 3), (14, 7, 3), (7, 12, 0)])
+def test_relative_positions_are_resized_as_in_beits_code(old, new, extra):
+    """FITPACK's regrid, which is what scipy's interp2d was for a regular grid, is the judge."""
+    source, target = 2 * old - 1, 2 * new - 1
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(source**2 + extra, 2, generator=generator)
+    low, high = 1.01, 1.5  # as microsoft/unilm describes it, written anew
+
+    def reach(q):
+        return sum(q**i for i in range(source // 2))
+
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        if reach(middle) > target // 2:
+            high = middle
+        else:
+            low = middle
+    x = np.array([sum(middle**i for i in range(n)) for n in range(source // 2 + 1)])
+    x = np.concatenate([-x[:0:-1], x])
+    new_x = np.arange(-(target // 2), target // 2 + 1.0)
+    expected = np.stack(
+        [
+            RectBivariateSpline(x, x, head.view(source, source).double().numpy(), s=0)(new_x, new_x)
+            for head in table[: source**2].T
+        ],
+        axis=-1,
+    ).reshape(-1, 2)
+    found = positions.relative(table, target**2 + extra)
+    np.testing.assert_allclose(found[: target**2].numpy(), expected, atol=1e-5)
+    assert torch.equal(found[target**2 :], table[source**2 :])
+    assert found[target**2 // 2].tolist() == pytest.approx(table[source**2 // 2].tolist())
+    if new > old:
+        assert x[-1] == pytest.approx(target // 2, abs=1e-3)
+
+
+def test_relative_tables_of_tiny_grids_are_refused():
+    with pytest.raises(ValueError, match="found tables of 12 and 28 entries"):
+        positions.relative(torch.zeros(12, 2), 28)
+
+
+@pytest.mark.parametrize("how", ["bicubic", "dino"])
+@pytest.mark.parametrize(("kind", "style"), STYLES)
+def test_every_encoder_can_be_fitted_to_other_images(how, kind, style, tmp_path):
+    given = tiny.spec(32, kind)
+    encoders.save(encoders.create(given, style), tmp_path, given)
+    encoder = encoders.load(tmp_path, positions=how, img_size=64).eval()
+    with torch.no_grad():
+        assert encoders.features(encoder, tiny.images(2, 64))["cls"].isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["bicubic", "dino"])
+@pytest.mark.parametrize("style", ["timm", "beit"])
+def test_an_encoder_is_fitted_to_other_images_as_officially(how, style, tmp_path):
+    encoder, size = encoders.create(tiny.spec(), style), 32
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "pos" in name:
+                parameter.normal_()
+    encoders.save(encoder, tmp_path, tiny.spec())
+    state = encoder.state_dict()
+    fits = encoders.load(tmp_path, positions=how, img_size=16).state_dict()
+    assert all(torch.equal(fits[name], value) for name, value in state.items())
+    loaded = encoders.load(tmp_path, positions=how, img_size=size).state_dict()
+    tuned = encoders.classifier(tmp_path, 3, positions=how, img_size=size).state_dict()
+    if style == "timm":
+        excess = 0.1 if how == "dino" else None
+        patches = positions.absolute(state["pos_embed"][:, 1:], 4, 8, excess)
+        expected = torch.cat([state["pos_embed"][:, :1], patches], dim=1)
+        assert torch.equal(loaded["pos_embed"], expected)
+        assert torch.equal(tuned["pos_embed"], expected)
+    else:
+        name = "relative_position_bias_table"
+        expected = positions.relative(state[f"rel_pos_bias.{name}"], 15**2 + 3)
+        assert torch.equal(loaded[f"rel_pos_bias.{name}"], expected)
+        assert torch.equal(tuned[f"blocks.1.attn.{name}"], expected)
+
+
 def test_classifier_on_the_class_token_keeps_the_norm(encoder, images, tmp_path):
     encoders.save(encoder, tmp_path, tiny.spec())
     model = encoders.classifier(tmp_path, 7, pool="token").eval()
     expected = model.head(encoders.features(encoder, images)["cls"])
     assert torch.allclose(model(images), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["beitv2", "simmim"])
+def test_absolute_positions_of_a_beit_start_as_published_and_are_not_decayed(name):
+    """Cut at one deviation of 0.02, as all of BEiT's weights; timm cuts at 2."""
+    given = tiny.spec(image_size=64, embed_dim=64, args={"use_abs_pos_emb": True})
+    plain, beit = (encoders.create(each, "beit") for each in (tiny.spec(), given))
+    assert plain.pos_embed is None
+    assert encoders.embeddings(plain) == {"cls_token"}
+    expected = truncnorm(-1, 1, scale=0.02)
+    for token in (beit.pos_embed, encoders.create(given, "beit").pos_embed):
+        values = token.detach().flatten().numpy()
+        assert len(values) == 257 * 64 and abs(values).max() <= 0.02
+        assert kstest(values, expected.cdf).pvalue > 1e-3
+        assert values.std() == pytest.approx(expected.std(), rel=0.05)
+    method = tiny.method(name, given)
+    decayed, undecayed = optim.groups(method, 0.05)
+    of = {id(p): key for key, p in method.named_parameters()}
+    undecayed = {of[id(p)] for p in undecayed["params"]}
+    assert {"encoder.pos_embed", "encoder.cls_token"} <= undecayed
+    decayed = {of[id(p)] for p in decayed["params"]}
+    assert {"mask_token", "encoder.rel_pos_bias.relative_position_bias_table"} <= decayed
 
 
 def test_classifier_of_a_beit_unshares_the_table(images, tmp_path):

@@ -251,6 +251,47 @@ def test_the_first_stage_of_dvc_says_when_the_jobs_are_others(lab):
     assert it.right() and it.pending() == set()
 
 
+def test_an_experiment_of_dvc_changes_settings_and_says_when_it_would_change_jobs(lab):
+    it = lab("dvc")
+    content = it.read()
+    content["grid"]["seeds"] = [0]
+    it.write(content)
+    it.python("-m", "workflow.plan")
+    it.save("before")
+    it.dvc("exp", "run", "-q", "-S", "methods.mae.mask_ratio=0.5")
+    assert set(it.ran()) == MAE_JOBS
+    assert it.right() and it.clean() and it.pending() == set()
+    it.save("a setting")
+
+    said = it.dvc("exp", "run", "-S", "grid.seeds=[0,1]", good=False)
+    assert "params.yaml keeps the change: please run `dvc exp run` again." in said
+    it.dvc("exp", "run", "-q")
+    assert len(it.ran()) == 5 and it.right() and it.clean()
+
+
+def test_an_experiment_in_a_temporary_workspace(lab):
+    """As the queue runs one. Its results wait in DVC's cache until they are applied."""
+    it = lab("dvc")
+    content = it.read()
+    content["grid"]["seeds"] = [0]
+    it.write(content)
+    it.python("-m", "workflow.plan")
+    it.save("before")
+    it.dvc("exp", "run", "-q", "--temp", "-n", "half", "-S", "methods.mae.mask_ratio=0.5")
+    assert it.read()["methods"]["mae"]["mask_ratio"] == 0.75 and it.right()
+    it.dvc("exp", "apply", "-q", "half")
+    assert it.read()["methods"]["mae"]["mask_ratio"] == 0.5
+    assert it.right() and it.pending() == set() and it.clean() and it.ran() == []
+    it.save("half")
+
+    said = it.dvc("exp", "run", "--temp", "-S", "grid.seeds=[0,1]", good=False)
+    assert "run `python -m workflow.plan`, then the experiment." in said
+    it.write(it.read() | {"grid": it.read()["grid"] | {"seeds": [0, 1]}})
+    it.python("-m", "workflow.plan")
+    it.dvc("exp", "run", "-q", "--temp", "-n", "two")
+    assert "two" in it.dvc("exp", "list")
+
+
 def test_a_chain_of_stages_grows_by_either_engine(lab):
     it = lab("snakemake")
     content = it.read()

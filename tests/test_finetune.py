@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from timm.data.mixup import mixup_target
 
 from stages.kit.data import loader, store
 from stages.kit.nets import encoders
+from stages.kit.spec import configure
 from stages.kit.train import loop, mixing, optim
 from stages.tasks import finetune
 from stages.tasks.finetune import Classifier, Config, Subset, kept, micro_batch, softened
 from tests import tiny
+from workflow.params import read
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +271,32 @@ def test_the_default_recipe():
 def test_the_published_recipe_is_one():
     config = Config(**finetune.PUBLISHED)
     assert (config.epochs, config.lr, config.lr_per, config.layer_decay) == (100, 5e-4, 256, 0.65)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "expected"),
+    [
+        ("mae", 2e-3, {"schedule": "mae", "layer_decay": 0.65, "warmup": 0.05, "head_std": None}),
+        ("dbot-2", 1.2e-3, {"schedule": "mae", "layer_decay": 0.65, "head_std": 0.01}),
+        ("beitv2-300", 5e-4, {"schedule": "beit", "layer_decay": 0.65, "drop_path": 0.1}),
+        ("beitv2", 5e-4, {"schedule": "beit", "layer_decay": 0.6, "drop_path": 0.2}),
+        ("simmim-vitb", 5e-3, {"schedule": "simmim", "layer_decay": 0.65, "clip": 5.0}),
+        ("simmim", 5e-3, {"schedule": "simmim", "layer_decay": 0.9, "warmup": 0.2}),
+        ("simmim-800", 5e-3, {"schedule": "simmim", "layer_decay": 0.8, "warmup_from": 2e-4}),
+        ("dino", 1e-3, {"schedule": "beit", "pool": "token"}),
+    ],
+)
+def test_published_fine_tuning_of_each_method_in_the_preset(name, lr, expected):
+    """Rates at the papers' batches; what the papers do differently from MAE."""
+    run = read(Path(__file__).parents[1] / "presets/imagenet.yaml").runs[name]
+    given = run.tasks["finetune"].settings.config
+    assert {key: given[key] for key in expected} == expected
+    assert (given["eval_crop"], given["min_lr"], given["positions"]) == (0.875, 1e-6, "bicubic")
+    shared = [given[key] for key in ("mixup", "cutmix", "smoothing", "erase")]
+    assert shared == [0.8, 1.0, 0.1, 0.25]
+    config = configure(Config, given)
+    train = {"epochs": config.epochs, "batch_size": config.batch_size}
+    assert loop.Recipe.of(config, train, 10).lr == pytest.approx(lr)
 
 
 @pytest.mark.parametrize(("kind", "style"), [("vit", "timm"), ("vit", "beit"), ("swin", "timm")])

@@ -47,6 +47,20 @@ def test_same_as_scikit_learn_with_the_same_weights():
     torch.testing.assert_close(mine / mine.sum(1, keepdim=True), probability, rtol=1e-3, atol=1e-4)
 
 
+def test_top_five_counts_only_classes_that_got_votes():
+    """Seven classes, three neighbours: their classes are 4, 6 and 4, so 0 to 3 are no guesses."""
+    train = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [-1.0, 0.0]]), dim=1)
+    queries = torch.tensor([[1.0, 0.0]]).expand(7, 2)
+    for temperature in (0.07, 1e-6):  # weights of 1e-6 would be 0 in float32
+        blocks = [(train, torch.tensor([4, 6, 4, 0]))]
+        scores = vote(queries, blocks, [3], temperature, 7)[3]
+        assert ((scores > 0) == torch.tensor([0, 0, 0, 0, 1, 0, 1]).bool()).all()
+        found = accuracy(scores, torch.arange(7), least=0.0)
+        assert found["top5"] == pytest.approx(2 / 7) and found["top1"] == pytest.approx(1 / 7)
+    ranked = torch.arange(7.0).expand(7, 7)  # without `least` the five best, whatever their score
+    assert accuracy(ranked - 10, torch.arange(7))["top5"] == pytest.approx(5 / 7)
+
+
 def test_one_hot_features_give_a_hundred_percent():
     labels = torch.arange(4).repeat(30)
     features = F.one_hot(labels, 4).float()

@@ -47,8 +47,8 @@ class FakeSplit:
             raise OSError(f"image {i} is broken")
         return self.pixels[i]
 
-    def square(self, indices: np.ndarray, size: int) -> torch.Tensor:
-        assert size == 10
+    def square(self, indices: np.ndarray, size: int, crop: float) -> torch.Tensor:
+        assert size == 10 and crop == 1
         return torch.from_numpy(self.pixels[indices])
 
 

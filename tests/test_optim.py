@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
 
 from stages.kit.nets import ema
 from stages.kit.spec import Spec, configure
 from stages.kit.train import optim, precision, schedule
 from stages.kit.train.loop import Recipe
+from workflow import plugins
 from workflow.checks import Optimiser
 
 
@@ -142,7 +146,77 @@ def test_rate_that_drops_at_given_shares_of_the_training():
     assert rates == pytest.approx([0, 2e-4, 4e-4, 4e-4, 4e-5, 4e-5])
 
 
-CHANGED = {"optimizer": "sgd", "lr_drops": (0.5,), "betas": (0.5, 0.6), "clip_mode": "tensor"}
+def official_beit(base, final, epochs, per_epoch, warmup_epochs):
+    """cosine_scheduler of BEiT, DINO and iBOT: the rate of every step."""
+    warm = warmup_epochs * per_epoch
+    after = np.arange(epochs * per_epoch - warm)
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * after / len(after)))
+    return np.concatenate([np.linspace(0, base, warm), cosine])
+
+
+def test_schedule_of_beit_dino_and_ibot_reaches_the_peak_in_the_last_step_of_the_warm_up():
+    config = Optimiser(lr=1.5e-3, min_lr=1e-5, warmup=0.2, schedule="beit")
+    recipe = Recipe.of(config, {"epochs": 10, "batch_size": 64}, 5)
+    found = [recipe.lr_at(step) for step in range(recipe.steps)]
+    np.testing.assert_allclose(found, official_beit(1.5e-3, 1e-5, 10, 5, 2), rtol=1e-12)
+    assert found[0] == 0 and found[9] == found[10] == 1.5e-3
+    ours = [replace(recipe, schedule="mae").lr_at(step) for step in range(recipe.steps)]
+    assert ours[9] < ours[10] == 1.5e-3 and ours[10:] == found[10:]
+    one = replace(recipe, warmup=1)
+    assert [one.lr_at(0), one.lr_at(1)] == [0, 1.5e-3]  # as np.linspace(0, 1.5e-3, 1)
+
+
+@pytest.mark.parametrize("drops", [(), (0.7, 0.85)])
+def test_schedule_of_simmim_is_timms_set_after_each_step(drops):
+    config = Optimiser(
+        lr=1e-3,
+        min_lr=1e-5,
+        warmup=0.1,
+        warmup_from=0.005,
+        lr_drops=drops,
+        schedule="simmim",
+    )
+    recipe = Recipe.of(config, {"epochs": 10, "batch_size": 64}, 10)
+    sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1e-3)
+    how = {"warmup_t": 10, "warmup_lr_init": 5e-6, "t_in_epochs": False, "warmup_prefix": False}
+    if drops:  # timm takes the first step of a drop for one before it, SimMIM's own code does not
+        at = [round(drop * 100) for drop in drops]
+        official = MultiStepLRScheduler(sgd, decay_t=at, decay_rate=0.1, **how)
+        official.get_curr_decay_steps = lambda t: bisect.bisect_right(at, t)
+    else:
+        official = CosineLRScheduler(sgd, t_initial=100, lr_min=1e-5, **how)
+    rates = []
+    for step in range(100):
+        rates.append(sgd.param_groups[0]["lr"])
+        official.step_update(step)
+    found = [recipe.lr_at(step) for step in range(100)]
+    np.testing.assert_allclose(found, rates, rtol=1e-9)
+    assert found[0] == found[1] == pytest.approx(5e-6)
+    if drops:  # one step late
+        assert found[70] == 1e-3 and found[71] == pytest.approx(1e-4)
+    else:
+        assert max(found) < 1e-3
+
+
+def test_published_recipes_count_their_steps_as_their_official_codes():
+    found = {
+        f"{kind}/{name}": plugins.module(kind, name).PUBLISHED.get("schedule", "mae")
+        for kind in ("method", "target")
+        for name in plugins.names(kind)
+        if getattr(plugins.module(kind, name), "PUBLISHED", None)
+    }
+    beit = ("method/beitv2", "method/dino", "method/ibot", "target/dino", "target/vqkd")
+    assert {name for name, schedule in found.items() if schedule == "beit"} == set(beit)
+    assert {name for name, schedule in found.items() if schedule == "simmim"} == {"method/simmim"}
+
+
+CHANGED = {
+    "optimizer": "sgd",
+    "lr_drops": (0.5,),
+    "betas": (0.5, 0.6),
+    "clip_mode": "tensor",
+    "schedule": "beit",
+}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Optimiser)])

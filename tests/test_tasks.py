@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision import transforms
 
 from stages import tasks, transfer
 from stages.kit.data import loader, store
 from stages.kit.nets import attention, encoders
-from stages.kit.spec import Spec
+from stages.kit.spec import Spec, configure
 from stages.tasks import _features
 from tests import tiny
 from workflow import plugins
@@ -332,6 +334,31 @@ def images_of(lab, split="test", size=16) -> torch.Tensor:
     """A split's images in the evaluation view, normalised as in the pretraining."""
     ((images, _, _),) = loader.evaluation(store.Split.open(lab.data, split), size, 100)
     return lab.spec.normalise(images)
+
+
+def test_evaluations_may_show_the_middle_of_the_square(lab):
+    """As published (256 -> 224): here 16 pixels of 18, in the features and in what each task asks.
+
+    torchvision, on the stored squares of 16 pixels, is the judge.
+    """
+    split, bicubic = store.Split.open(lab.data, "test"), transforms.InterpolationMode.BICUBIC
+    crop = transforms.Compose([transforms.Resize(18, bicubic), transforms.CenterCrop(16)])
+    stored = [Image.fromarray(split.decode(i)) for i in range(len(split))]
+    images = torch.stack([transforms.functional.to_tensor(crop(image)) for image in stored])
+    ((seen, _, _),) = loader.evaluation(split, 16, 100, crop=0.875)
+    assert torch.equal(seen, images)
+    with torch.no_grad():
+        tokens = encoders.features(encoders.load(lab.encoder).eval(), lab.spec.normalise(images))
+    found = frozen(lab, crop=0.875)
+    torch.testing.assert_close(found["cls"], tokens["cls"], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found["cls"], frozen(lab)["cls"], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["knn", "linear", "finetune"])
+def test_published_evaluations_crop_and_the_default_ones_do_not(name):
+    task = tiny.module(name, "task")
+    assert task.Config().eval_crop == 1 and task.PUBLISHED["eval_crop"] == 0.875
+    configure(task.Config, task.PUBLISHED)
 
 
 def test_features_are_those_of_the_loaded_encoder(lab):

@@ -15,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from stages.kit.job import courier, track
 
 ROOT = Path(__file__).resolve().parents[1]
+START = track._start_courier
 REFUSED = "http://127.0.0.1:9"  # nothing listens on the discard port
 
 
@@ -435,7 +437,96 @@ def test_a_temporary_workspace_of_dvc_leaves_its_entries_in_the_project(tmp_path
     whole(make_run(tmp_path / ".dvc" / "tmp" / "exps" / "tmpa1b2"))
     [entry] = track.entries(box(tmp_path))
     note = track.read(entry / "note.json")
-    assert note["uri"] == f"sqlite:///{tmp_path}/mlflow.db" and (entry / "files/encoder").is_dir()
+    assert track.store_uri(tmp_path, note["uri"]) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert (entry / "files/encoder").is_dir()
+
+
+def test_the_courier_of_a_temporary_workspace_runs_the_projects_code(tmp_path, monkeypatch):
+    """The workspace may be gone before Python has read it."""
+    monkeypatch.setattr(track, "_start_courier", START)
+    started = []
+    monkeypatch.setattr(track.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    outside, project = tmp_path / "outside", tmp_path / "project"
+    for folder in (outside, project):
+        box(folder).mkdir(parents=True)
+    (project / "stages/kit/job").mkdir(parents=True)
+    (project / "stages/kit/job/courier.py").touch()
+    for folder, code in ((outside, ROOT), (project, project)):
+        track._start_courier(box(folder))
+        assert started.pop()["PYTHONPATH"].split(os.pathsep)[0] == str(code)
+
+
+def test_a_moved_project_takes_its_store_its_artifacts_and_its_outbox_along(empty_store, tmp_path):
+    """What arrived before the move is found, what waits is delivered, the old place stays away."""
+    old, new = tmp_path / "an old place", tmp_path / "märz #2"
+    old.mkdir()
+    shutil.copyfile(empty_store, old / "mlflow.db")
+    whole(make_run(old, "before-s0", "a" * 64))
+    assert courier.replay(box(old)) == (1, [])
+    whole(make_run(old, "waiting-s0", "b" * 64))
+    killed = make_run(old, "killed-s0", "c" * 64)
+    _, kill = start(killed)
+    write_history(killed.work, 4)
+    kill()
+    os.rename(old, new)
+    whole(make_run(new, "after-s0", "d" * 64))
+    assert courier.replay(box(new)) == (3, [])
+    client, _, found = runs_of(new)
+    assert len(found) == 4
+    for run in found:
+        path = Path(unquote(urlsplit(run.info.artifact_uri).path))
+        assert path.is_relative_to(new / "mlruns")
+        names = {file.path for file in client.list_artifacts(run.info.run_id)}
+        kept = run.info.run_name != "pretrain/killed-s0"
+        assert ("manifest.json" in names) == kept
+        if kept:
+            folder = client.download_artifacts(run.info.run_id, "encoder")
+            assert (Path(folder) / "config.json").read_text() == "{}"
+        assert len(steps(client, run)) == (20 if kept else 4)
+    assert not old.exists()
+
+
+def test_a_replay_of_nothing_finds_the_artifacts_of_a_copied_project(empty_store, tmp_path):
+    """As `make ui` begins. The copy's artifacts are its own, those of the first one stay."""
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    whole(make_run(tmp_path))
+    assert courier.replay(box(tmp_path)) == (1, [])
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copyfile(tmp_path / "mlflow.db", copy / "mlflow.db")
+    shutil.copytree(tmp_path / "mlruns", copy / "mlruns")
+    assert courier.main(["--replay", "--work", str(copy / "work")]) == 0
+    for folder in (tmp_path, copy):
+        with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as store:
+            uris = [uri for (uri,) in store.execute("SELECT artifact_uri FROM runs")]
+        assert uris and all(uri.startswith((folder / "mlruns").as_uri()) for uri in uris)
+
+
+def test_artifacts_that_a_person_keeps_elsewhere_stay_there(lab, tmp_path):
+    client, *_ = runs_of(lab)
+    elsewhere = tmp_path / "shared" / "mlruns" / "mine"
+    elsewhere.mkdir(parents=True)
+    places = [elsewhere.as_uri(), "s3://bucket/mlruns/mine", (tmp_path / "gone").as_uri()]
+    for number, place in enumerate(places):
+        client.create_experiment(f"mine{number}", place)
+    runs_of(lab)
+    found = [client.get_experiment_by_name(f"mine{n}").artifact_location for n in range(3)]
+    assert found == places
+
+
+def test_an_outdated_store_is_named_with_what_to_do(lab, capsys):
+    """Nothing is lost: after MLflow's command the entries arrive. Here the version is set back."""
+    whole(make_run(lab))
+    with contextlib.closing(sqlite3.connect(lab / "mlflow.db")) as store, store:
+        [(version,)] = store.execute("SELECT version_num FROM alembic_version").fetchall()
+        store.execute("UPDATE alembic_version SET version_num = '0584bdc529eb'")
+    assert courier.main(["--replay", "--work", str(lab / "work")]) == 1
+    said = capsys.readouterr().out
+    assert "pretrain/mae-s0: MlflowException: Detected out-of-date database schema" in said
+    assert f"'mlflow db upgrade sqlite:///{lab}/mlflow.db'" in said
+    with contextlib.closing(sqlite3.connect(lab / "mlflow.db")) as store, store:
+        store.execute("UPDATE alembic_version SET version_num = ?", (version,))
+    assert courier.replay(box(lab)) == (1, [])
 
 
 # ------------------------------------------------------------------------------ in real processes

@@ -20,8 +20,11 @@ from stages.kit.nets.target import Frozen, Target
 from stages.kit.parts import health as measure
 from stages.kit.parts import quantize
 from stages.kit.parts.quantize import Codebook, Learner
+from stages.kit.spec import configure
+from stages.kit.train.recipe import Recipe
 from stages.targets import vqkd
 from tests import tiny
+from workflow.params import read
 
 SMALL = dict(codes=8, code_dim=4, vectors_per_code=4, kmeans_after=0.0)
 images = tiny.images
@@ -163,6 +166,8 @@ import torch
 import torch.nn.functional as F
 from stages.kit import dist
 from stages.kit.parts.quantize import Codebook, Learner
+from stages.kit.spec import configure
+from stages.kit.train.recipe import Recipe
 
 def learn(rank, world):  # k-means and two moving averages, on this rank's share of the vectors
     torch.manual_seed(rank)  # the first codes differ: k-means must make them the same
@@ -300,6 +305,34 @@ def test_kmeans_starts_after_its_share_and_in_the_second_half_at_the_latest():
     model(dict(view=images()), progress(0, steps=1))
     model.after_step(progress(0, steps=1))  # even a single step
     assert bool(model.learner.started)
+
+
+def test_published_kmeans_is_of_the_first_batch_and_no_weight_moves_before_it():
+    """As officially: the codes are k-means of what the untrained encoder gives."""
+    given = {key: value for key, value in vqkd.PUBLISHED.items() if "_" in key or key == "warmup"}
+    train = {"epochs": 100, "batch_size": given.pop("batch_size")}
+    config = configure(vqkd.Config, given | {"codes": 8, "code_dim": 4})
+    torch.manual_seed(0)
+    model = vqkd.Training(config, spec(), Frozen(Teacher()))
+    assert Recipe.of(config, train, steps_per_epoch=5).lr_at(0) == 0
+    assert not bool(model.learner.started)
+    vectors = model.target.encode(images()).detach().flatten(0, 1)
+    model(dict(view=images()), progress(0, steps=500))
+    model.after_step(progress(0, steps=500))
+    assert bool(model.learner.started)
+    expected = quantize.kmeans(vectors, 8, seed=progress().seed)
+    torch.testing.assert_close(model.target.codebook.vectors, expected)
+    # k-means waits for no second batch: at 224 px an image has 196 patches
+    assert train["batch_size"] * 196 > 8192 * config.vectors_per_code
+
+
+def test_presets_that_ask_for_the_published_tokenizer_get_its_kmeans():
+    folder, found = Path(__file__).parents[1] / "presets", {}
+    for path in sorted(folder.glob("*.yaml")):
+        for name, target in read(path).targets.items():
+            if target.kind == "vqkd" and target.settings.config["kmeans_after"] == 0:
+                found.setdefault(path.stem, set()).add(name)
+    assert found == {"imagenet": {"vqkd"}, "photos64": {"vqkd", "vqkd-dino"}}
 
 
 def test_without_kmeans_random_codes_are_used_from_the_start():

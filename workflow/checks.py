@@ -45,6 +45,9 @@ class Optimiser(Settings):
     # shares of the steps at which a constant rate falls to a tenth
     lr_drops: tuple[float, ...] = ()
     warmup: float = 0.05  # share of the steps
+    warmup_from: float = 0.0  # share of lr at which it begins
+    # whose official code counts the steps of the rate, see kit/train/schedule.py
+    schedule: Literal["mae", "beit", "simmim"] = "mae"
     weight_decay: float = 0.05
     weight_decay_end: float | None = None  # reached as a cosine; None: constant
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
@@ -59,7 +62,7 @@ class Optimiser(Settings):
         within(self, "[1, inf)", "lr_per")
         within(self, "[0, inf)", "min_lr", "weight_decay", "weight_decay_end", most=1000)
         within(self, "[0, inf)", "clip")
-        within(self, "[0, 1)", "warmup", "betas", "sgd_momentum")
+        within(self, "[0, 1)", "warmup", "warmup_from", "betas", "sgd_momentum")
         within(self, "(0, 1)", "lr_drops")
 
 
@@ -85,6 +88,21 @@ class SizedCrop(Crop):
     def __post_init__(self):
         super().__post_init__()
         within(self, "[4, inf)", "input_size", most=MOST_PIXELS)
+
+
+@dataclass(frozen=True)
+class Evaluation(Settings):
+    """What of an image a task's evaluation shows, and how the encoder is fitted to its size."""
+
+    # middle share of the centre square's side; papers resize to 256 pixels for crops of 224: 0.875
+    eval_crop: float = 1.0
+    # how tables of positions are resized, if they must be: by timm, or as officially, see
+    # kit/nets/positions.py
+    positions: Literal["timm", "bicubic", "dino"] = "timm"
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "(0, 1]", "eval_crop")
 
 
 @dataclass(frozen=True)

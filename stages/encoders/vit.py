@@ -7,7 +7,8 @@ the method:
 - "sincos": MAE's (arXiv 2111.06377), fixed sin-cos positions, zero for the prefix, xavier weights;
 - "beit": BEiT's (arXiv 2106.08254, 2208.06366), timm's Beit with one table of relative positions
   that all blocks share and no absolute ones, weights cut at one deviation of 0.02, what block n
-  adds divided by sqrt(2 n), layer scale.
+  adds divided by sqrt(2 n), layer scale. With `args: {use_abs_pos_emb: true}` it has absolute ones,
+  too. They start as the class token does, and neither is decayed (`encoders.embeddings`).
 
 Tokens are ordered prefix (class token, registers) first, then patches row by row.
 """
@@ -71,7 +72,9 @@ def create(spec, style: str = "timm", *, drop_path=0.0, layer_scale=None, **kw) 
     elif style == "beit":
         trunc_init(encoder)
         scale_by_depth(encoder.blocks)
-        nn.init.trunc_normal_(encoder.cls_token, std=0.02, a=-0.02, b=0.02)
+        for token in (encoder.cls_token, encoder.pos_embed):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
     return encoder
 
 

@@ -14,6 +14,8 @@ initialisation pass. Departures:
 - colours are jittered after the crop, not before (contrast then refers to the mean grey of the
   crop);
 - student and tokenizer see the same resized pixels, where the official code resizes a crop twice;
+- the rate reaches its peak in the step after the warm-up, officially in the warm-up's last one
+  (`schedule: beit`, which PUBLISHED has);
 - `mask_ratio` is rounded to a count of patches; 0.3827 gives the official 75 of 196;
 - defaults are for small images; PUBLISHED is the recipe for ImageNet and ViT-B/16 over 300 epochs
   (1600 epochs: betas 0.9, 0.999, drop_path 0.1; ViT-L: layer_scale 1e-5, early_layer 21).
@@ -57,6 +59,7 @@ PUBLISHED = {
     "lr_per": None,
     "min_lr": 1e-05,
     "warmup": 0.0333,
+    "schedule": "beit",
     "weight_decay": 0.05,
     "betas": [0.9, 0.98],
     "clip": 3.0,
@@ -149,10 +152,10 @@ class Method(nn.Module):
         scale_by_depth(self.aggregation, first=self.early + 1)
 
     def no_weight_decay(self) -> set[str]:
-        """Besides one-dimensional parameters. The mask token and the table of relative positions
-        are decayed.
+        """Besides one-dimensional parameters: the class token, and absolute positions where the
+        encoder has any. The mask token and the table of relative positions are decayed.
         """
-        return {"encoder.cls_token"}
+        return {f"encoder.{name}" for name in encoders.embeddings(self.encoder)}
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss", and loss and accuracy of each of the two

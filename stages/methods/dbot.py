@@ -24,6 +24,8 @@ Follows liuxingbin/dbot, main branch, with these departures:
   two, or three for dense tasks (ViT-H: drop_path 0.3; ViT-L, ViT-H: no clip).
 The published CLIP-teacher results come from another code base (a BEiT-like student, block masks,
 cosine loss), which is not this method. As in MAE, the class and mask tokens do get weight decay.
+Its fine-tuning starts the head with a deviation of 0.01, where MAE's has 2e-5 (`head_std` of the
+task finetune, as in presets/imagenet.yaml).
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ encoder and in neither branch. Departures:
 - A teacher's features are normalised per token (ours; the official code knows HOG only).
 - Defaults are for small images; PUBLISHED is the recipe for ImageNet and ConvViT-B (400 epochs of
   two masks are 800 effective ones; ConvViT-L: clip 3).
-As there, only one-dimensional parameters get no weight decay; the mask token gets it.
+As there, the norms of the visible branch have eps 1e-6, as those of encoder and decoder do. Only
+one-dimensional parameters get no weight decay; the mask token gets it.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ PUBLISHED = {
     "betas": [0.9, 0.95],
 }
 BETA = 2.0  # of the smooth L1 loss of the visible branch
+EPS = 1e-6  # of the visible branch's norms, as of all norms of the transformer
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,9 @@ class Method(nn.Module):
         self.projector = self.predictor = None
         if config.vis_weight:
             self.projector = nn.Sequential(
-                *(nn.Linear(width, dim), nn.LayerNorm(dim), nn.GELU()),
-                *(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.GELU()),
-                *(nn.Linear(dim, dim), nn.LayerNorm(dim, elementwise_affine=False)),
+                *(nn.Linear(width, dim), nn.LayerNorm(dim, eps=EPS), nn.GELU()),
+                *(nn.Linear(dim, dim), nn.LayerNorm(dim, eps=EPS), nn.GELU()),
+                *(nn.Linear(dim, dim), nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)),
             )
             self.predictor = nn.Linear(dim, out)
             xavier_init(self.projector)

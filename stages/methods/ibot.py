@@ -60,6 +60,7 @@ PUBLISHED = {
     "lr_per": 256,
     "min_lr": 1e-06,
     "warmup": 0.0125,
+    "schedule": "beit",
     "weight_decay": 0.04,
     "weight_decay_end": 0.4,
     "clip": 3.0,

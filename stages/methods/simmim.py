@@ -14,8 +14,9 @@ positions; its class token is carried along without a loss of its own. Departure
 - the count of hidden pixels, never 0, is divided by as it is, not with 1e-5 added: a batch may be
   cut into micro batches;
 - crops are resized bicubically, not bilinearly;
-- the rate warms up from 0 and ends at min_lr; officially from base/200 (base/100 for 100 epochs),
-  and the cosine is not shifted by the warm-up, so that the base rate is never quite reached;
+- the rate warms up from 0 and ends at min_lr. Officially it starts at a 200th of its peak, lags a
+  step behind, and its cosine is not shifted by the warm-up (`schedule: simmim`, `warmup_from`, both
+  in PUBLISHED; kit/train/schedule.py). presets/imagenet.yaml fine-tunes by the same schedule;
 - without the final norm (`final_norm: false`) the exported encoder still normalises its tokens,
   with weights 1 and 0;
 - defaults are for small images: mask_unit is a quarter of the image (8 at 32 px, 16 at 64 px).
@@ -53,6 +54,8 @@ PUBLISHED = {
     "lr_per": 512,
     "min_lr": 4e-05,
     "warmup": 0.1,
+    "warmup_from": 0.005,
+    "schedule": "simmim",
     "weight_decay": 0.05,
     "betas": [0.9, 0.999],
     "clip": 5.0,
@@ -123,9 +126,12 @@ class Method(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Besides one-dimensional parameters. As run officially, a ViT's mask token and all
-        relative-position tables are decayed, a Swin's mask token is not.
+        relative-position tables are decayed; a Swin's mask token is not, nor are a ViT's class
+        token and its absolute positions, where it has any.
         """
-        return {"mask_token"} if self.staged else {"encoder.cls_token"}
+        if self.staged:
+            return {"mask_token"}
+        return {f"encoder.{name}" for name in encoders.embeddings(self.encoder)}
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean absolute error of (hidden) normalised

@@ -13,9 +13,13 @@ says how the codes move and where that departs. Further departures:
   The official code clusters what the untrained encoder gives; in short trainings most codes are
   then never used. In 150 steps of batch 64 (512 codes, rendered scenes of 32 pixels) usage over the
   validation images rose from 36 to 100 % with a DINO teacher and from 12 to 64 % with
-  EfficientNet-Lite0, and the reconstruction improved, too;
+  EfficientNet-Lite0, and the reconstruction improved, too. PUBLISHED has it in the first step, as
+  has presets/photos64.yaml. That step is not quantised yet, but its rate is 0: the codes are made
+  by the untrained encoder, and no weight moves before they are used;
+- `health` looks at the whole centre square, the official validation at a crop of 224 of 256 pixels;
 - timm's ViT has a bias for keys, which the official one lacks; softmax cancels it;
 - the learning rate's warm-up is a share of the steps (official: 10 of 100 epochs, the same share);
+  the step after it is at the peak, officially its last one is (`schedule: beit`, in PUBLISHED);
 - defaults are for small images; PUBLISHED is the recipe for ImageNet, with a CLIP ViT-B/16 as
   teacher (decoder_depth 1 was also released).
 """
@@ -53,11 +57,13 @@ PUBLISHED = {
     "code_dim": 32,
     "decoder_depth": 3,
     "kmeans_after": 0.0,
+    "vectors_per_code": 1,
     "crop_min": 0.08,
     "lr": 5e-5,
     "lr_per": 128,
     "min_lr": 1e-5,
     "warmup": 0.1,
+    "schedule": "beit",
     "weight_decay": 1e-4,
     "betas": [0.9, 0.99],
 }

@@ -25,16 +25,21 @@ def labelled(split) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, labels[rows]
 
 
-def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> dict:
+def accuracy(scores: torch.Tensor, labels: torch.Tensor, least: float | None = None) -> dict:
     """Accuracies as fractions in [0, 1]; scores (n, K), higher = likelier, labels (n,).
 
     top1; top5 (None below 5 classes); per_class_mean: the mean over the classes that occur in
-    `labels` of their recall.
+    `labels` of their recall. least: a class is among an image's first five only with a higher score
+    than this; fewer than five may be.
     """
     right = (scores.argmax(1) == labels).double()
     count = torch.bincount(labels, minlength=scores.shape[1])
     hits = torch.bincount(labels, weights=right, minlength=scores.shape[1])
-    top5 = (scores.topk(5, 1).indices == labels[:, None]).any(1) if scores.shape[1] >= 5 else None
+    top5 = None
+    if scores.shape[1] >= 5:
+        five = scores.topk(5, 1)
+        hit = five.indices == labels[:, None]
+        top5 = (hit if least is None else hit & (five.values > least)).any(1)
     return {
         "top1": right.mean().item(),
         "top5": None if top5 is None else top5.double().mean().item(),

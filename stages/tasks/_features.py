@@ -9,7 +9,9 @@ or not at all. The folder may be deleted whenever nothing runs, and keeps itself
 by dropping what was used longest ago.
 
 Images of another size than the pretraining's. The encoder is loaded at the size of the task's data
-set, by timm, with the mean and standard deviation of its own pretraining:
+set, with the mean and standard deviation of its own pretraining. Its tables of positions are
+resized by timm. `positions: bicubic` and `positions: dino` resize them as official codes do
+(kit/nets/positions.py). timm's way:
 
 - absolute positions (ViT, ConvViT): bicubic with antialiasing, the patches' alone. MAE's and
   iBOT's code has no antialiasing, and with it torch takes another bicubic kernel, so a larger grid
@@ -56,6 +58,8 @@ def frozen(
     tokens: bool = False,
     taps: tuple[int, ...] = (),
     norm: bool = False,
+    crop: float = 1.0,
+    positions: str = "timm",
     batch_size: int = 256,
 ) -> dict[str, torch.Tensor]:
     """Features of all images of a split of the task's data, in its order; float32, on the CPU.
@@ -68,7 +72,8 @@ def frozen(
     with `norm` they go through the encoder's final norm, as in DINO's last four blocks. T and D are
     those of their stage.
 
-    The encoder is in eval mode and under inference_mode. With `augment` = (passes, smallest crop
+    The encoder is in eval mode and under inference_mode. It sees the middle `crop` of the centre
+    square's side (1: all of it, published: 0.875). With `augment` = (passes, smallest crop
     area, seed) every image is seen `passes` times through a random crop and flip, a pure function
     of seed, pass and image, and the tensors are (passes, N, ...). `precision` is "fp32" or "bf16"
     (autocast; results are stored in float32). Tensors are copy-on-write views of the cached files.
@@ -86,6 +91,8 @@ def frozen(
         "precision": precision,
         "device": run.device.type,
         "augment": augment,
+        "crop": crop,
+        "positions": positions,
         "torch": torch.__version__,
         "code": _code(trial.spec.kind),
     }
@@ -100,8 +107,9 @@ def frozen(
             part.mkdir()
             try:
                 workers = run.compute.get("workers", 1)
-                images = _images(trial.open(split), size, batch_size, augment, workers)
-                encoder = encoders.load(trial.encoder, img_size=size).to(run.device).eval()
+                images = _images(trial.open(split), size, batch_size, augment, workers, crop)
+                encoder = encoders.load(trial.encoder, positions, img_size=size)
+                encoder = encoder.to(run.device).eval()
                 if precision == "bf16":
                     attention.unfused(encoder, run.device)
                 _extract(encoder, images, part, run.device, precision, **asked)
@@ -166,11 +174,16 @@ def _states(encoder, images: torch.Tensor, taps: tuple, norm: bool) -> dict[str,
 
 
 def _images(
-    split, size: int, batch_size: int, augment: tuple[int, float, int] | None, workers: int
+    split,
+    size: int,
+    batch_size: int,
+    augment: tuple[int, float, int] | None,
+    workers: int,
+    crop: float,
 ):
     """The leading shape of the split's table, and (place in it, images in [0, 1]) one by one."""
     if augment is None:
-        batches = loader.evaluation(split, size, batch_size, workers)
+        batches = loader.evaluation(split, size, batch_size, workers, crop)
         placed = (
             (slice(int(index[0]), int(index[-1]) + 1), images) for images, _, index in batches
         )

@@ -10,10 +10,14 @@ Departures. Defaults are for small images and sets: rate 1e-3 at batch 256, laye
 epochs of which a tenth warms up, crops of at least half the area, RandAugment of magnitude 6, no
 erasing (`PUBLISHED` has MAE's). Neighbours in a batch are mixed with each other, see
 kit/train/mixing.py. The share of a mixed label is the area really kept. The last epoch is reported;
-official code prints the best one on the test set.
+official code prints the best one on the test set. SimMIM's code counts the steps of the rate in
+another way (`schedule: simmim`, `warmup_from: 0.0002`, kit/train/schedule.py), and its least rate
+is the same for all layers; here as in MAE's it is scaled with the layer.
 
 Images have `input_size`, or the size of the task's data set. Positions are resized to it as
-tasks/_features.py says. Mean and standard deviation are those of the pretraining.
+tasks/_features.py says. The evaluation shows the whole centre square; officially the image is
+resized to 256 and cropped to 224 (`eval_crop: 0.875`, which PUBLISHED has). Mean and standard
+deviation are those of the pretraining.
 """
 
 from __future__ import annotations
@@ -52,11 +56,13 @@ PUBLISHED = {
     "crop_min": 0.08,
     "randaugment": "rand-m9-mstd0.5-inc1",
     "erase": 0.25,
+    "eval_crop": 0.875,
+    "positions": "bicubic",
 }
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.SizedCrop):
+class Config(checks.Optimiser, checks.SizedCrop, checks.Evaluation):
     epochs: int = 50
     batch_size: int = 256
     lr_per: int | None = 256
@@ -72,6 +78,8 @@ class Config(checks.Optimiser, checks.SizedCrop):
     smoothing: float = 0.1  # of labels
     randaugment: str | None = "rand-m6-mstd0.5-inc1"  # timm's notation
     crop_min: float = 0.5  # 1: the centre square
+    # deviation of the head's first weights; None: as published, see kit/nets/encoders.py
+    head_std: float | None = None
     erase: float = 0.0  # probability of random erasing
     save_model: bool = False  # keep the classifier, as a timm folder
 
@@ -83,6 +91,7 @@ class Config(checks.Optimiser, checks.SizedCrop):
         checks.within(self, "[0, 1)", "drop_path", "smoothing")
         checks.within(self, "(0, 1]", "layer_decay")
         checks.within(self, "[0, inf)", "mixup", "cutmix")
+        checks.within(self, "(0, inf)", "head_std")
         if self.batch_size % 2:
             raise ValueError(
                 f"batch_size: found {self.batch_size}, expected an even number (images are mixed "
@@ -126,7 +135,13 @@ class Classifier(nn.Module):
         super().__init__()
         self.config, self.classes = config, classes
         self.model = encoders.classifier(
-            encoder_dir, classes, pool=config.pool, drop_path=config.drop_path, img_size=size
+            encoder_dir,
+            classes,
+            pool=config.pool,
+            drop_path=config.drop_path,
+            head_std=config.head_std,
+            positions=config.positions,
+            img_size=size,
         )
         for name in ("mean", "std"):
             values = torch.tensor(self.model.pretrained_cfg[name]).view(3, 1, 1)
@@ -163,7 +178,8 @@ class Classifier(nn.Module):
 def predict(classifier: Classifier, split, rows: torch.Tensor, run, size: int, batch: int):
     """Class scores (n, K) of the rows of a split in the evaluation view, float32, on the CPU."""
     classifier.eval()
-    batches = loader.evaluation(split, size, batch, run.compute.get("workers", 1))
+    workers, crop = run.compute.get("workers", 1), classifier.config.eval_crop
+    batches = loader.evaluation(split, size, batch, workers, crop)
     return torch.cat([classifier.logits(images.to(run.device)).cpu() for images, _, _ in batches])[
         rows
     ]
@@ -206,7 +222,8 @@ def run(trial: Trial) -> dict:
     save(trial, images, test.argmax(1))
     if config.save_model:
         own = {name: tuple(classifier.model.pretrained_cfg[name]) for name in ("mean", "std")}
-        encoders.save(classifier.model, run.out / "classifier", replace(spec, **own))
+        own = replace(spec, **own)
+        encoders.save(classifier.model, run.out / "classifier", own, crop=config.eval_crop)
     return {
         **accuracy(test, images.labels["test"]),
         "n_test": len(images.labels["test"]),

@@ -17,6 +17,8 @@ in MAE, but in evaluation by those of all training features, of which MAE's runn
 estimate; below 64 images a batch they are used in training too. Feature, normalisation and rate are
 chosen on the validation split (the papers choose on what they report), at the last epoch (MAE
 reports the best one), then repeated for every head seed: reported is their mean on the test split.
+The evaluation shows the whole centre square; officially the image is resized to 256 and cropped to
+224 (`eval_crop: 0.875`). PUBLISHED is MAE's probe of ViT-B, with that crop.
 """
 
 from __future__ import annotations
@@ -37,12 +39,24 @@ from workflow import checks
 
 HEADLINE = ("top1", "top-1 accuracy", "%")
 NEEDS = {"labels"}
+PUBLISHED = {
+    "features": ["cls"],
+    "norms": ["batchnorm"],
+    "lrs": [6.4],
+    "optimizer": "lars",
+    "epochs": 90,
+    "batch_size": 16384,
+    "warmup": 0.1111,
+    "crop_min": 0.08,
+    "eval_crop": 0.875,
+    "positions": "bicubic",
+}
 EPS = 1e-6  # of the BatchNorm
 ON_DEVICE = 4 << 30  # bytes of features that a GPU holds as a whole; more are fetched by the batch
 
 
 @dataclass(frozen=True)
-class Config(checks.Settings):
+class Config(checks.Evaluation):
     """features, norms, lrs: the sweep; lr is absolute, at the batch size; warmup: fraction of the
     steps; head_seeds: how often the chosen heads are trained, from other weights and in another
     order; passes: 1 = features of the evaluation transform, more = that many random crops (area
@@ -233,7 +247,8 @@ def run(trial: Trial) -> dict:
         raise trial.error(f"needs 2 or more labelled training images, found {count}")
 
     def features(split: str, augment=None) -> dict[str, torch.Tensor]:
-        every = frozen(trial, split, precision=config.precision, augment=augment)
+        fit = {"crop": config.eval_crop, "positions": config.positions}
+        every = frozen(trial, split, precision=config.precision, augment=augment, **fit)
         return {name: every[name] for name in config.features}
 
     def fit(heads: list[Head], number: int) -> list[Stack]:

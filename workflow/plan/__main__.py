@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
+from pathlib import Path
 
 from workflow.engines.dvc import RUNS, follow, outside
 from workflow.plan import Plan, load
@@ -38,11 +40,23 @@ def main(argv: list[str] | None = None) -> int:
     changed = (args.params, args.results) == DEFAULT and follow(plan)
     if args.check:
         if changed:
-            said = f"{RUNS} did not list the jobs of {args.params}; it does now."
-            print(f"{said} Please run `dvc repro` again.", file=sys.stderr)
+            print(f"{RUNS} did not list the jobs of {args.params}{_again()}", file=sys.stderr)
         return int(changed)
     _show(plan)
     return 0
+
+
+def _again() -> str:
+    """What to do when dvc.yaml was read with other jobs than params.yaml has, as DVC was called."""
+    if any(folder.parts[-3:] == (".dvc", "tmp", "exps") for folder in Path.cwd().parents):
+        return (
+            ", and in a temporary workspace DVC cannot read it again: `dvc exp run --temp` and the "
+            "queue may change settings, but not which jobs there are. Change those in params.yaml "
+            "itself, run `python -m workflow.plan`, then the experiment."
+        )
+    if "DVC_EXP_NAME" in os.environ:
+        return "; it does now. params.yaml keeps the change: please run `dvc exp run` again."
+    return "; it does now. Please run `dvc repro` again."
 
 
 def _show(plan: Plan) -> None:

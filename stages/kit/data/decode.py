@@ -246,17 +246,21 @@ def _eight_bits(values: np.ndarray, span: tuple[float, float] | None = None) -> 
     return np.rint(values * (255.0 / top)).astype(np.uint8)
 
 
-def square(image: np.ndarray, size: int, nearest: bool = False) -> np.ndarray:
-    """Evaluation transform: short side to `size` (antialiased bicubic), then the centre square.
+def square(
+    image: np.ndarray, size: int, nearest: bool = False, short: int | None = None
+) -> np.ndarray:
+    """Evaluation transform: short side to `short` (antialiased bicubic), then the centre square.
 
     (H, W, 3) or (H, W) uint8 -> (size, size, ...) uint8; the same numbers as torchvision's
-    Resize(size, BICUBIC) and CenterCrop(size) on a PIL image. `nearest` is for masks, whose values
-    are names rather than amounts.
+    Resize(short, BICUBIC) and CenterCrop(size) on a PIL image. short: None is `size`, which shows
+    all of the centre square. `nearest` is for masks, whose values are names rather than amounts.
     """
     height, width = image.shape[:2]
-    if height == width == size:
+    short = size if short is None else short
+    if height == width == size == short:
         return image
-    (cut_y, cut_x), (new_height, new_width), (top, left) = _placed(height, width, size)
+    placed = _placed(height, width, short, size)
+    (cut_y, cut_x), (new_height, new_width), (top, left) = placed
     if cut_y or cut_x:
         image = np.ascontiguousarray(image[cut_y : height - cut_y, cut_x : width - cut_x])
     how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
@@ -277,14 +281,17 @@ def square_boxes(boxes: np.ndarray, height: int, width: int, size: int) -> np.nd
     return np.stack(moved, 1)
 
 
-def _placed(height: int, width: int, size: int) -> tuple[tuple[int, int], ...]:
+def _placed(
+    height: int, width: int, size: int, window: int | None = None
+) -> tuple[tuple[int, int], ...]:
     """How `square` treats an image: rows and columns cut off at either end, height and width after
-    the resize, top and left of the square in that.
+    the resize to the short side `size`, top and left of the `window` (None: as large) in that.
     """
+    window = size if window is None else window
     short = min(height, width)
     cut_y, cut_x = (max(0, (side - LONGEST * short) // 2) for side in (height, width))
     new = int(size * (height - 2 * cut_y) / short), int(size * (width - 2 * cut_x) / short)
-    return (cut_y, cut_x), new, tuple(int(round((side - size) / 2.0)) for side in new)
+    return (cut_y, cut_x), new, tuple(int(round((side - window) / 2.0)) for side in new)
 
 
 @dataclass(frozen=True)

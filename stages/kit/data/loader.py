@@ -213,9 +213,10 @@ def _refuse_foreign(name: str, made: dict, count: int) -> None:
 
 
 def evaluation(
-    split, size: int, batch_size: int, workers: int = 1
+    split, size: int, batch_size: int, workers: int = 1, crop: float = 1.0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every image once, in order, as the evaluation transform shows it.
+    """Every image once, in order, as the evaluation transform shows it: the centre square, or of it
+    the middle `crop` of its side.
 
     Yields (images float32 (B, 3, size, size) in [0, 1], labels int64 (B,), index int64 (B,)).
     """
@@ -224,7 +225,7 @@ def evaluation(
 
     def make(start: int) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.arange(start, min(start + batch_size, len(split)))
-        images = split.square(index.numpy(), size).permute(0, 3, 1, 2).contiguous()
+        images = split.square(index.numpy(), size, crop).permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(np.asarray(split.labels)[index.numpy()].astype(np.int64))
         return images.float().div_(255), labels, index
 

@@ -176,21 +176,22 @@ class Split:
         source = self.facts.get("source", "its source")
         return f"{self.data_dir}: {what} are needed, but {source} gives none for {self.name}"
 
-    def square(self, indices: Sequence[int], size: int) -> torch.Tensor:
+    def square(self, indices: Sequence[int], size: int, crop: float = 1.0) -> torch.Tensor:
         """Rows in the evaluation view (short side to `size`, centre square): (B, size, size, 3)
         uint8.
 
-        In both modes the same pixels when size == store_size; otherwise mode "memmap" resizes the
-        stored square.
+        crop: the share of the short side that is seen; it is resized to size / crop. In both modes
+        the same pixels when size / crop == store_size; otherwise mode "memmap" resizes the stored
+        square.
         """
         import torch  # here, so that writing a data set needs no torch
 
-        rows = torch.as_tensor(indices).reshape(-1).numpy()
-        if self.images is not None and self.size == size:
+        rows, short = torch.as_tensor(indices).reshape(-1).numpy(), int(size / crop)
+        if self.images is not None and self.size == size == short:
             return torch.from_numpy(np.asarray(self.images[rows]))
         threads = min(4, cores(), len(rows))
         images = ordered_map(
-            lambda i: square(self.decode(i), size), rows, threads if threads > 1 else 0
+            lambda i: square(self.decode(i), size, short=short), rows, threads if threads > 1 else 0
         )
         out = np.empty((len(rows), size, size, 3), np.uint8)
         for place, image in zip(out, images, strict=True):

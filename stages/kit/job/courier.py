@@ -20,11 +20,13 @@ import math
 import os
 import re
 import shutil
+import sqlite3
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from stages.kit.job.track import entries, flat, held, now, read, store_uri
 
@@ -72,13 +74,13 @@ def send(outbox: Path, later: dict, uri: str | None = None) -> bool:
     """
     busy, down = False, set()
     for entry in entries(outbox):
-        began, alive = time.monotonic(), held(entry / "note.json")
+        began, alive, place = time.monotonic(), held(entry / "note.json"), None
         busy |= alive
         if later.get((entry, alive), 0) > began or (alive and uri):
             continue
         try:
             note = json.loads((entry / "note.json").read_text())
-            place = uri or note["uri"], note["experiment"]
+            place = uri or store_uri(outbox.parents[1], note["uri"]), note["experiment"]
             if place in down:
                 raise ConnectionError(f"{place[0]} has failed a moment ago")
             with _alone(place[0]):
@@ -93,9 +95,17 @@ def send(outbox: Path, later: dict, uri: str | None = None) -> bool:
         except Exception as error:
             wait = RETRY
             with suppress(OSError):
-                (entry / "error").write_text(f"{type(error).__name__}: {str(error)[:500]}")
+                (entry / "error").write_text(f"{type(error).__name__}: {_said(error, place)}")
         later[entry, alive] = time.monotonic() + wait
     return busy
+
+
+def _said(error: Exception, place: tuple[str, str] | None) -> str:
+    """An error's text. MLflow's advice on an outdated store gets the path of a SQLite file."""
+    text = str(error)[:500]
+    if place and _file(place[0]):
+        text = text.replace("<database_uri>", place[0])
+    return text
 
 
 def replay(outbox: Path, uri: str | None = None) -> tuple[int, list[str]]:
@@ -121,6 +131,8 @@ def connect(uri: str, experiment: str):
     artifacts = None
     if (base := _file(uri)) is not None:  # MLflow would take the working directory of the moment
         artifacts = (base.parent / "mlruns" / experiment).as_uri()
+        with suppress(sqlite3.OperationalError):  # no tables yet, or in use
+            follow(base)
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     if found and found.lifecycle_stage != "active":
@@ -134,10 +146,38 @@ def connect(uri: str, experiment: str):
     return client, number, parents[0].info.run_id
 
 
+def follow(base: Path) -> None:
+    """Corrects the paths of artifacts in a SQLite store whose project was moved or copied.
+
+    Artifacts lie in `mlruns` beside the store, and MLflow knows them by their whole path. What does
+    not lie there, because a person has chosen another place, stays as it is.
+    """
+    if not base.is_file():
+        return
+    with closing(sqlite3.connect(base)) as store, store:
+        experiments = "SELECT experiment_id, artifact_location FROM experiments"
+        for number, old in store.execute(experiments).fetchall():
+            place = Path(unquote(urlsplit(old or "").path))
+            if not (old or "").startswith("file:///") or "mlruns" not in place.parts:
+                continue
+            at = len(place.parts) - place.parts[::-1].index("mlruns")
+            here = base.parent.joinpath("mlruns", *place.parts[at:])
+            if here == place or (place.exists() and not here.exists()):
+                continue
+            new, length = here.as_uri(), len(old)
+            where = "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?"
+            moved = f"UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) {where}"
+            store.execute(moved, (new, length + 1, number, length, old))
+            moved = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?"
+            store.execute(moved, (new, number))
+
+
 def _deliver(entry: Path, note: dict, store: tuple, alive: bool) -> None:
     """Sends what the entry has and MLflow lacks; removes the entry when its job is over."""
     client, run = store[0], _run(note, *store)
     number, files, work = run.info.run_id, entry / "files", Path(note["work"])
+    if not work.is_dir():  # the project was moved
+        work = entry.parents[1] / work.name
     if "step" not in run.data.tags:
         _describe(client, number, note)
     step = int(run.data.tags.get("step", -1))
@@ -275,7 +315,11 @@ def main(argv: list[str] | None = None) -> int:
         serve(Path(given.serve[0]), float(given.serve[1]))
         return 0
     work = given.work.resolve()
-    done, left = replay(work / "track", given.uri and store_uri(work.parent, given.uri))
+    store = store_uri(work.parent, given.uri)
+    if (base := _file(store)) and base.is_file():
+        with _alone(store), suppress(sqlite3.OperationalError):
+            follow(base)  # even if nothing is to be sent
+    done, left = replay(work / "track", given.uri and store)
     print(f"tracking: {done} delivered, {len(left)} left", *left, sep="\n  ")
     return 1 if left else 0
 

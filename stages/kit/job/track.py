@@ -70,7 +70,7 @@ def _open(run):
         "mark": mark.read_text(),
         "name": run.job.id,
         "experiment": run.plan.experiment,
-        "uri": store_uri(project, run.compute.get("tracking_uri")),
+        "uri": chosen(run.compute.get("tracking_uri")),
         "tags": _tags(run),
         "params": flat(run.job.params),
         "start": now(),
@@ -132,10 +132,15 @@ def _tags(run) -> dict[str, str]:
 
 
 def _start_courier(outbox: Path) -> None:
-    """Starts the courier unless one is at work. It outlives the job, so its session is its own."""
+    """Starts the courier unless one is at work. It outlives the job, so its session is its own.
+
+    It runs the project's code where it can: a temporary workspace may vanish before it has started.
+    """
     if held(outbox / "courier.lock"):
         return
-    path = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH")]
+    places = [outbox.parents[1], Path(__file__).resolve().parents[3]]
+    code = next(p for p in places if (p / "stages/kit/job/courier.py").is_file())
+    path = [str(code), os.environ.get("PYTHONPATH")]
     with (outbox / "courier.log").open("a") as log:
         subprocess.Popen(
             [sys.executable, "-m", "stages.kit.job.courier", "--serve", str(outbox), str(IDLE)],
@@ -161,9 +166,17 @@ def _harmless():
 # ---------------------------------------------------------------------------------- for both sides
 
 
+def chosen(configured: str | None = None) -> str:
+    """The store to use: `configured`, else MLFLOW_TRACKING_URI, else mlflow.db in the project.
+
+    A path in it may be relative to the project: notes hold it so, and follow a moved project.
+    """
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
 def store_uri(project: Path, configured: str | None = None) -> str:
-    """The store to use: `configured`, else MLFLOW_TRACKING_URI, else mlflow.db in the project."""
-    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    """The store that is `chosen`, with its whole path."""
+    uri = chosen(configured)
     if uri.startswith("sqlite:///"):
         uri = f"sqlite:///{(project / uri.removeprefix('sqlite:///')).resolve()}"
     return uri

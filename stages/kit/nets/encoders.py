@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from stages.kit.nets.positions import fitted
 from workflow import plugins
 
 
@@ -152,6 +153,14 @@ def has_cls(encoder: nn.Module) -> bool:
     return getattr(encoder, "cls_token", None) is not None
 
 
+def embeddings(encoder: nn.Module) -> set[str]:
+    """Names of the encoder's class token and absolute positions, as far as it has them: what BEiT's
+    line of methods does not decay.
+    """
+    names = ("cls_token", "pos_embed")
+    return {name for name in names if getattr(encoder, name, None) is not None}
+
+
 def features(
     encoder: nn.Module, images: torch.Tensor, *, taps: tuple = (), attention: bool = False
 ) -> dict:
@@ -188,15 +197,18 @@ def depths(encoder: nn.Module) -> tuple[int, ...]:
 # --- export, import, fine-tuning ----------------------------------------------------------------
 
 
-def save(encoder: nn.Module, folder: str | Path, spec) -> None:
-    """Export as a timm folder (config.json, model.safetensors) with the preprocessing of `spec`."""
+def save(encoder: nn.Module, folder: str | Path, spec, crop: float = 1.0) -> None:
+    """Export as a timm folder (config.json, model.safetensors) with the preprocessing of `spec`.
+
+    crop: what share of the short side an evaluation shows.
+    """
     side = spec.image_size
     preprocessing = {
         "input_size": (3, side, side),
         "mean": tuple(spec.mean),
         "std": tuple(spec.std),
         "interpolation": "bicubic",
-        "crop_pct": 1.0,
+        "crop_pct": crop,
         "crop_mode": "center",
     }
     # not those of timm's own weights
@@ -210,14 +222,17 @@ def save(encoder: nn.Module, folder: str | Path, spec) -> None:
     )
 
 
-def load(folder: str | Path, **kw) -> nn.Module:
+def load(folder: str | Path, positions: str = "timm", **kw) -> nn.Module:
     """The exported encoder with its weights.
 
-    **kw goes to timm.create_model; another img_size resizes its positions. FileNotFoundError if
-    there is none.
+    **kw goes to timm.create_model; another img_size resizes its positions. positions: by timm, or
+    as `positions.fitted` does. FileNotFoundError if there is none.
     """
-    kind = _kind(folder)
-    encoder = timm.create_model(f"local-dir:{_checked(folder)}", pretrained=True, **kw)
+    kind, ready = _kind(folder), positions == "timm"
+    encoder = timm.create_model(f"local-dir:{_checked(folder)}", pretrained=ready, **kw)
+    if not ready:
+        state = load_file(Path(folder) / "model.safetensors")
+        encoder.load_state_dict(fitted(state, encoder, positions))
     encoder.family = kind
     return encoder
 
@@ -232,7 +247,13 @@ def _kind(folder: str | Path) -> str:
 
 
 def classifier(
-    folder: str | Path, num_classes: int, pool: str = "avg", drop_path: float = 0.0, **kw
+    folder: str | Path,
+    num_classes: int,
+    pool: str = "avg",
+    drop_path: float = 0.0,
+    head_std: float | None = None,
+    positions: str = "timm",
+    **kw,
 ) -> nn.Module:
     """An exported encoder with a new linear head, everything trainable: the start of fine-tuning.
 
@@ -241,8 +262,8 @@ def classifier(
     has only pretrained norm -> mean -> Linear ("avg"). drop_path rises linearly from 0 to its value
     over the blocks. A shared relative-position table is copied into every block. The head's weights
     start at truncated normal, standard deviation 2e-5 (ViT), 0.02 scaled by 0.001 (BEiT) or 0.02
-    (Swin); its bias at 0. **kw goes to timm (img_size resizes positions, a Swin's with its
-    window_size). Raises RuntimeError if other than the new layers are missing from the file.
+    (Swin), or for all with head_std (dBOT: 0.01); its bias at 0. positions as for `load`. **kw goes
+    to timm (img_size resizes positions, a Swin's with its window_size). Raises RuntimeError if other than the new layers are missing from the file.
     """
     if pool not in ("avg", "token"):
         raise ValueError(f"pool: found {pool!r}, expected 'avg' or 'token'")
@@ -265,6 +286,8 @@ def classifier(
         state |= {
             f"blocks.{i}.attn.relative_position_bias_table": table for i in range(len(model.blocks))
         }
+    if positions != "timm":
+        state = fitted(state, model, positions)
     resized = sys.modules[type(model).__module__].checkpoint_filter_fn  # positions, to the grid
     state = resized(state, model)
     result = model.load_state_dict(state, strict=False)
@@ -276,9 +299,12 @@ def classifier(
             f"{sorted(set(result.missing_keys) - new)}, unexpected "
             f"{sorted(set(result.unexpected_keys) - dropped)}"
         )
-    if isinstance(model, VisionTransformer):  # timm's Beit and Swin start their heads as published
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)
-        nn.init.zeros_(model.head.bias)
+    if head_std is None and isinstance(model, VisionTransformer):
+        head_std = 2e-5  # timm's Beit and Swin start their heads as published
+    if head_std is not None:
+        head = model.get_classifier()
+        nn.init.trunc_normal_(head.weight, std=head_std)
+        nn.init.zeros_(head.bias)
     model.family = kind
     return model.requires_grad_(True)
 

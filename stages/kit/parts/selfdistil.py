@@ -6,6 +6,8 @@ sharpened distribution for another crop. The target and the method `dino` are th
 settings of their own, and kit/parts/ibot.py builds on it; `config` is a checks.SelfDistillation.
 
 Follows facebookresearch/dino. Departures:
+- the rate reaches its peak in the step after the warm-up, officially in the warm-up's last one
+  (`schedule: beit`, which PUBLISHED has);
 - the temperature changes at every step, as a function of the share of the training; the official
   one changes once per epoch;
 - centre and teacher move once per optimiser step, from all its micro batches (the same without

@@ -96,8 +96,10 @@ class Recipe:
     steps_per_epoch: int
     lr: float
     min_lr: float = 0.0
-    lr_drops: tuple[float, ...] = ()  # if any: constant but for these, see schedule.warmup_drops
+    lr_drops: tuple[float, ...] = ()  # if any: constant but for these, see schedule.rate
     warmup: int = 0
+    warmup_from: float = 0.0  # share of lr at which it begins
+    schedule: str = "mae"  # how steps are counted, see schedule.py
     weight_decay: float = 0.0
     weight_decay_end: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
@@ -137,6 +139,8 @@ class Recipe:
             min_lr=config.min_lr,
             lr_drops=config.lr_drops,
             warmup=round(config.warmup * train["epochs"] * steps_per_epoch),
+            warmup_from=config.warmup_from,
+            schedule=config.schedule,
             weight_decay=config.weight_decay,
             weight_decay_end=config.weight_decay_end,
             betas=config.betas,
@@ -152,9 +156,9 @@ class Recipe:
         )
 
     def lr_at(self, step: int) -> float:
-        if self.lr_drops:
-            return schedule.warmup_drops(step, self.steps, self.warmup, self.lr, self.lr_drops)
-        return schedule.warmup_cosine(step, self.steps, self.warmup, self.lr, self.min_lr)
+        counts = (self.schedule, step, self.steps, self.warmup)
+        start = self.warmup_from * self.lr
+        return schedule.rate(*counts, self.lr, self.min_lr, start, self.lr_drops)
 
     def weight_decay_at(self, step: int, start: float) -> float:
         """A group's weight decay, `start` at step 0; groups without any keep it at 0."""
