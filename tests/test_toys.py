@@ -207,7 +207,8 @@ def test_a_new_file_of_the_users_makes_the_source_stale(project):
     with edited(project / "pictures/cats/new.npy", "a new file"):
         command = [sys.executable, "-m", "workflow.plan", "--explain", "data/photos"]
         said = subprocess.run(command, cwd=project, capture_output=True, text=True).stdout
-        assert said.strip() == "data/photos would run because what arrays:pictures holds changed."
+        why = "what arrays:pictures holds changed (cats/new.npy was added)"
+        assert said.strip() == f"data/photos would run because {why}."
         assert stale(project) == built_on({"data/photos"}, plan_of(project))
     assert stale(project) == set()
 
