@@ -263,7 +263,8 @@ def classifier(
     over the blocks. A shared relative-position table is copied into every block. The head's weights
     start at truncated normal, standard deviation 2e-5 (ViT), 0.02 scaled by 0.001 (BEiT) or 0.02
     (Swin), or for all with head_std (dBOT: 0.01); its bias at 0. positions as for `load`. **kw goes
-    to timm (img_size resizes positions, a Swin's with its window_size). Raises RuntimeError if other than the new layers are missing from the file.
+    to timm (img_size resizes positions, a Swin's with its window_size). Raises RuntimeError if
+    other than the new layers are missing from the file.
     """
     if pool not in ("avg", "token"):
         raise ValueError(f"pool: found {pool!r}, expected 'avg' or 'token'")
