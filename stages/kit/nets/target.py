@@ -111,8 +111,8 @@ class EncoderTarget(Target):
 
     @classmethod
     def load(cls, folder: Path, spec, device: torch.device | str = "cpu") -> EncoderTarget:
-        """From an exported encoder's folder, for images of spec's size. FileNotFoundError if there
-        is none.
+        """From an exported encoder's folder, for images of spec's size, to which timm resizes its
+        positions (tasks/_features.py). FileNotFoundError if there is none.
         """
         encoder = encoders.load(folder, img_size=spec.image_size)
         return unfused(cls(encoder, spec), device).to(device)
