@@ -95,6 +95,7 @@ def test_splits_with_longer_names(tmp_path, folders, expected):
         ({"images/train/a": 2, "images/val/a": 1}, r"expected them at the top.*/images"),
         ({"a/train": 2, "a/test": 1, "b/train": 2, "b/test": 1}, "above the classes"),
         ({"train-val": 2, "test-set": 1}, "look like splits"),
+        ({"Train": 2, "train": 1, "test": 1}, "both mean the split 'train'"),
     ],
 )
 def test_splits_that_could_be_read_in_two_ways_are_an_error(tmp_path, folders, message):
@@ -216,6 +217,24 @@ def test_files_that_are_no_images_are_counted_on_the_terminal(tmp_path):
     (text,) = read(tmp_path).warnings
     assert "2 .heic" in text and "1 no extension" in text and "1 .zip" in text
     assert ".txt" not in text and ".db" not in text
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "metadata.jsonl", "train.tsv"])
+def test_lists_beside_unlabelled_images_are_told(tmp_path, name):
+    made(tmp_path / "flat", {".": 4})
+    made(tmp_path / "classes", {"a": 2, "b": 2})
+    for place in ("flat", "classes"):
+        put(tmp_path / place / name)
+    (text,) = read(tmp_path / "flat").warnings
+    assert f"1 .{name.rpartition('.')[2]}" in text
+    assert not read(tmp_path / "classes").warnings
+
+
+@pytest.mark.parametrize("names", [("fold1", "fold2"), ("100CANON", "101CANON"), ("part_a1", "x")])
+def test_folders_that_count_are_told(tmp_path, names):
+    found = read(made(tmp_path, dict.fromkeys(names, 2)))
+    told = any("are read as classes" in text for text in found.warnings)
+    assert told == ("x" not in names) and len(found.classes) == 2
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):

@@ -226,6 +226,32 @@ def test_a_split_without_rows_is_told(tmp_path):
     assert any("test has no rows" in text for text in read(tmp_path).warnings)
 
 
+SAID = ["train", "train", "train", "validation", "test", "test"]
+
+
+@pytest.mark.parametrize("name", ["split", "Subset", "partition"])
+def test_splits_in_a_column(tmp_path, name):
+    path = write(tmp_path / "t.parquet", label=[0, 1] * 3, more={name: SAID})
+    found = read(path)
+    assert {s: len(x) for s, x in found.splits.items()} == {"train": 3, "val": 1, "test": 2}
+    assert [s.image for s in found.splits["test"].read(np.array([1]))] == PICTURES[5:]
+    assert labels(found, "test") == [0, 1] and "says which split a row is" in found.warnings[0]
+
+
+def test_splits_in_a_column_that_is_named(tmp_path):
+    part = ["a", "a", "b", "c", "d", "d"]
+    path = write(tmp_path / "t.parquet", label=[0, 1] * 3, fold=part)
+    assert list(read(path).splits) == ["train"]  # the values say nothing
+    wanted = {"train": "a", "val": "b", "unlabelled": "c", "ignore": "d"}
+    found = read(path, {"split_column": "fold"}, splits=wanted)
+    assert labels(found) == [0, 1, -1] and labels(found, "val") == [0]
+    assert any("2 rows are left out" in text for text in found.warnings)
+    with pytest.raises(SourceError, match="says b, c, d for some rows, expected train, val or te"):
+        read(path, {"split_column": "fold"}, splits={"train": "a"})
+    with pytest.raises(SourceError, match="split_column: .*no column 'folt'.*did you mean 'fold'"):
+        read(path, {"split_column": "folt"})
+
+
 def test_groups_are_a_column(tmp_path):
     images = [encode(picture(i)) for i in range(60)]
     patient = [f"p{i // 5}" if i < 55 else None for i in range(60)]
@@ -271,6 +297,16 @@ def test_splits_of_the_hub_are_mapped(monkeypatch):
     assert len(list(found.splits["train"].read(np.arange(5)))) == 5
     with pytest.raises(SourceError, match="data.splits.val: .*'extr'.*did you mean 'extra'"):
         ask(splits={"val": "extr"})
+
+
+def test_splits_of_the_hub_in_a_column(monkeypatch):
+    rows = {"image": PICTURES, "label": [0, 1] * 3, "split": SAID}
+    monkeypatch.setattr(
+        hub, "_load", lambda name, config: {"train": datasets.Dataset.from_dict(rows)}
+    )
+    found = hub.read("owner/name", hub.Config(), DATA)
+    assert {s: len(x) for s, x in found.splits.items()} == {"train": 3, "val": 1, "test": 2}
+    assert [s.image for s in found.splits["val"].read(np.array([0]))] == [PICTURES[3]]
 
 
 @pytest.mark.parametrize("names", [("train", "training"), ("train_clean", "train_noisy")])

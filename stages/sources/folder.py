@@ -24,7 +24,7 @@ import numpy as np
 
 from stages.kit.data.decode import EXTENSIONS
 from stages.sources import ALIASES, Found, Listing, Sample, SourceError
-from stages.sources._names import folders, printable, some, stored
+from stages.sources._names import folders, numbered, printable, some, stored
 from stages.sources._tables import one_form
 from workflow.plugins import did_you_mean
 
@@ -35,7 +35,8 @@ SYSTEM |= {"system volume information", "lost+found", "#snapshot", "~snapshot", 
 SYSTEM |= {"__pycache__", "found.000", "$extend", "network trash folder", "temporary items"}
 SYSTEM_ENDS = (".lrdata", ".lrcat-data", ".photoslibrary", ".aplibrary", ".cocatalogdb")
 # Files that nobody takes for images; of all others that are not read there is a warning.
-PLAIN = {".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html"}
+LISTS = {".csv", ".tsv", ".jsonl"}  # where images have no labels, these may be meant to give them
+PLAIN = {".txt", ".md", ".rst", ".json", ".xml", ".yaml", ".yml", ".html"}
 PLAIN |= {".log", ".py", ".ini", ".db", ".xmp", ".pdf", ".toml", ".sh", ".ipynb", ".cfg", ".url"}
 HIDDEN, OUTSIDE = "hidden", "image outside a class folder"
 
@@ -95,11 +96,12 @@ def read(argument: str, config: Config, data: dict) -> Found:
             f"{argument}: no images{' in train' if 'train' in roles else ''}, found {found}; "
             f"expected files like {', '.join(sorted(EXTENSIONS)[:6])} ..."
         )
-    kinds = {kind: n for kind, n in ignored.items() if kind not in PLAIN | {HIDDEN}}
+    splits, classes = _labelled(argument, parts, config, data.get("group"), ignored, warnings)
+    known = PLAIN | {HIDDEN, OUTSIDE} | (LISTS if classes or not config.labels else set())
+    kinds = {kind: n for kind, n in ignored.items() if kind not in known and n}
     if kinds:
         listed = ", ".join(f"{n} {printable(kind)}" for kind, n in sorted(kinds.items()))
         warnings.append(f"{argument}: files that are not read as images: {listed}")
-    splits, classes = _labelled(argument, parts, config, data.get("group"), ignored, warnings)
     return Found(splits, classes, {kind: n for kind, n in sorted(ignored.items()) if n}, warnings)
 
 
@@ -224,6 +226,11 @@ def _labelled(
     )
     warnings += [f"{argument}: {note}" for note in notes]
     classes = sorted({form[name] for name in inside}) if labelled else []
+    if numbered(classes):
+        warnings.append(
+            f"{argument}: the folders {some(classes)} are read as classes; "
+            "data.options.labels: false takes all images as unlabelled"
+        )
     number = {raw: classes.index(name) for raw, name in form.items() if name in set(classes)}
     splits, out = {}, 0
     for split, part in parts.items():

@@ -26,7 +26,14 @@ from stages.sources import (
     SourceError,
 )
 from stages.sources._names import joined, some, tables
-from stages.sources._tables import find_columns, number_labels, plain_labels, unused_labels
+from stages.sources._tables import (
+    by_column,
+    find_columns,
+    number_labels,
+    plain_labels,
+    split_column,
+    unused_labels,
+)
 from workflow.messages import did_you_mean
 
 ARGUMENT = "NAME"
@@ -38,6 +45,7 @@ PATIENCE = 4.0  # seconds to wait for a first answer of the hub
 @dataclass(frozen=True)
 class Config:
     labels: bool = True  # False: every image is unlabelled
+    split_column: str | None = None  # says of each row which split it is (null: see _tables.py)
     subset: str | None = None  # the hub's "config" of a data set that has several
     revision: str | None = None  # branch, tag or commit; a commit keeps the data the same for ever
 
@@ -52,7 +60,8 @@ def read(argument: str, config: Config, data: dict) -> Found:
             "(a path? use parquet:)"
         )
     found = _load(argument, config)
-    splits, bare, warnings = _splits(f"hub:{argument}", found, data.get("splits"))
+    wanted = None if config.split_column else data.get("splits")
+    splits, bare, warnings = _splits(f"hub:{argument}", found, wanted)
     features = splits["train"].features
     kinds = {name: _kind(feature) for name, feature in features.items()}
     image, label = find_columns(
@@ -83,7 +92,14 @@ def read(argument: str, config: Config, data: dict) -> Found:
     listings = {
         s: Listing(labels[s], _reader(table, image), groups=units[s]) for s, table in splits.items()
     }
-    return Found(listings, classes, warnings=warnings)
+    result = Found(listings, classes, warnings=warnings)
+    chosen = (image, label)
+    part = split_column(f"hub:{argument}", kinds, config.split_column, list(splits), chosen)
+    if part is None:
+        return result
+    said = list(splits["train"][part])
+    asked = config.split_column
+    return by_column(f"hub:{argument}", result, part, said, data.get("splits"), asked)
 
 
 def _splits(where: str, found, wanted: dict | None) -> tuple[dict, int, list[str]]:

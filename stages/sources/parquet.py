@@ -29,7 +29,14 @@ from stages.sources import (
     SourceError,
 )
 from stages.sources._names import printable, some, tables
-from stages.sources._tables import find_columns, number_labels, plain_labels, unused_labels
+from stages.sources._tables import (
+    by_column,
+    find_columns,
+    number_labels,
+    plain_labels,
+    split_column,
+    unused_labels,
+)
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
@@ -40,13 +47,14 @@ READ_BYTES = 256 << 20  # of one batch at most, as far as the file declares it
 ENDS = (".parquet", ".parq", ".pq")
 BESIDE = (*EXTENSIONS, ".arrow", ".csv", ".tsv", ".jsonl", ".feather", ".tar", ".zip", ".gz")
 # Encoded images hardly compress. What does so much more is no set of images but fills the memory.
-GROWS, LARGE = 100, 32 << 20
+GROWS, LARGE = 100, 8 << 20
 ROW_BYTES = 150  # that the stage needs for one image, all in all
 
 
 @dataclass(frozen=True)
 class Config:
     labels: bool = True  # False: every image is unlabelled
+    split_column: str | None = None  # says of each row which split it is (null: see _tables.py)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,8 @@ class _File:
 def read(argument: str, config: Config, data: dict) -> Found:
     """List the rows of the table(s) at `argument`. Raises SourceError for missing files, columns or
     labels."""
-    groups, warnings = _files(argument, data.get("splits"))
+    wanted = None if config.split_column else data.get("splits")
+    groups, warnings = _files(argument, wanted)
     first = groups["train"][0].path
     schema = _schema(first)
     kinds = _kinds(schema)
@@ -70,7 +79,9 @@ def read(argument: str, config: Config, data: dict) -> Found:
         warnings += unused_labels(argument, kinds, image)
     group = _group_column(argument, schema, data.get("group"))
     features = _features(schema)
-    columns = [column for column in (image, label, group) if column is not None]
+    part = split_column(argument, kinds, config.split_column, list(groups), (image, label))
+    columns = [column for column in (image, label, group, part) if column is not None]
+    parts: list = []
     values: dict[str, list] = {}
     units: dict[str, list] = {}
     for split, files in groups.items():
@@ -82,6 +93,7 @@ def read(argument: str, config: Config, data: dict) -> Found:
             used = label is not None and not file.bare
             values[split] += _values(table, label) if used else [None] * rows
             units[split] += _values(table, group) if group is not None else []
+            parts += _values(table, part) if part is not None else []
     if label is not None:
         values, note = plain_labels(argument, label, values, chosen is not None)
         warnings += note
@@ -100,7 +112,10 @@ def read(argument: str, config: Config, data: dict) -> Found:
         for split, files in groups.items()
         if split not in empty
     }
-    return Found(splits, classes, warnings=warnings)
+    found = Found(splits, classes, warnings=warnings)
+    if part is None:
+        return found
+    return by_column(argument, found, part, parts, data.get("splits"), config.split_column)
 
 
 def _files(argument: str, wanted: dict | None) -> tuple[dict[str, list[_File]], list[str]]:

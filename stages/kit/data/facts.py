@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.kit.data.near import near_duplicates
+from stages.kit.data.near import confirmed, near_duplicates
 from stages.kit.data.store import SPLITS, Split
 from stages.kit.data.tally import Tally, duplicates
 
@@ -82,11 +82,16 @@ def _sorted(counts: Counter) -> dict[str, int]:
 
 
 def name_duplicates(facts: dict, out: Path) -> None:
-    """Puts names of images, such as "train/cats/1.jpg", in the place of their rows."""
-    groups, pairs = facts["duplicates"]["groups"], facts["near_duplicates"]["pairs"]
-    if not groups and not pairs:
+    """Puts names of images, such as "train/cats/1.jpg", in the place of their rows; of those that
+    may look alike, the ones that do.
+    """
+    groups, near = facts["duplicates"]["groups"], facts["near_duplicates"]
+    if not groups and not near["pairs"]:
         return
-    names = {split: Split(out, split, facts).names() for split in facts["splits"]}
+    splits = {split: Split(out, split, facts) for split in facts["splits"]}
+    size = facts["store_size"]
+    near = confirmed(near, lambda split, row: splits[split].square([row], size)[0].numpy())
+    names = {split: splits[split].names() for split in splits}
 
     def named(lists: list) -> list[list[str]]:
         return [
@@ -95,7 +100,7 @@ def name_duplicates(facts: dict, out: Path) -> None:
         ]
 
     facts["duplicates"]["groups"] = named(groups)
-    facts["near_duplicates"]["pairs"] = named(pairs)
+    facts["near_duplicates"] = near | {"pairs": named(near["pairs"])}
 
 
 def complaints(facts: dict) -> list[str]:
