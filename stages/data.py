@@ -180,6 +180,11 @@ def find(data: dict, source: dict) -> Found:
             raise SourceError(
                 f"data.{key}: found {data[key]!r}, but the source {source['name']} has no columns"
             )
+    if any((data.get("splits") or {}).values()) and not getattr(module, "NAMED_SPLITS", False):
+        raise SourceError(
+            f"data.splits: found {data['splits']}, but the source {source['name']} has no names of "
+            "splits"
+        )
     found = module.read(source["argument"], module.Config(**source["config"]), data)
     if data.get("group") is not None and any(s.groups is None for s in found.splits.values()):
         raise SourceError(

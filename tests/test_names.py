@@ -237,6 +237,13 @@ def test_folders_that_count_are_told(tmp_path, names):
     assert told == ("x" not in names) and len(found.classes) == 2
 
 
+def test_class_folders_without_an_image_are_told(tmp_path):
+    made(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "c" / "deep").mkdir(parents=True)
+    found = read(tmp_path)
+    assert found.classes == ["a", "b"] and "are no classes: c" in found.warnings[0]
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     made(tmp_path, {"a": 2, "b": 2})
     real = os.scandir

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from test_data import build, encode, picture
+from test_data import DATA, build, encode, picture
 
 from stages import data as stage
 from stages.kit.data.decode import Broken, Range, decode, decode_all
@@ -232,6 +232,13 @@ def test_equal_and_plain_images_are_no_near_duplicates():
     other = bytearray(b"a" * 16 + b"c" * 16)
     found = near_duplicates(looks, {"train": equal, "test": other})
     assert found == {"across": {"train-test": 0}, "pairs": []}
+
+
+@pytest.mark.parametrize("key, value", [("splits", {"val": "x"}), ("group", 2)])
+def test_settings_that_a_source_does_not_have(key, value):
+    source = {"name": "shapes", "argument": None, "config": {"train": 4}}
+    with pytest.raises(SourceError, match=f"data.{key}: found .*the source shapes has no"):
+        stage.find({**DATA, key: value}, source)
 
 
 def test_two_streams_are_apart_or_not(tmp_path):

@@ -29,6 +29,7 @@ from stages.sources._tables import one_form
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
+NAMED_SPLITS = True
 # Folders that are no data, in lower case: bins, thumbnails and metadata of other systems.
 SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "recycled"}
 SYSTEM |= {"system volume information", "lost+found", "#snapshot", "~snapshot", "@tmp", "@sharebin"}
@@ -226,6 +227,10 @@ def _labelled(
     )
     warnings += [f"{argument}: {note}" for note in notes]
     classes = sorted({form[name] for name in inside}) if labelled else []
+    if labelled and train.depth == 0:
+        empty = [top for top in _tops(train.base) if top not in inside and not _skipped(train, top)]
+        if empty:
+            warnings.append(f"{argument}: folders without an image are no classes: {some(empty)}")
     if numbered(classes):
         warnings.append(
             f"{argument}: the folders {some(classes)} are read as classes; "
@@ -262,6 +267,11 @@ def _labelled(
             "(data.options.labels: false takes all images as unlabelled)"
         )
     return splits, [stored(name) for name in classes]
+
+
+def _skipped(part: _Part, top: str) -> bool:
+    """Whether a folder at the top of a split holds images after all, which `inside` does not."""
+    return _holds(part.base / top)
 
 
 def _bare(part: _Part, name: str) -> bool:

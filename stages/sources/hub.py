@@ -37,6 +37,7 @@ from stages.sources._tables import (
 from workflow.messages import did_you_mean
 
 ARGUMENT = "NAME"
+NAMED_SPLITS = True
 COLUMNS = True
 
 PATIENCE = 4.0  # seconds to wait for a first answer of the hub

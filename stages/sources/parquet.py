@@ -40,6 +40,7 @@ from stages.sources._tables import (
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
+NAMED_SPLITS = True
 COLUMNS = True
 
 BATCH, VALUES = 64, 65536  # rows of images, and of labels, read at once
