@@ -351,10 +351,12 @@ def test_folders_of_a_group_stay_together(tmp_path, level, place):
     for i in range(60):
         path = tmp_path / "in" / place.format(c="ab"[i % 2], g=i // 6) / f"{i}.png"
         put(path, encode(picture(i)))
-    _, facts = build(tmp_path / "in", tmp_path / "out", group=level, test_fraction=0.2)
+    options = {"class_level": 2 if level == 1 else 1}
+    _, facts = build(tmp_path / "in", tmp_path / "out", options, group=level, test_fraction=0.2)
+    assert facts["classes"] == ["a", "b"]
     counts = {split: part["count"] for split, part in facts["splits"].items()}
     assert sum(counts.values()) == 60 and counts["test"] == 12 and counts["val"] == 12
-    again = build(tmp_path / "in", tmp_path / "again", group=level, test_fraction=0.2)[1]
+    again = build(tmp_path / "in", tmp_path / "again", options, group=level, test_fraction=0.2)[1]
     assert again["hash"] == facts["hash"]
     from stages.kit.data.store import Split
 
@@ -372,6 +374,10 @@ def test_groups_that_there_are_not(tmp_path):
     made(tmp_path, {"a": 2, "b": 2})
     with pytest.raises(SourceError, match=r"data\.group: .*4 images without a folder at level 2"):
         read(tmp_path, group=2)
+    with pytest.raises(SourceError, match=r"data\.group: found 1, the level of the classes"):
+        read(tmp_path, group=1)
+    with pytest.raises(SourceError, match="class_level: found 0, expected the level"):
+        read(tmp_path, class_level=0)
     with pytest.raises(SourceError, match="expected the level of a folder"):
         read(tmp_path, group="patient")
 

@@ -45,14 +45,18 @@ HIDDEN, OUTSIDE = "hidden", "image outside a class folder"
 @dataclass(frozen=True)
 class Config:
     labels: bool = True  # False: folders mean nothing, every image is unlabelled
+    class_level: int = 1  # which folders are the classes: 2 for PATH/PATIENT/CLASS/1.jpg
     splits: bool = True  # False: folders called train or test are classes like any other
 
 
 @dataclass
 class _Part:
-    """The images of one split. names: below `base`; depth: which part of a name is its class."""
+    """The images of one split. names: below `base`; top: which part of a name is the first folder
+    below the split; depth: which one is its class.
+    """
 
     base: Path
+    top: int
     depth: int
     names: list[str]
     bare: tuple[str, ...] = ()  # beginnings of names that are unlabelled whatever their folders
@@ -68,6 +72,11 @@ def read(argument: str, config: Config, data: dict) -> Found:
     folder.
     """
     root = _root(argument)
+    if config.class_level < 1:
+        raise SourceError(
+            f"data.options.class_level: found {config.class_level}, expected the level of a folder "
+            "from 1"
+        )
     ignored: Counter = Counter()
     wanted, warnings = data.get("splits"), []
     roles: dict[str, list[str]] = {}
@@ -79,7 +88,7 @@ def read(argument: str, config: Config, data: dict) -> Found:
         raise SourceError("data.splits: found beside data.options.splits: false, expected one")
     skipped, bare = roles.get("ignore", []), roles.get("unlabelled", [])
     if "train" in roles:
-        parts = _given(argument, root, roles, ignored)
+        parts = _given(argument, root, roles, ignored, config.class_level - 1)
         warnings += _beside(argument, root, others)
     else:
         if config.splits and config.labels:
@@ -87,7 +96,8 @@ def read(argument: str, config: Config, data: dict) -> Found:
         names = _images(argument, root, root, ignored, warnings)
         out = tuple(f"{top}/" for top in skipped)
         names = [name for name in names if not (out and name.startswith(out))]
-        parts = {"train": _Part(root, 0, names, tuple(f"{top}/" for top in bare))}
+        depth = config.class_level - 1
+        parts = {"train": _Part(root, 0, depth, names, tuple(f"{top}/" for top in bare))}
     if skipped:
         listed = _counted(argument, root, skipped)
         warnings.append(f"{argument}: left out by data.splits.ignore: {listed}")
@@ -143,18 +153,20 @@ def _unreadable(root: Path, error: OSError) -> SourceError:
     )
 
 
-def _given(argument: str, root: Path, roles: dict, ignored: Counter) -> dict[str, _Part]:
-    """The images of each given split."""
+def _given(
+    argument: str, root: Path, roles: dict, ignored: Counter, depth: int
+) -> dict[str, _Part]:
+    """The images of each given split; `depth`: of class folders below it."""
     parts: dict[str, _Part] = {}
     for split in [role for role in sorted(roles) if role in ALIASES.values()]:
         tops = roles[split] + (roles.get("unlabelled", []) if split == "train" else [])
         lists = {top: _images(argument, root / top, root / top, ignored, []) for top in tops}
         if len(tops) == 1:
-            parts[split] = _Part(root / tops[0], 0, lists[tops[0]])
+            parts[split] = _Part(root / tops[0], 0, depth, lists[tops[0]])
         else:
             names = sorted(f"{top}/{name}" for top, found in lists.items() for name in found)
             bare = tuple(f"{top}/" for top in tops if top not in roles[split])
-            parts[split] = _Part(root, 1, names, bare)
+            parts[split] = _Part(root, 1, 1 + depth, names, bare)
     return parts
 
 
@@ -227,7 +239,7 @@ def _labelled(
     )
     warnings += [f"{argument}: {note}" for note in notes]
     classes = sorted({form[name] for name in inside}) if labelled else []
-    if labelled and train.depth == 0:
+    if labelled and train.top == train.depth == 0:
         empty = [top for top in _tops(train.base) if top not in inside and not _skipped(train, top)]
         if empty:
             warnings.append(f"{argument}: folders without an image are no classes: {some(empty)}")
@@ -237,6 +249,12 @@ def _labelled(
             "data.options.labels: false takes all images as unlabelled"
         )
     number = {raw: classes.index(name) for raw, name in form.items() if name in set(classes)}
+    if labelled and group == config.class_level:
+        raise SourceError(
+            f"data.group: found {group}, the level of the classes, expected that of other folders, "
+            "such as 2 for PATH/CLASS/GROUP/1.jpg, or data.options.class_level: 2 for "
+            "PATH/GROUP/CLASS/1.jpg"
+        )
     splits, out = {}, 0
     for split, part in parts.items():
         names = part.names
@@ -285,7 +303,7 @@ def _groups(argument: str, part: _Part, names: list[str], level) -> list[str]:
             f"data.group: found {level!r}, expected the level of a folder, such as 2 for "
             "PATH/CLASS/GROUP/1.jpg (a column is for tables)"
         )
-    at = part.depth + level - 1
+    at = part.top + level - 1
     shallow = [name for name in names if name.count("/") <= at]
     if shallow:
         raise SourceError(
