@@ -205,8 +205,8 @@ def _without_one_class(found: Found) -> Found:
     }
     text = (
         f"found one class alone ({printable(found.classes[label])!r}), which no task can tell from "
-        "another: all images are taken as unlabelled. Where folders below it or another column have "
-        "the classes, say so: data.options.class_level, data.label_column"
+        "another: all images are taken as unlabelled. Where folders below it or another column "
+        "have the classes, say so: data.options.class_level, data.label_column"
     )
     return dataclasses.replace(found, splits=splits, classes=[], warnings=[*found.warnings, text])
 

@@ -143,8 +143,14 @@ def test_files_with_classes_in_another_order(tmp_path):
 def test_labels_that_are_words_in_one_file_and_numbers_in_another(tmp_path):
     write(tmp_path / "train-0.parquet", label=[0, 1] * 3)
     write(tmp_path / "train-1.parquet", label=["0", "1"] * 3)
-    with pytest.raises(SourceError, match="labels that are numbers and labels that are words"):
+    with pytest.raises(SourceError, match="'label' holds string, expected int as in train-0"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("column", [["", ""] * 3, [-1] * 6, pa.array([None] * 6, pa.string())])
+def test_a_column_without_any_label_is_told(tmp_path, column):
+    found = read(write(tmp_path / "t.parquet", label=column))
+    assert found.classes == [] and "gives no image a label" in found.warnings[0]
 
 
 def test_labels_that_differ_in_their_unicode_form_are_one(tmp_path):
@@ -167,6 +173,7 @@ def test_labels_that_differ_in_their_unicode_form_are_one(tmp_path):
         (("a/b/training/0", "a/b/testing/0"), ["train", "test"]),
         (("split=train/0", "split=test/0"), ["train", "test"]),
         (("part-0", "part-1"), ["train"]),
+        (("train.parquet/part-0", "test.parquet/part-0"), ["train", "test"]),
     ],
 )
 def test_splits_in_the_names_of_files(tmp_path, files, expected):
@@ -218,6 +225,20 @@ def test_what_lies_beside_tables_is_told(tmp_path):
     assert list(found.splits) == ["train", "val"]
     assert any("more/test.parquet" in text for text in found.warnings)
     assert any("1 .csv" in text and "1 .jpg" in text for text in found.warnings)
+
+
+def test_links_to_tables_are_followed_once(tmp_path):
+    write(tmp_path / "far" / "train" / "0.parquet")
+    write(tmp_path / "far" / "test" / "0.parquet")
+    (tmp_path / "in").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "far" / name)
+    (tmp_path / "far" / "train" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "loop.pq").symlink_to("loop.pq")
+    with pytest.raises(SourceError, match=r"loop.pq"):
+        read(tmp_path / "in")
+    (tmp_path / "in" / "loop.pq").unlink()
+    assert list(read(tmp_path / "in").splits) == ["train", "test"]
 
 
 def test_a_split_without_rows_is_told(tmp_path):

@@ -170,6 +170,13 @@ def unused_labels(where: str, kinds: dict[str, str], image: str) -> list[str]:
     return []
 
 
+def no_labels(where: str, column: str | None, labels: dict[str, np.ndarray]) -> list[str]:
+    """What to say of a label column that gives no image a label."""
+    if column is None or any((part >= 0).any() for part in labels.values()):
+        return []
+    return [f"{where}: column {column!r} gives no image a label: all are taken as unlabelled"]
+
+
 def plain_labels(
     where: str, column: str, values: dict[str, Sequence], asked: bool
 ) -> tuple[dict[str, Sequence], list[str]]:

@@ -29,6 +29,7 @@ from stages.sources._names import joined, some, tables
 from stages.sources._tables import (
     by_column,
     find_columns,
+    no_labels,
     number_labels,
     plain_labels,
     split_column,
@@ -89,6 +90,7 @@ def read(argument: str, config: Config, data: dict) -> Found:
         warnings += note
     names = getattr(features[label], "names", None) if label else None
     labels, classes = number_labels(f"hub:{argument}", values, names, warnings)
+    warnings += no_labels(f"hub:{argument}", label, labels)
     units = {s: list(table[group]) if group is not None else None for s, table in splits.items()}
     listings = {
         s: Listing(labels[s], _reader(table, image), groups=units[s]) for s, table in splits.items()

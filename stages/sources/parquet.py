@@ -32,6 +32,7 @@ from stages.sources._names import printable, some, tables
 from stages.sources._tables import (
     by_column,
     find_columns,
+    no_labels,
     number_labels,
     plain_labels,
     split_column,
@@ -100,6 +101,7 @@ def read(argument: str, config: Config, data: dict) -> Found:
         warnings += note
     names = features.get(label, {}).get("names") if label is not None else None
     labels, classes = number_labels(argument, values, names, warnings)
+    warnings += no_labels(argument, label, labels)
     if not len(labels["train"]):
         raise SourceError(f"{argument}: the split train has no rows")
     empty = [split for split in groups if not len(labels[split])]
@@ -131,7 +133,7 @@ def _files(argument: str, wanted: dict | None) -> tuple[dict[str, list[_File]], 
         raise SourceError(
             f"data.source: no file or folder {argument}{did_you_mean(root.name, siblings)}"
         )
-    known = sorted(p for p in root.rglob("*") if _is_table(p, root))
+    known = sorted(_tables_below(root))
     files = [p for p in known if p.parent == root]
     files = files or [p for p in known if p.parent == root / "data"]
     files = files or [p for p in known if p.parent.parent == root] or known
@@ -171,9 +173,19 @@ def _files(argument: str, wanted: dict | None) -> tuple[dict[str, list[_File]], 
     return groups, warnings
 
 
-def _is_table(path: Path, root: Path) -> bool:
-    inside = path.relative_to(root).parts
-    return path.name.lower().endswith(ENDS) and not any(p.startswith(".") for p in inside)
+def _tables_below(root: Path) -> Iterator[Path]:
+    """All tables in a folder. Links are followed, every folder is entered once."""
+    seen = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith((".", "_temporary")))
+        for name in files:
+            if name.lower().endswith(ENDS) and not name.startswith("."):
+                yield Path(folder) / name
 
 
 def _group_column(argument: str, schema: pa.Schema, group) -> str | None:
@@ -194,6 +206,11 @@ def _check(path: Path, first: Path, columns: list[str], features: dict, label) -
             f"{path}: no column {missing!r}, found {', '.join(schema.names)} ({first.name} has it)"
         )
     if label is not None:
+        kind, usual = (_kinds(s)[label] for s in (schema, _schema(first)))
+        if _family(kind) != _family(usual) and "null" not in (kind, usual):
+            raise SourceError(
+                f"{path}: column {label!r} holds {kind}, expected {usual} as in {first.name}"
+            )
         own, other = (f.get(label, {}).get("names") for f in (_features(schema), features))
         if own != other:
             raise SourceError(
@@ -201,6 +218,11 @@ def _check(path: Path, first: Path, columns: list[str], features: dict, label) -
                 f"{first.name}, {_listed(other)}"
             )
     _affordable(path, columns)
+
+
+def _family(kind: str) -> str:
+    """Kinds of labels that mean the same: numbers, or words."""
+    return {"class": "int", "float": "int", "bytes": "string"}.get(kind, kind)
 
 
 def _listed(names: list | None) -> str:
