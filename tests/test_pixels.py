@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -87,6 +89,49 @@ def test_other_images_that_are_nearly_black_are_told(tmp_path, kind):
         path.write_bytes(data)
     _, facts = build(tmp_path / "in", tmp_path / "out", range=[0, 9] if kind == "colour" else None)
     assert said(facts, "all pixels lie between 0 and") or said(facts, "no 16-bit or float image")
+
+
+def png16(values: np.ndarray) -> bytes:
+    """A PNG file with 16 bits in each of 2 (grey, alpha), 3 or 4 channels."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    found = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    for name, part in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(name + part))
+        found += struct.pack(">I", len(part)) + name + part + check
+    return found
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("span", [None, [0, 4095], "auto"])
+def test_colours_of_16_bits(tmp_path, channels, span):
+    draw = np.random.default_rng(0)
+    for i in range(12):
+        values = draw.integers(0, 4096, (20, 20, channels))
+        values[..., -1] = 65535 if channels != 3 else values[..., -1]
+        path = tmp_path / "in" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png16(values))
+        if i == 0:
+            whole = decode_all(png16(values), Range((0, 4095))).pixels
+            np.testing.assert_array_equal(whole[..., 0], np.rint(values[..., 0] / 4095 * 255))
+    _, facts = build(tmp_path / "in", tmp_path / "out", range=span)
+    assert facts["converted"]["16-bit colour"] == 12
+    if span is None:
+        assert said(facts, "data.range, such as [0, 4095] or auto")
+    else:
+        assert np.ptp(Split.open(tmp_path / "out", "train").images) > 200
+    assert said(facts, "auto has found") == (span == "auto")
+
+
+def test_what_is_no_number_is_black_in_a_range():
+    data = io.BytesIO()
+    Image.fromarray(np.array([[np.nan, 1.0], [3.0, 5.0]], np.float32)).save(data, "TIFF")
+    found = decode_all(data.getvalue(), Range((1.0, 5.0)))
+    assert found.pixels[..., 0].tolist() == [[0, 0], [128, 255]]
+    assert found.notes == ("not a number", "float")
 
 
 @pytest.mark.parametrize(

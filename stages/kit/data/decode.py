@@ -117,7 +117,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple
 
 def decode_all(data: bytes, how: Range) -> Decoded:
     """As `decode`, with all there is to know."""
-    found = _opened(data, how.max_pixels, lambda image: _rgb(image, how.span))
+    found = _opened(data, how.max_pixels, lambda image: _rgb(image, how.span, data))
     return dataclasses.replace(found[0], said=found[1])
 
 
@@ -125,6 +125,8 @@ def raw_levels(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, np.ndarr
     """("16-bit" or "float", the values) of an image of that kind, None of any other; `Broken`."""
 
     def values(image: Image.Image) -> tuple[str, np.ndarray] | None:
+        if deep := _deep(data, image):
+            return "16-bit", deep[0]
         image.load()
         return (_depth(image.mode), np.asarray(image)) if _depth(image.mode) else None
 
@@ -182,13 +184,55 @@ def _depth(mode: str) -> str | None:
     return "16-bit" if mode == "I" or mode.startswith("I;16") else None
 
 
-def _rgb(image: Image.Image, span: tuple[float, float] | None) -> Decoded:
-    """Opened image -> RGB array of its first frame, upright."""
+def _levels(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values[np.isfinite(values)], (0.1, 99.9))
+    return float(low), float(high)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether colours have 16 bits, of which Pillow keeps 8."""
+    return ";16" in str(image.tile) and not _depth(image.mode)
+
+
+def _deep(data: bytes, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """All bits of a PNG with 16-bit colours: (H, W, 3) uint16, and its transparency (H, W) if it
+    has one. None of another format.
+    """
+    if image.format != "PNG" or not _is_deep(image):
+        return None
+    import torch  # here, as few data sets need it
+    from torchvision.io import ImageReadMode, decode_png
+
+    coded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    values = decode_png(coded, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    if values.dtype != np.uint16:
+        return None
+    alpha = values[..., -1] if values.shape[2] in (2, 4) else None
+    return (values[..., :3] if values.shape[2] > 2 else values[..., :1].repeat(3, 2)), alpha
+
+
+def _rgb_deep(image: Image.Image, colours: np.ndarray, alpha, span: tuple) -> Decoded:
+    """16-bit colours in a range -> RGB, upright, over white."""
+    new, notes = Image.fromarray(_eight_bits(colours, span)), []
+    if alpha is not None:
+        new.putalpha(Image.fromarray(_eight_bits(alpha)))
+        new = Image.alpha_composite(Image.new("RGBA", new.size, "white"), new).convert("RGB")
+        notes.append("alpha")
+    new.getexif()[0x0112] = image.getexif().get(0x0112, 1)
+    upright = _upright(new)
+    notes += ["rotated"] if upright is not None else []
+    return Decoded(np.asarray(upright or new), (*notes, "16-bit colour"), _levels(colours))
+
+
+def _rgb(image: Image.Image, span: tuple[float, float] | None, data: bytes) -> Decoded:
+    """Opened image -> RGB array of its first frame, upright. `data`: the same image as a file."""
+    deep = _deep(data, image) if span else None
+    if deep:
+        return _rgb_deep(image, *deep, span)
     notes = []
     if _animated(image):
         notes.append("animated")
-    deep = ";16" in str(image.tile) and not _depth(image.mode)  # Pillow keeps 8 of 16 bits
-    notes += ["16-bit colour"] if deep else []
+    notes += ["16-bit colour"] if _is_deep(image) else []
     image.load()  # the pixels of the first frame; raises when they are incomplete
     upright = _upright(image)
     if upright is not None:
@@ -198,11 +242,11 @@ def _rgb(image: Image.Image, span: tuple[float, float] | None) -> Decoded:
     if mode == "RGB" and not image.has_transparency_data:
         return Decoded(np.asarray(image), tuple(notes))
     if _depth(mode):
-        notes.append(_depth(mode))
         values = np.asarray(image)
+        notes += ["not a number"] if span and np.isnan(values).any() else []
+        notes.append(_depth(mode))
         grey = _eight_bits(values, span)
-        levels = tuple(float(v) for v in np.percentile(values, (0.1, 99.9)))
-        return Decoded(np.repeat(grey[..., None], 3, axis=2), tuple(notes), levels)
+        return Decoded(np.repeat(grey[..., None], 3, axis=2), tuple(notes), _levels(values))
     notes.append({"1": "grey", "L": "grey", "P": "palette"}.get(mode, mode.lower()))
     if image.has_transparency_data:
         notes[-1:] = [note for note in notes[-1:] if note == "palette"] + ["alpha"]
@@ -230,11 +274,14 @@ def _upright(image: Image.Image) -> Image.Image | None:
 
 def _eight_bits(values: np.ndarray, span: tuple[float, float] | None = None) -> np.ndarray:
     """(H, W) integers in 0..65535, or floats in 0..1, -> uint8. Raises `Broken` for other values,
-    whose scale is not known. With a `span`, what lies outside of it becomes black or white.
+    whose scale is not known. With a `span`, what lies outside of it becomes black or white, and
+    what is no number black.
     """
     low, high = values.min(), values.max()
-    if span is not None and np.isfinite(low) and np.isfinite(high):
-        part = (values.astype(np.float64) - span[0]) / (span[1] - span[0])
+    if span is not None and np.isfinite(values).any():
+        part = (np.nan_to_num(values.astype(np.float64), nan=span[0]) - span[0]) / (
+            span[1] - span[0]
+        )
         return np.rint(part.clip(0, 1) * 255).astype(np.uint8)
     top = 1 if values.dtype.kind == "f" else 65535
     if not (low >= 0 and high <= top):  # written so that NaN fails too
