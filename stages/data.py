@@ -66,7 +66,9 @@ def make(run) -> None:
     run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
     if apart(sys.stdout, sys.stderr):  # the rules send stderr into a log that few people read
         for text in store.info(run.out)["warnings"]:
-            print(f"{run.job.id}: warning: {text}", flush=True)
+            code = sys.stdout.encoding or "utf-8"
+            line = f"{run.job.id}: warning: {text}".encode(code, "backslashreplace").decode(code)
+            print(line, flush=True)
 
 
 def apart(one, other) -> bool:
@@ -150,7 +152,8 @@ def build(
     }
     facts |= gather(facts, labels, tallies, fields, broken, data["normalise"])
     name_duplicates(facts, out)
-    facts["warnings"] = [*found.warnings, *chosen.warnings, *complaints(facts)]
+    told = [_without_place(text, source) for text in found.warnings]
+    facts["warnings"] = [*told, *chosen.warnings, *complaints(facts)]
     if complained:
         facts["warnings"].append(
             f"libtiff complained {len(complained)} times, first: {complained[0]}"
@@ -165,6 +168,17 @@ def _name(source: dict) -> str:
     """The source as the report shows it: without the folders above."""
     argument = source["argument"]
     return source["name"] + (f":{Path(argument).name}" if argument else "")
+
+
+def _without_place(text: str, source: dict) -> str:
+    """A warning as it is kept: without the folders above the source's."""
+    argument = source["argument"] or ""
+    name = Path(argument).name
+    if not name or plugins.module("source", source["name"]).ARGUMENT != "PATH":
+        return text
+    if text.startswith(f"{argument}: "):
+        return name + text.removeprefix(argument)
+    return text.replace(argument, name) if "/" in argument.strip("/") else text
 
 
 def find(data: dict, source: dict) -> Found:

@@ -16,7 +16,8 @@ from test_data import build, encode, picture
 from test_sources import put
 
 from stages import data as stage
-from stages.sources import SourceError, folder
+from stages.kit.data.decode import EXTENSIONS
+from stages.sources import SourceError, folder, parquet
 from stages.sources._names import guess, printable
 from workflow.params.entries import data_entries
 
@@ -308,6 +309,20 @@ def test_a_class_that_is_a_link_to_another_is_read_once_with_a_warning(tmp_path)
     (tmp_path / "kitty").symlink_to("cat")
     found = read(tmp_path)
     assert sizes(found) == {"train": 4} and "kitty is the folder cat again" in found.warnings[0]
+
+
+def test_the_files_that_count_are_those_that_are_read():
+    assert {pattern.removeprefix("*") for pattern in folder.READS} == EXTENSIONS
+    assert tuple(f"*{end}" for end in parquet.ENDS) == parquet.READS
+
+
+def test_no_warning_holds_the_place_of_the_folder(tmp_path):
+    made(tmp_path / "in", {".": 6, "thumbs": 2})
+    for i, path in enumerate(sorted((tmp_path / "in").rglob("*.png"))):
+        path.write_bytes(encode(picture(i)))
+    _, facts = build(tmp_path / "in", tmp_path / "out")
+    assert facts["warnings"][0].startswith("in: 6 images lie beside")
+    assert str(tmp_path) not in (tmp_path / "out" / "data.json").read_text()
 
 
 def test_names_are_shown_in_one_line():

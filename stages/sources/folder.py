@@ -14,10 +14,12 @@ over and counted; archives are never opened. A warning says what was left out.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import translate
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +32,19 @@ from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
 NAMED_SPLITS = True
-# Folders that are no data, in lower case: bins, thumbnails and metadata of other systems.
-SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "recycled"}
-SYSTEM |= {"system volume information", "lost+found", "#snapshot", "~snapshot", "@tmp", "@sharebin"}
-SYSTEM |= {"__pycache__", "found.000", "$extend", "network trash folder", "temporary items"}
-SYSTEM_ENDS = (".lrdata", ".lrcat-data", ".photoslibrary", ".aplibrary", ".cocatalogdb")
+# A change of any other file makes nothing stale: the patterns of EXTENSIONS.
+READS = (
+    "*.jpg", "*.jpeg", "*.jpe", "*.jfif", "*.png", "*.gif", "*.bmp", "*.dib", "*.tif", "*.tiff",
+    "*.webp", "*.ppm", "*.pgm", "*.pbm", "*.pnm", "*.jp2", "*.j2k", "*.avif", "*.mpo",
+)  # fmt: skip
+# What is no data, whatever its case: bins, thumbnails and metadata of other systems.
+SKIPS = (
+    ".*", "__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "RECYCLER", "RECYCLED",
+    "System Volume Information", "lost+found", "#snapshot", "~snapshot", "@tmp", "@sharebin",
+    "__pycache__", "found.000", "$Extend", "Network Trash Folder", "Temporary Items", "*.lrdata",
+    "*.lrcat-data", "*.photoslibrary", "*.aplibrary", "*.cocatalogdb",
+)  # fmt: skip
+SKIPPED = re.compile("|".join(map(translate, SKIPS)), re.IGNORECASE)
 # Files that nobody takes for images; of all others that are not read there is a warning.
 LISTS = {".csv", ".tsv", ".jsonl"}  # where images have no labels, these may be meant to give them
 PLAIN = {".txt", ".md", ".rst", ".json", ".xml", ".yaml", ".yml", ".html"}
@@ -368,8 +378,7 @@ def _image_name(name: str) -> bool:
 
 
 def _hidden(name: str) -> bool:
-    low = name.lower()
-    return name.startswith(".") or low in SYSTEM or low.endswith(SYSTEM_ENDS)
+    return SKIPPED.match(name) is not None
 
 
 def _reader(base: Path, names: list[str]):

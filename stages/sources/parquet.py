@@ -42,6 +42,8 @@ from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
 NAMED_SPLITS = True
+READS = ("*.parquet", "*.parq", "*.pq")
+SKIPS = (".*", "_temporary*")
 COLUMNS = True
 
 BATCH, VALUES = 64, 65536  # rows of images, and of labels, read at once
