@@ -92,10 +92,10 @@ def test_other_images_that_are_nearly_black_are_told(tmp_path, kind):
 
 
 def png16(values: np.ndarray) -> bytes:
-    """A PNG file with 16 bits in each of 2 (grey, alpha), 3 or 4 channels."""
+    """A PNG file with 16 bits in each of 3 or 4 channels."""
     height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    kind = {2: 4, 3: 2, 4: 6}[channels]
+    kind = {3: 2, 4: 6}[channels]
     found = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
     for name, part in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
@@ -104,7 +104,7 @@ def png16(values: np.ndarray) -> bytes:
     return found
 
 
-@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("span", [None, [0, 4095], "auto"])
 def test_colours_of_16_bits(tmp_path, channels, span):
     draw = np.random.default_rng(0)
@@ -124,6 +124,44 @@ def test_colours_of_16_bits(tmp_path, channels, span):
     else:
         assert np.ptp(Split.open(tmp_path / "out", "train").images) > 200
     assert said(facts, "auto has found") == (span == "auto")
+
+
+def tiff16(values: np.ndarray, order: str) -> bytes:
+    """An uncompressed TIFF file with 16 bits in each of 3 channels, its bytes in this order."""
+    height, width, _ = values.shape
+    start, pixels = 8 + 2 + 12 * 9 + 4 + 6, values.astype(f"{order}u2").tobytes()
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, start - 6), (259, 3, 1, 1)]
+    tags += [(262, 3, 1, 2), (273, 4, 1, start), (277, 3, 1, 3), (278, 3, 1, height)]
+    tags += [(279, 4, 1, len(pixels))]
+    found = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    for tag, kind, count, value in tags:
+        form = "HHIHH" if kind == 3 and count == 1 else "HHII"
+        parts = (tag, kind, count, value, 0)[: len(form)]
+        found += struct.pack(f"{order}{form}", *parts)
+    return found + struct.pack(f"{order}IHHH", 0, 16, 16, 16) + pixels
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_colours_of_16_bits_in_tiff_files(order):
+    values = np.random.default_rng(0).integers(0, 4096, (6, 5, 3))
+    found = decode_all(tiff16(values, order), Range((0, 4095)))
+    np.testing.assert_array_equal(found.pixels, np.rint(values / 4095 * 255))
+    assert found.notes == ("16-bit colour",)
+
+
+@pytest.mark.parametrize("span", [None, (0, 4095)])
+def test_mangled_colours_are_broken_at_worst(span):
+    draw = np.random.default_rng(1)
+    files = [png16(draw.integers(0, 4096, (20, 20, 3))), tiff16(np.zeros((8, 8, 3)), "<")]
+    files += [hurt("tiff_lzw"), hurt("jpeg")]
+    for k in range(400):
+        data = bytearray(files[k % len(files)])
+        for place in draw.integers(0, len(data), 4).tolist():
+            data[place] = draw.integers(0, 256)
+        try:
+            decode_all(bytes(data), Range(span))
+        except Broken as error:
+            assert error.reason and error.detail
 
 
 def test_what_is_no_number_is_black_in_a_range():

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -191,24 +192,31 @@ def _levels(values: np.ndarray) -> tuple[float, float]:
 
 def _is_deep(image: Image.Image) -> bool:
     """Whether colours have 16 bits, of which Pillow keeps 8."""
-    return ";16" in str(image.tile) and not _depth(image.mode)
+    return ";16" in str(image.tile[:1]) and not _depth(image.mode)
 
 
 def _deep(data: bytes, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """All bits of a PNG with 16-bit colours: (H, W, 3) uint16, and its transparency (H, W) if it
-    has one. None of another format.
-    """
-    if image.format != "PNG" or not _is_deep(image):
-        return None
-    import torch  # here, as few data sets need it
-    from torchvision.io import ImageReadMode, decode_png
+    """All bits of 16-bit colours: (H, W, 3) uint16, and the transparency (H, W) if there is any.
 
-    coded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    values = decode_png(coded, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
-    if values.dtype != np.uint16:
+    Pillow keeps the upper byte of each value. Told that the bytes lie the other way round, it keeps
+    the lower one. None of an image that it cannot read so.
+    """
+    if not _is_deep(image) or image.mode not in ("RGB", "RGBA"):
         return None
-    alpha = values[..., -1] if values.shape[2] in (2, 4) else None
-    return (values[..., :3] if values.shape[2] > 2 else values[..., :1].repeat(3, 2)), alpha
+    with Image.open(io.BytesIO(data), formats=FORMATS) as other:
+        other.tile = [tile._replace(args=_swapped(tile.args)) for tile in other.tile]
+        lower = np.asarray(other).astype(np.uint16)
+    values = np.asarray(image).astype(np.uint16) * 256 + lower
+    return values[..., :3], values[..., 3] if image.mode == "RGBA" else None
+
+
+def _swapped(args: str | tuple) -> str | tuple:
+    """The arguments of a decoder with the two bytes of each value exchanged."""
+    mode, *rest = (args,) if isinstance(args, str) else args
+    head, order = mode[:-1], mode[-1]
+    little = order == "L" or (order == "N" and sys.byteorder == "little")
+    swapped = head + ("B" if little else "L")
+    return swapped if isinstance(args, str) else (swapped, *rest)
 
 
 def _rgb_deep(image: Image.Image, colours: np.ndarray, alpha, span: tuple) -> Decoded:
@@ -279,9 +287,9 @@ def _eight_bits(values: np.ndarray, span: tuple[float, float] | None = None) -> 
     """
     low, high = values.min(), values.max()
     if span is not None and np.isfinite(values).any():
-        part = (np.nan_to_num(values.astype(np.float64), nan=span[0]) - span[0]) / (
-            span[1] - span[0]
-        )
+        with np.errstate(invalid="ignore"):  # some bits that are no number make a noise
+            known = np.nan_to_num(values.astype(np.float64), nan=span[0])
+        part = (known - span[0]) / (span[1] - span[0])
         return np.rint(part.clip(0, 1) * 255).astype(np.uint8)
     top = 1 if values.dtype.kind == "f" else 65535
     if not (low >= 0 and high <= top):  # written so that NaN fails too

@@ -171,7 +171,7 @@ def _about_levels(facts: dict) -> list[str]:
             f"all pixels lie between {facts['darkest']} and {facts['brightest']} of 255"
             + (
                 f"; of {deep} images with 16-bit colours the upper 8 bits are kept: data.range, "
-                "such as [0, 4095] or auto, says which values of PNG files to use"
+                "such as [0, 4095] or auto, says which values to use"
                 if deep
                 else ""
             )
