@@ -66,7 +66,9 @@ def make(run) -> None:
     run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
     if apart(sys.stdout, sys.stderr):  # the rules send stderr into a log that few people read
         for text in store.info(run.out)["warnings"]:
-            print(f"{run.job.id}: warning: {text}", flush=True)
+            code = sys.stdout.encoding or "utf-8"
+            line = f"{run.job.id}: warning: {text}".encode(code, "backslashreplace").decode(code)
+            print(line, flush=True)
 
 
 def apart(one, other) -> bool:
@@ -150,7 +152,8 @@ def build(
     }
     facts |= gather(facts, labels, tallies, fields, broken, data["normalise"])
     name_duplicates(facts, out)
-    facts["warnings"] = [*found.warnings, *chosen.warnings, *complaints(facts)]
+    told = [_without_place(text, source) for text in found.warnings]
+    facts["warnings"] = [*told, *chosen.warnings, *complaints(facts)]
     if complained:
         facts["warnings"].append(
             f"libtiff complained {len(complained)} times, first: {complained[0]}"
@@ -167,6 +170,17 @@ def _name(source: dict) -> str:
     return source["name"] + (f":{Path(argument).name}" if argument else "")
 
 
+def _without_place(text: str, source: dict) -> str:
+    """A warning as it is kept: without the folders above the source's."""
+    argument = source["argument"] or ""
+    name = Path(argument).name
+    if not name or plugins.module("source", source["name"]).ARGUMENT != "PATH":
+        return text
+    if text.startswith(f"{argument}: "):
+        return name + text.removeprefix(argument)
+    return text.replace(argument, name) if "/" in argument.strip("/") else text
+
+
 def find(data: dict, source: dict) -> Found:
     """Ask the source what it holds. SourceError when a size or a column makes no sense for it."""
     module = plugins.module("source", source["name"])
@@ -180,6 +194,11 @@ def find(data: dict, source: dict) -> Found:
             raise SourceError(
                 f"data.{key}: found {data[key]!r}, but the source {source['name']} has no columns"
             )
+    if any((data.get("splits") or {}).values()) and not getattr(module, "NAMED_SPLITS", False):
+        raise SourceError(
+            f"data.splits: found {data['splits']}, but the source {source['name']} has no names of "
+            "splits"
+        )
     found = module.read(source["argument"], module.Config(**source["config"]), data)
     if data.get("group") is not None and any(s.groups is None for s in found.splits.values()):
         raise SourceError(
@@ -200,8 +219,8 @@ def _without_one_class(found: Found) -> Found:
     }
     text = (
         f"found one class alone ({printable(found.classes[label])!r}), which no task can tell from "
-        "another: all images are taken as unlabelled. If classes lie below it, name the folder or "
-        "the column that has them in data.source or data.label_column"
+        "another: all images are taken as unlabelled. Where folders below it or another column "
+        "have the classes, say so: data.options.class_level, data.label_column"
     )
     return dataclasses.replace(found, splits=splits, classes=[], warnings=[*found.warnings, text])
 

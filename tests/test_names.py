@@ -16,7 +16,8 @@ from test_data import build, encode, picture
 from test_sources import put
 
 from stages import data as stage
-from stages.sources import SourceError, folder
+from stages.kit.data.decode import EXTENSIONS
+from stages.sources import SourceError, folder, parquet
 from stages.sources._names import guess, printable
 from workflow.params.entries import data_entries
 
@@ -95,6 +96,7 @@ def test_splits_with_longer_names(tmp_path, folders, expected):
         ({"images/train/a": 2, "images/val/a": 1}, r"expected them at the top.*/images"),
         ({"a/train": 2, "a/test": 1, "b/train": 2, "b/test": 1}, "above the classes"),
         ({"train-val": 2, "test-set": 1}, "look like splits"),
+        ({"Train": 2, "train": 1, "test": 1}, "both mean the split 'train'"),
     ],
 )
 def test_splits_that_could_be_read_in_two_ways_are_an_error(tmp_path, folders, message):
@@ -218,6 +220,31 @@ def test_files_that_are_no_images_are_counted_on_the_terminal(tmp_path):
     assert ".txt" not in text and ".db" not in text
 
 
+@pytest.mark.parametrize("name", ["labels.csv", "metadata.jsonl", "train.tsv"])
+def test_lists_beside_unlabelled_images_are_told(tmp_path, name):
+    made(tmp_path / "flat", {".": 4})
+    made(tmp_path / "classes", {"a": 2, "b": 2})
+    for place in ("flat", "classes"):
+        put(tmp_path / place / name)
+    (text,) = read(tmp_path / "flat").warnings
+    assert f"1 .{name.rpartition('.')[2]}" in text
+    assert not read(tmp_path / "classes").warnings
+
+
+@pytest.mark.parametrize("names", [("fold1", "fold2"), ("100CANON", "101CANON"), ("part_a1", "x")])
+def test_folders_that_count_are_told(tmp_path, names):
+    found = read(made(tmp_path, dict.fromkeys(names, 2)))
+    told = any("are read as classes" in text for text in found.warnings)
+    assert told == ("x" not in names) and len(found.classes) == 2
+
+
+def test_class_folders_without_an_image_are_told(tmp_path):
+    made(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "c" / "deep").mkdir(parents=True)
+    found = read(tmp_path)
+    assert found.classes == ["a", "b"] and "are no classes: c" in found.warnings[0]
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     made(tmp_path, {"a": 2, "b": 2})
     real = os.scandir
@@ -284,6 +311,20 @@ def test_a_class_that_is_a_link_to_another_is_read_once_with_a_warning(tmp_path)
     assert sizes(found) == {"train": 4} and "kitty is the folder cat again" in found.warnings[0]
 
 
+def test_the_files_that_count_are_those_that_are_read():
+    assert {pattern.removeprefix("*") for pattern in folder.READS} == EXTENSIONS
+    assert tuple(f"*{end}" for end in parquet.ENDS) == parquet.READS
+
+
+def test_no_warning_holds_the_place_of_the_folder(tmp_path):
+    made(tmp_path / "in", {".": 6, "thumbs": 2})
+    for i, path in enumerate(sorted((tmp_path / "in").rglob("*.png"))):
+        path.write_bytes(encode(picture(i)))
+    _, facts = build(tmp_path / "in", tmp_path / "out")
+    assert facts["warnings"][0].startswith("in: 6 images lie beside")
+    assert str(tmp_path) not in (tmp_path / "out" / "data.json").read_text()
+
+
 def test_names_are_shown_in_one_line():
     assert printable("a\nb\udce4é") == "a\\nb\\xe4é"
 
@@ -325,10 +366,12 @@ def test_folders_of_a_group_stay_together(tmp_path, level, place):
     for i in range(60):
         path = tmp_path / "in" / place.format(c="ab"[i % 2], g=i // 6) / f"{i}.png"
         put(path, encode(picture(i)))
-    _, facts = build(tmp_path / "in", tmp_path / "out", group=level, test_fraction=0.2)
+    options = {"class_level": 2 if level == 1 else 1}
+    _, facts = build(tmp_path / "in", tmp_path / "out", options, group=level, test_fraction=0.2)
+    assert facts["classes"] == ["a", "b"]
     counts = {split: part["count"] for split, part in facts["splits"].items()}
     assert sum(counts.values()) == 60 and counts["test"] == 12 and counts["val"] == 12
-    again = build(tmp_path / "in", tmp_path / "again", group=level, test_fraction=0.2)[1]
+    again = build(tmp_path / "in", tmp_path / "again", options, group=level, test_fraction=0.2)[1]
     assert again["hash"] == facts["hash"]
     from stages.kit.data.store import Split
 
@@ -346,6 +389,10 @@ def test_groups_that_there_are_not(tmp_path):
     made(tmp_path, {"a": 2, "b": 2})
     with pytest.raises(SourceError, match=r"data\.group: .*4 images without a folder at level 2"):
         read(tmp_path, group=2)
+    with pytest.raises(SourceError, match=r"data\.group: found 1, the level of the classes"):
+        read(tmp_path, group=1)
+    with pytest.raises(SourceError, match="class_level: found 0, expected the level"):
+        read(tmp_path, class_level=0)
     with pytest.raises(SourceError, match="expected the level of a folder"):
         read(tmp_path, group="patient")
 

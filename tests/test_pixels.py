@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_data import build, encode, picture
+from test_data import DATA, build, encode, picture
 
 from stages import data as stage
 from stages.kit.data.decode import Broken, Range, decode, decode_all
@@ -87,6 +89,87 @@ def test_other_images_that_are_nearly_black_are_told(tmp_path, kind):
         path.write_bytes(data)
     _, facts = build(tmp_path / "in", tmp_path / "out", range=[0, 9] if kind == "colour" else None)
     assert said(facts, "all pixels lie between 0 and") or said(facts, "no 16-bit or float image")
+
+
+def png16(values: np.ndarray) -> bytes:
+    """A PNG file with 16 bits in each of 3 or 4 channels."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    kind = {3: 2, 4: 6}[channels]
+    found = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    for name, part in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(name + part))
+        found += struct.pack(">I", len(part)) + name + part + check
+    return found
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("span", [None, [0, 4095], "auto"])
+def test_colours_of_16_bits(tmp_path, channels, span):
+    draw = np.random.default_rng(0)
+    for i in range(12):
+        values = draw.integers(0, 4096, (20, 20, channels))
+        values[..., -1] = 65535 if channels != 3 else values[..., -1]
+        path = tmp_path / "in" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png16(values))
+        if i == 0:
+            whole = decode_all(png16(values), Range((0, 4095))).pixels
+            np.testing.assert_array_equal(whole[..., 0], np.rint(values[..., 0] / 4095 * 255))
+    _, facts = build(tmp_path / "in", tmp_path / "out", range=span)
+    assert facts["converted"]["16-bit colour"] == 12
+    if span is None:
+        assert said(facts, "data.range, such as [0, 4095] or auto")
+    else:
+        assert np.ptp(Split.open(tmp_path / "out", "train").images) > 200
+    assert said(facts, "auto has found") == (span == "auto")
+
+
+def tiff16(values: np.ndarray, order: str) -> bytes:
+    """An uncompressed TIFF file with 16 bits in each of 3 channels, its bytes in this order."""
+    height, width, _ = values.shape
+    start, pixels = 8 + 2 + 12 * 9 + 4 + 6, values.astype(f"{order}u2").tobytes()
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, start - 6), (259, 3, 1, 1)]
+    tags += [(262, 3, 1, 2), (273, 4, 1, start), (277, 3, 1, 3), (278, 3, 1, height)]
+    tags += [(279, 4, 1, len(pixels))]
+    found = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    for tag, kind, count, value in tags:
+        form = "HHIHH" if kind == 3 and count == 1 else "HHII"
+        parts = (tag, kind, count, value, 0)[: len(form)]
+        found += struct.pack(f"{order}{form}", *parts)
+    return found + struct.pack(f"{order}IHHH", 0, 16, 16, 16) + pixels
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_colours_of_16_bits_in_tiff_files(order):
+    values = np.random.default_rng(0).integers(0, 4096, (6, 5, 3))
+    found = decode_all(tiff16(values, order), Range((0, 4095)))
+    np.testing.assert_array_equal(found.pixels, np.rint(values / 4095 * 255))
+    assert found.notes == ("16-bit colour",)
+
+
+@pytest.mark.parametrize("span", [None, (0, 4095)])
+def test_mangled_colours_are_broken_at_worst(span):
+    draw = np.random.default_rng(1)
+    files = [png16(draw.integers(0, 4096, (20, 20, 3))), tiff16(np.zeros((8, 8, 3)), "<")]
+    files += [hurt("tiff_lzw"), hurt("jpeg")]
+    for k in range(400):
+        data = bytearray(files[k % len(files)])
+        for place in draw.integers(0, len(data), 4).tolist():
+            data[place] = draw.integers(0, 256)
+        try:
+            decode_all(bytes(data), Range(span))
+        except Broken as error:
+            assert error.reason and error.detail
+
+
+def test_what_is_no_number_is_black_in_a_range():
+    data = io.BytesIO()
+    Image.fromarray(np.array([[np.nan, 1.0], [3.0, 5.0]], np.float32)).save(data, "TIFF")
+    found = decode_all(data.getvalue(), Range((1.0, 5.0)))
+    assert found.pixels[..., 0].tolist() == [[0, 0], [128, 255]]
+    assert found.notes == ("not a number", "float")
 
 
 @pytest.mark.parametrize(
@@ -232,6 +315,13 @@ def test_equal_and_plain_images_are_no_near_duplicates():
     other = bytearray(b"a" * 16 + b"c" * 16)
     found = near_duplicates(looks, {"train": equal, "test": other})
     assert found == {"across": {"train-test": 0}, "pairs": []}
+
+
+@pytest.mark.parametrize("key, value", [("splits", {"val": "x"}), ("group", 2)])
+def test_settings_that_a_source_does_not_have(key, value):
+    source = {"name": "shapes", "argument": None, "config": {"train": 4}}
+    with pytest.raises(SourceError, match=f"data.{key}: found .*the source shapes has no"):
+        stage.find({**DATA, key: value}, source)
 
 
 def test_two_streams_are_apart_or_not(tmp_path):

@@ -143,8 +143,14 @@ def test_files_with_classes_in_another_order(tmp_path):
 def test_labels_that_are_words_in_one_file_and_numbers_in_another(tmp_path):
     write(tmp_path / "train-0.parquet", label=[0, 1] * 3)
     write(tmp_path / "train-1.parquet", label=["0", "1"] * 3)
-    with pytest.raises(SourceError, match="labels that are numbers and labels that are words"):
+    with pytest.raises(SourceError, match="'label' holds string, expected int as in train-0"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("column", [["", ""] * 3, [-1] * 6, pa.array([None] * 6, pa.string())])
+def test_a_column_without_any_label_is_told(tmp_path, column):
+    found = read(write(tmp_path / "t.parquet", label=column))
+    assert found.classes == [] and "gives no image a label" in found.warnings[0]
 
 
 def test_labels_that_differ_in_their_unicode_form_are_one(tmp_path):
@@ -167,6 +173,7 @@ def test_labels_that_differ_in_their_unicode_form_are_one(tmp_path):
         (("a/b/training/0", "a/b/testing/0"), ["train", "test"]),
         (("split=train/0", "split=test/0"), ["train", "test"]),
         (("part-0", "part-1"), ["train"]),
+        (("train.parquet/part-0", "test.parquet/part-0"), ["train", "test"]),
     ],
 )
 def test_splits_in_the_names_of_files(tmp_path, files, expected):
@@ -220,10 +227,50 @@ def test_what_lies_beside_tables_is_told(tmp_path):
     assert any("1 .csv" in text and "1 .jpg" in text for text in found.warnings)
 
 
+def test_links_to_tables_are_followed_once(tmp_path):
+    write(tmp_path / "far" / "train" / "0.parquet")
+    write(tmp_path / "far" / "test" / "0.parquet")
+    (tmp_path / "in").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "far" / name)
+    (tmp_path / "far" / "train" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "loop.pq").symlink_to("loop.pq")
+    with pytest.raises(SourceError, match=r"loop.pq"):
+        read(tmp_path / "in")
+    (tmp_path / "in" / "loop.pq").unlink()
+    assert list(read(tmp_path / "in").splits) == ["train", "test"]
+
+
 def test_a_split_without_rows_is_told(tmp_path):
     write(tmp_path / "train.parquet")
     write(tmp_path / "test.parquet", pa.array([], pa.binary()))
     assert any("test has no rows" in text for text in read(tmp_path).warnings)
+
+
+SAID = ["train", "train", "train", "validation", "test", "test"]
+
+
+@pytest.mark.parametrize("name", ["split", "Subset", "partition"])
+def test_splits_in_a_column(tmp_path, name):
+    path = write(tmp_path / "t.parquet", label=[0, 1] * 3, more={name: SAID})
+    found = read(path)
+    assert {s: len(x) for s, x in found.splits.items()} == {"train": 3, "val": 1, "test": 2}
+    assert [s.image for s in found.splits["test"].read(np.array([1]))] == PICTURES[5:]
+    assert labels(found, "test") == [0, 1] and "says which split a row is" in found.warnings[0]
+
+
+def test_splits_in_a_column_that_is_named(tmp_path):
+    part = ["a", "a", "b", "c", "d", "d"]
+    path = write(tmp_path / "t.parquet", label=[0, 1] * 3, fold=part)
+    assert list(read(path).splits) == ["train"]  # the values say nothing
+    wanted = {"train": "a", "val": "b", "unlabelled": "c", "ignore": "d"}
+    found = read(path, {"split_column": "fold"}, splits=wanted)
+    assert labels(found) == [0, 1, -1] and labels(found, "val") == [0]
+    assert any("2 rows are left out" in text for text in found.warnings)
+    with pytest.raises(SourceError, match="says b, c, d for some rows, expected train, val or te"):
+        read(path, {"split_column": "fold"}, splits={"train": "a"})
+    with pytest.raises(SourceError, match="split_column: .*no column 'folt'.*did you mean 'fold'"):
+        read(path, {"split_column": "folt"})
 
 
 def test_groups_are_a_column(tmp_path):
@@ -271,6 +318,16 @@ def test_splits_of_the_hub_are_mapped(monkeypatch):
     assert len(list(found.splits["train"].read(np.arange(5)))) == 5
     with pytest.raises(SourceError, match="data.splits.val: .*'extr'.*did you mean 'extra'"):
         ask(splits={"val": "extr"})
+
+
+def test_splits_of_the_hub_in_a_column(monkeypatch):
+    rows = {"image": PICTURES, "label": [0, 1] * 3, "split": SAID}
+    monkeypatch.setattr(
+        hub, "_load", lambda name, config: {"train": datasets.Dataset.from_dict(rows)}
+    )
+    found = hub.read("owner/name", hub.Config(), DATA)
+    assert {s: len(x) for s, x in found.splits.items()} == {"train": 3, "val": 1, "test": 2}
+    assert [s.image for s in found.splits["val"].read(np.array([0]))] == [PICTURES[3]]
 
 
 @pytest.mark.parametrize("names", [("train", "training"), ("train_clean", "train_noisy")])

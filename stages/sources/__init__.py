@@ -10,6 +10,7 @@ and literals that say what it is:
     ARGUMENT = "PATH"   what follows the colon: "PATH", a file or folder of the user's; "NAME", a
                         name; None, nothing
     PATHS = ()          settings of Config that name further files of the user's
+    NAMED_SPLITS = True where data.splits says which of its names are which split
     COLUMNS = True      where it is a table, in which data.image_column and data.label_column choose
 
 `data` is the entry of the parameters. `read` only lists: how many images each given split has,

@@ -18,6 +18,8 @@ ROLES = ("train", "val", "test", "unlabelled", "ignore")
 UNCLEAR = "?"  # the role of a name that holds two splits, such as trainval
 LOOSE = ALIASES | {"evaluation": "val", "development": "val", "tests": "test"}
 SUFFIXES = ("set", "sets", "data", "split", "images", "imgs", "img")
+# Words that count folders rather than name what is in them; `canon` is of cameras.
+PARTS = ("part", "fold", "batch", "chunk", "shard", "folder", "dir", "subset", "canon", "split")
 SHOWN = 8  # names in a message
 
 
@@ -187,7 +189,14 @@ def _parts(names: list[str]) -> bool:
     shapes = {
         tuple("#" if w.isdigit() or len(w) == 1 else w for w in _words(name)) for name in names
     }
-    return len(shapes) == 1 and len(years) < 2
+    same = len({tuple(_words(name)) for name in names}) < len(names)
+    return len(shapes) == 1 and len(years) < 2 and not same
+
+
+def numbered(names: list[str]) -> bool:
+    """Whether names are one word such as part or fold and a number: no classes, by their looks."""
+    words = {tuple(w for w in _words(name) if not w.isdigit()) for name in names}
+    return len(names) > 1 and len(words) == 1 and words < {(part,) for part in PARTS}
 
 
 def tables(

@@ -42,7 +42,8 @@ def assign(found: Found, data: dict) -> Assignment:
     for split in [s for s in ("val", "test") if s in parts]:
         if (train.labels >= 0).any() and not (found.splits[split].labels >= 0).any():
             warnings.append(
-                f"the given split {split} has no labels: not used, another one is carved from train"
+                f"the given split {split} has no labels: its {len(parts[split])} images are not "
+                "used, another one is carved from train"
             )
             parts[split][:] = -1
     order = _order(train, data["seed"])

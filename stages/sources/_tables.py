@@ -8,13 +8,15 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from stages.sources import SourceError
-from stages.sources._names import printable, some
+from stages.kit.data.store import SPLITS
+from stages.sources import ALIASES, Found, Listing, SourceError
+from stages.sources._names import mapped, printable, some
 from workflow.plugins import did_you_mean
 
 IMAGE_NAMES = ("image", "img", "images", "picture", "pixel_values", "jpg", "png")
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "y")
 LABEL_KINDS = ("class", "int", "string", "bool", "float", "bytes")  # the likeliest first
+SPLIT_NAMES = ("split", "splits", "subset", "partition", "set", "fold", "usage")
 # Columns that nobody takes for labels.
 NO_LABELS = ("id", "ids", "idx", "index", "path", "file", "file_name", "filename", "name", "width")
 NO_LABELS += ("height", "url", "caption", "text", "md5", "sha1", "sha256", "key", "__key__")
@@ -80,6 +82,72 @@ def _choose(where: str, key: str, kinds: dict, wanted: tuple, usual: tuple[str, 
     return None
 
 
+def split_column(
+    where: str, kinds: dict[str, str], asked: str | None, given: list[str], taken: tuple
+) -> str | None:
+    """The column that says of each row which split it is: the one asked for, or a string column
+    with a usual name in a table that has no other splits. None if there is none.
+    """
+    if asked is None:
+        usual = [n for n, k in kinds.items() if k == "string" and n.lower() in SPLIT_NAMES]
+        usual = [name for name in usual if name not in taken]
+        return usual[0] if usual and given == ["train"] else None
+    if asked not in kinds:
+        raise SourceError(
+            f"data.options.split_column: {where} has no column {asked!r}, found "
+            f"{', '.join(kinds)}{did_you_mean(asked, kinds)}"
+        )
+    if given != ["train"]:
+        raise SourceError(
+            f"data.options.split_column: found {asked!r}, but {where} gives splits by names "
+            f"({', '.join(given)}), expected one of the two"
+        )
+    return asked
+
+
+def by_column(
+    where: str, found: Found, column: str, said: list, wanted: dict | None, asked: str | None
+) -> Found:
+    """The rows of train in the splits that a column says. Where nobody asked for the column, only
+    if its values are known names of splits, train among them.
+    """
+    values = sorted({str(v) for v in said if v is not None})
+    roles = {v: ALIASES[v.lower()] for v in values if v.lower() in ALIASES}
+    if asked is None:
+        if len(roles) < len(values) or "train" not in roles.values() or len(values) < 2:
+            return found
+        text = f"{where}: column {column!r} says which split a row is: {some(values)}"
+        found.warnings.append(text)
+    else:
+        roles |= mapped(where, f"value of {column!r}", {v: {v} for v in values}, wanted)
+    unknown = [value for value in values if value not in roles]
+    if unknown or any(value is None for value in said):
+        raise SourceError(
+            f"{where}: column {column!r} says {some(unknown) or 'null'} for some rows, expected "
+            "train, val or test; data.splits says what others are, such as {ignore: [...]}"
+        )
+    whole, part = found.splits["train"], np.array([roles[str(value)] for value in said])
+    splits, warnings = {}, list(found.warnings)
+    for split in SPLITS:
+        rows = np.flatnonzero((part == split) | ((part == "unlabelled") & (split == "train")))
+        if len(rows):
+            splits[split] = _rows(whole, rows, part[rows] == "unlabelled")
+    if "train" not in splits:
+        raise SourceError(f"{where}: column {column!r} says {some(values)}, expected train too")
+    if left := int((part == "ignore").sum()):
+        warnings.append(f"{where}: {left} rows are left out by data.splits.ignore")
+    return Found(splits, found.classes, found.ignored, warnings)
+
+
+def _rows(whole: Listing, rows: np.ndarray, bare: np.ndarray) -> Listing:
+    """Some rows of a listing; `bare`: those that lose their labels."""
+    return Listing(
+        np.where(bare, -1, whole.labels[rows]),
+        lambda chosen: whole.read(rows[chosen]),
+        groups=None if whole.groups is None else [whole.groups[row] for row in rows.tolist()],
+    )
+
+
 def unused_labels(where: str, kinds: dict[str, str], image: str) -> list[str]:
     """What to say of a table that is read without labels: columns that could be meant."""
     odd = {n: k for n, k in kinds.items() if n != image and n.lower() in LABEL_NAMES}
@@ -100,6 +168,13 @@ def unused_labels(where: str, kinds: dict[str, str], image: str) -> list[str]:
             "unlabelled (data.label_column names one)"
         ]
     return []
+
+
+def no_labels(where: str, column: str | None, labels: dict[str, np.ndarray]) -> list[str]:
+    """What to say of a label column that gives no image a label."""
+    if column is None or any((part >= 0).any() for part in labels.values()):
+        return []
+    return [f"{where}: column {column!r} gives no image a label: all are taken as unlabelled"]
 
 
 def plain_labels(

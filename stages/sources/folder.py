@@ -14,49 +14,59 @@ over and counted; archives are never opened. A warning says what was left out.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import translate
 from pathlib import Path
 
 import numpy as np
 
 from stages.kit.data.decode import EXTENSIONS
 from stages.sources import ALIASES, Found, Listing, Sample, SourceError
-from stages.sources._names import folders, printable, some, stored
+from stages.sources._names import folders, numbered, printable, some, stored
 from stages.sources._tables import one_form
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
-# Folders that are no data, in lower case: bins, thumbnails and metadata of other systems.
-SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "recycled"}
-SYSTEM |= {"system volume information", "lost+found", "#snapshot", "~snapshot", "@tmp", "@sharebin"}
-SYSTEM |= {"__pycache__", "found.000", "$extend", "network trash folder", "temporary items"}
-SYSTEM_ENDS = (".lrdata", ".lrcat-data", ".photoslibrary", ".aplibrary", ".cocatalogdb")
-# Files that nobody takes for images; of all others that are not read there is a warning.
-PLAIN = {".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html"}
-PLAIN |= {".log", ".py", ".ini", ".db", ".xmp", ".pdf", ".toml", ".sh", ".ipynb", ".cfg", ".url"}
-HIDDEN, OUTSIDE = "hidden", "image outside a class folder"
-# A change of any other file makes nothing stale. As EXTENSIONS and _hidden say.
+NAMED_SPLITS = True
+# A change of any other file makes nothing stale: the patterns of EXTENSIONS.
 READS = (
     "*.jpg", "*.jpeg", "*.jpe", "*.jfif", "*.png", "*.gif", "*.bmp", "*.dib", "*.tif", "*.tiff",
     "*.webp", "*.ppm", "*.pgm", "*.pbm", "*.pnm", "*.jp2", "*.j2k", "*.avif", "*.mpo",
 )  # fmt: skip
-SKIPS = (".*", "__MACOSX")
+# What is no data, whatever its case: bins, thumbnails and metadata of other systems.
+SKIPS = (
+    ".*", "__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "RECYCLER", "RECYCLED",
+    "System Volume Information", "lost+found", "#snapshot", "~snapshot", "@tmp", "@sharebin",
+    "__pycache__", "found.000", "$Extend", "Network Trash Folder", "Temporary Items", "*.lrdata",
+    "*.lrcat-data", "*.photoslibrary", "*.aplibrary", "*.cocatalogdb",
+)  # fmt: skip
+SKIPPED = re.compile("|".join(map(translate, SKIPS)), re.IGNORECASE)
+# Files that nobody takes for images; of all others that are not read there is a warning.
+LISTS = {".csv", ".tsv", ".jsonl"}  # where images have no labels, these may be meant to give them
+PLAIN = {".txt", ".md", ".rst", ".json", ".xml", ".yaml", ".yml", ".html"}
+PLAIN |= {".log", ".py", ".ini", ".db", ".xmp", ".pdf", ".toml", ".sh", ".ipynb", ".cfg", ".url"}
+HIDDEN, OUTSIDE = "hidden", "image outside a class folder"
 
 
 @dataclass(frozen=True)
 class Config:
     labels: bool = True  # False: folders mean nothing, every image is unlabelled
+    class_level: int = 1  # which folders are the classes: 2 for PATH/PATIENT/CLASS/1.jpg
     splits: bool = True  # False: folders called train or test are classes like any other
 
 
 @dataclass
 class _Part:
-    """The images of one split. names: below `base`; depth: which part of a name is its class."""
+    """The images of one split. names: below `base`; top: which part of a name is the first folder
+    below the split; depth: which one is its class.
+    """
 
     base: Path
+    top: int
     depth: int
     names: list[str]
     bare: tuple[str, ...] = ()  # beginnings of names that are unlabelled whatever their folders
@@ -72,6 +82,11 @@ def read(argument: str, config: Config, data: dict) -> Found:
     folder.
     """
     root = _root(argument)
+    if config.class_level < 1:
+        raise SourceError(
+            f"data.options.class_level: found {config.class_level}, expected the level of a folder "
+            "from 1"
+        )
     ignored: Counter = Counter()
     wanted, warnings = data.get("splits"), []
     roles: dict[str, list[str]] = {}
@@ -83,7 +98,7 @@ def read(argument: str, config: Config, data: dict) -> Found:
         raise SourceError("data.splits: found beside data.options.splits: false, expected one")
     skipped, bare = roles.get("ignore", []), roles.get("unlabelled", [])
     if "train" in roles:
-        parts = _given(argument, root, roles, ignored)
+        parts = _given(argument, root, roles, ignored, config.class_level - 1)
         warnings += _beside(argument, root, others)
     else:
         if config.splits and config.labels:
@@ -91,7 +106,8 @@ def read(argument: str, config: Config, data: dict) -> Found:
         names = _images(argument, root, root, ignored, warnings)
         out = tuple(f"{top}/" for top in skipped)
         names = [name for name in names if not (out and name.startswith(out))]
-        parts = {"train": _Part(root, 0, names, tuple(f"{top}/" for top in bare))}
+        depth = config.class_level - 1
+        parts = {"train": _Part(root, 0, depth, names, tuple(f"{top}/" for top in bare))}
     if skipped:
         listed = _counted(argument, root, skipped)
         warnings.append(f"{argument}: left out by data.splits.ignore: {listed}")
@@ -101,11 +117,12 @@ def read(argument: str, config: Config, data: dict) -> Found:
             f"{argument}: no images{' in train' if 'train' in roles else ''}, found {found}; "
             f"expected files like {', '.join(sorted(EXTENSIONS)[:6])} ..."
         )
-    kinds = {kind: n for kind, n in ignored.items() if kind not in PLAIN | {HIDDEN}}
+    splits, classes = _labelled(argument, parts, config, data.get("group"), ignored, warnings)
+    known = PLAIN | {HIDDEN, OUTSIDE} | (LISTS if classes or not config.labels else set())
+    kinds = {kind: n for kind, n in ignored.items() if kind not in known and n}
     if kinds:
         listed = ", ".join(f"{n} {printable(kind)}" for kind, n in sorted(kinds.items()))
         warnings.append(f"{argument}: files that are not read as images: {listed}")
-    splits, classes = _labelled(argument, parts, config, data.get("group"), ignored, warnings)
     return Found(splits, classes, {kind: n for kind, n in sorted(ignored.items()) if n}, warnings)
 
 
@@ -146,18 +163,20 @@ def _unreadable(root: Path, error: OSError) -> SourceError:
     )
 
 
-def _given(argument: str, root: Path, roles: dict, ignored: Counter) -> dict[str, _Part]:
-    """The images of each given split."""
+def _given(
+    argument: str, root: Path, roles: dict, ignored: Counter, depth: int
+) -> dict[str, _Part]:
+    """The images of each given split; `depth`: of class folders below it."""
     parts: dict[str, _Part] = {}
     for split in [role for role in sorted(roles) if role in ALIASES.values()]:
         tops = roles[split] + (roles.get("unlabelled", []) if split == "train" else [])
         lists = {top: _images(argument, root / top, root / top, ignored, []) for top in tops}
         if len(tops) == 1:
-            parts[split] = _Part(root / tops[0], 0, lists[tops[0]])
+            parts[split] = _Part(root / tops[0], 0, depth, lists[tops[0]])
         else:
             names = sorted(f"{top}/{name}" for top, found in lists.items() for name in found)
             bare = tuple(f"{top}/" for top in tops if top not in roles[split])
-            parts[split] = _Part(root, 1, names, bare)
+            parts[split] = _Part(root, 1, 1 + depth, names, bare)
     return parts
 
 
@@ -230,7 +249,22 @@ def _labelled(
     )
     warnings += [f"{argument}: {note}" for note in notes]
     classes = sorted({form[name] for name in inside}) if labelled else []
+    if labelled and train.top == train.depth == 0:
+        empty = [top for top in _tops(train.base) if top not in inside and not _skipped(train, top)]
+        if empty:
+            warnings.append(f"{argument}: folders without an image are no classes: {some(empty)}")
+    if numbered(classes):
+        warnings.append(
+            f"{argument}: the folders {some(classes)} are read as classes; "
+            "data.options.labels: false takes all images as unlabelled"
+        )
     number = {raw: classes.index(name) for raw, name in form.items() if name in set(classes)}
+    if labelled and group == config.class_level:
+        raise SourceError(
+            f"data.group: found {group}, the level of the classes, expected that of other folders, "
+            "such as 2 for PATH/CLASS/GROUP/1.jpg, or data.options.class_level: 2 for "
+            "PATH/GROUP/CLASS/1.jpg"
+        )
     splits, out = {}, 0
     for split, part in parts.items():
         names = part.names
@@ -263,6 +297,11 @@ def _labelled(
     return splits, [stored(name) for name in classes]
 
 
+def _skipped(part: _Part, top: str) -> bool:
+    """Whether a folder at the top of a split holds images after all, which `inside` does not."""
+    return _holds(part.base / top)
+
+
 def _bare(part: _Part, name: str) -> bool:
     return bool(part.bare) and name.startswith(part.bare)
 
@@ -274,7 +313,7 @@ def _groups(argument: str, part: _Part, names: list[str], level) -> list[str]:
             f"data.group: found {level!r}, expected the level of a folder, such as 2 for "
             "PATH/CLASS/GROUP/1.jpg (a column is for tables)"
         )
-    at = part.depth + level - 1
+    at = part.top + level - 1
     shallow = [name for name in names if name.count("/") <= at]
     if shallow:
         raise SourceError(
@@ -339,8 +378,7 @@ def _image_name(name: str) -> bool:
 
 
 def _hidden(name: str) -> bool:
-    low = name.lower()
-    return name.startswith(".") or low in SYSTEM or low.endswith(SYSTEM_ENDS)
+    return SKIPPED.match(name) is not None
 
 
 def _reader(base: Path, names: list[str]):

@@ -26,10 +26,19 @@ from stages.sources import (
     SourceError,
 )
 from stages.sources._names import joined, some, tables
-from stages.sources._tables import find_columns, number_labels, plain_labels, unused_labels
+from stages.sources._tables import (
+    by_column,
+    find_columns,
+    no_labels,
+    number_labels,
+    plain_labels,
+    split_column,
+    unused_labels,
+)
 from workflow.messages import did_you_mean
 
 ARGUMENT = "NAME"
+NAMED_SPLITS = True
 COLUMNS = True
 
 PATIENCE = 4.0  # seconds to wait for a first answer of the hub
@@ -38,6 +47,7 @@ PATIENCE = 4.0  # seconds to wait for a first answer of the hub
 @dataclass(frozen=True)
 class Config:
     labels: bool = True  # False: every image is unlabelled
+    split_column: str | None = None  # says of each row which split it is (null: see _tables.py)
     subset: str | None = None  # the hub's "config" of a data set that has several
     revision: str | None = None  # branch, tag or commit; a commit keeps the data the same for ever
 
@@ -52,7 +62,8 @@ def read(argument: str, config: Config, data: dict) -> Found:
             "(a path? use parquet:)"
         )
     found = _load(argument, config)
-    splits, bare, warnings = _splits(f"hub:{argument}", found, data.get("splits"))
+    wanted = None if config.split_column else data.get("splits")
+    splits, bare, warnings = _splits(f"hub:{argument}", found, wanted)
     features = splits["train"].features
     kinds = {name: _kind(feature) for name, feature in features.items()}
     image, label = find_columns(
@@ -79,11 +90,19 @@ def read(argument: str, config: Config, data: dict) -> Found:
         warnings += note
     names = getattr(features[label], "names", None) if label else None
     labels, classes = number_labels(f"hub:{argument}", values, names, warnings)
+    warnings += no_labels(f"hub:{argument}", label, labels)
     units = {s: list(table[group]) if group is not None else None for s, table in splits.items()}
     listings = {
         s: Listing(labels[s], _reader(table, image), groups=units[s]) for s, table in splits.items()
     }
-    return Found(listings, classes, warnings=warnings)
+    result = Found(listings, classes, warnings=warnings)
+    chosen = (image, label)
+    part = split_column(f"hub:{argument}", kinds, config.split_column, list(splits), chosen)
+    if part is None:
+        return result
+    said = list(splits["train"][part])
+    asked = config.split_column
+    return by_column(f"hub:{argument}", result, part, said, data.get("splits"), asked)
 
 
 def _splits(where: str, found, wanted: dict | None) -> tuple[dict, int, list[str]]:

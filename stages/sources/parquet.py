@@ -29,11 +29,21 @@ from stages.sources import (
     SourceError,
 )
 from stages.sources._names import printable, some, tables
-from stages.sources._tables import find_columns, number_labels, plain_labels, unused_labels
+from stages.sources._tables import (
+    by_column,
+    find_columns,
+    no_labels,
+    number_labels,
+    plain_labels,
+    split_column,
+    unused_labels,
+)
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
-READS = ("*.parquet",)
+NAMED_SPLITS = True
+READS = ("*.parquet", "*.parq", "*.pq")
+SKIPS = (".*", "_temporary*")
 COLUMNS = True
 
 BATCH, VALUES = 64, 65536  # rows of images, and of labels, read at once
@@ -41,13 +51,14 @@ READ_BYTES = 256 << 20  # of one batch at most, as far as the file declares it
 ENDS = (".parquet", ".parq", ".pq")
 BESIDE = (*EXTENSIONS, ".arrow", ".csv", ".tsv", ".jsonl", ".feather", ".tar", ".zip", ".gz")
 # Encoded images hardly compress. What does so much more is no set of images but fills the memory.
-GROWS, LARGE = 100, 32 << 20
+GROWS, LARGE = 100, 8 << 20
 ROW_BYTES = 150  # that the stage needs for one image, all in all
 
 
 @dataclass(frozen=True)
 class Config:
     labels: bool = True  # False: every image is unlabelled
+    split_column: str | None = None  # says of each row which split it is (null: see _tables.py)
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ class _File:
 def read(argument: str, config: Config, data: dict) -> Found:
     """List the rows of the table(s) at `argument`. Raises SourceError for missing files, columns or
     labels."""
-    groups, warnings = _files(argument, data.get("splits"))
+    wanted = None if config.split_column else data.get("splits")
+    groups, warnings = _files(argument, wanted)
     first = groups["train"][0].path
     schema = _schema(first)
     kinds = _kinds(schema)
@@ -71,7 +83,9 @@ def read(argument: str, config: Config, data: dict) -> Found:
         warnings += unused_labels(argument, kinds, image)
     group = _group_column(argument, schema, data.get("group"))
     features = _features(schema)
-    columns = [column for column in (image, label, group) if column is not None]
+    part = split_column(argument, kinds, config.split_column, list(groups), (image, label))
+    columns = [column for column in (image, label, group, part) if column is not None]
+    parts: list = []
     values: dict[str, list] = {}
     units: dict[str, list] = {}
     for split, files in groups.items():
@@ -83,11 +97,13 @@ def read(argument: str, config: Config, data: dict) -> Found:
             used = label is not None and not file.bare
             values[split] += _values(table, label) if used else [None] * rows
             units[split] += _values(table, group) if group is not None else []
+            parts += _values(table, part) if part is not None else []
     if label is not None:
         values, note = plain_labels(argument, label, values, chosen is not None)
         warnings += note
     names = features.get(label, {}).get("names") if label is not None else None
     labels, classes = number_labels(argument, values, names, warnings)
+    warnings += no_labels(argument, label, labels)
     if not len(labels["train"]):
         raise SourceError(f"{argument}: the split train has no rows")
     empty = [split for split in groups if not len(labels[split])]
@@ -101,7 +117,10 @@ def read(argument: str, config: Config, data: dict) -> Found:
         for split, files in groups.items()
         if split not in empty
     }
-    return Found(splits, classes, warnings=warnings)
+    found = Found(splits, classes, warnings=warnings)
+    if part is None:
+        return found
+    return by_column(argument, found, part, parts, data.get("splits"), config.split_column)
 
 
 def _files(argument: str, wanted: dict | None) -> tuple[dict[str, list[_File]], list[str]]:
@@ -116,7 +135,7 @@ def _files(argument: str, wanted: dict | None) -> tuple[dict[str, list[_File]], 
         raise SourceError(
             f"data.source: no file or folder {argument}{did_you_mean(root.name, siblings)}"
         )
-    known = sorted(p for p in root.rglob("*") if _is_table(p, root))
+    known = sorted(_tables_below(root))
     files = [p for p in known if p.parent == root]
     files = files or [p for p in known if p.parent == root / "data"]
     files = files or [p for p in known if p.parent.parent == root] or known
@@ -156,9 +175,19 @@ def _files(argument: str, wanted: dict | None) -> tuple[dict[str, list[_File]], 
     return groups, warnings
 
 
-def _is_table(path: Path, root: Path) -> bool:
-    inside = path.relative_to(root).parts
-    return path.name.lower().endswith(ENDS) and not any(p.startswith(".") for p in inside)
+def _tables_below(root: Path) -> Iterator[Path]:
+    """All tables in a folder. Links are followed, every folder is entered once."""
+    seen = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith((".", "_temporary")))
+        for name in files:
+            if name.lower().endswith(ENDS) and not name.startswith("."):
+                yield Path(folder) / name
 
 
 def _group_column(argument: str, schema: pa.Schema, group) -> str | None:
@@ -179,6 +208,11 @@ def _check(path: Path, first: Path, columns: list[str], features: dict, label) -
             f"{path}: no column {missing!r}, found {', '.join(schema.names)} ({first.name} has it)"
         )
     if label is not None:
+        kind, usual = (_kinds(s)[label] for s in (schema, _schema(first)))
+        if _family(kind) != _family(usual) and "null" not in (kind, usual):
+            raise SourceError(
+                f"{path}: column {label!r} holds {kind}, expected {usual} as in {first.name}"
+            )
         own, other = (f.get(label, {}).get("names") for f in (_features(schema), features))
         if own != other:
             raise SourceError(
@@ -186,6 +220,11 @@ def _check(path: Path, first: Path, columns: list[str], features: dict, label) -
                 f"{first.name}, {_listed(other)}"
             )
     _affordable(path, columns)
+
+
+def _family(kind: str) -> str:
+    """Kinds of labels that mean the same: numbers, or words."""
+    return {"class": "int", "float": "int", "bytes": "string"}.get(kind, kind)
 
 
 def _listed(names: list | None) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -117,7 +118,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple
 
 def decode_all(data: bytes, how: Range) -> Decoded:
     """As `decode`, with all there is to know."""
-    found = _opened(data, how.max_pixels, lambda image: _rgb(image, how.span))
+    found = _opened(data, how.max_pixels, lambda image: _rgb(image, how.span, data))
     return dataclasses.replace(found[0], said=found[1])
 
 
@@ -125,6 +126,8 @@ def raw_levels(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, np.ndarr
     """("16-bit" or "float", the values) of an image of that kind, None of any other; `Broken`."""
 
     def values(image: Image.Image) -> tuple[str, np.ndarray] | None:
+        if deep := _deep(data, image):
+            return "16-bit", deep[0]
         image.load()
         return (_depth(image.mode), np.asarray(image)) if _depth(image.mode) else None
 
@@ -182,13 +185,62 @@ def _depth(mode: str) -> str | None:
     return "16-bit" if mode == "I" or mode.startswith("I;16") else None
 
 
-def _rgb(image: Image.Image, span: tuple[float, float] | None) -> Decoded:
-    """Opened image -> RGB array of its first frame, upright."""
+def _levels(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values[np.isfinite(values)], (0.1, 99.9))
+    return float(low), float(high)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether colours have 16 bits, of which Pillow keeps 8."""
+    return ";16" in str(image.tile[:1]) and not _depth(image.mode)
+
+
+def _deep(data: bytes, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """All bits of 16-bit colours: (H, W, 3) uint16, and the transparency (H, W) if there is any.
+
+    Pillow keeps the upper byte of each value. Told that the bytes lie the other way round, it keeps
+    the lower one. None of an image that it cannot read so.
+    """
+    if not _is_deep(image) or image.mode not in ("RGB", "RGBA"):
+        return None
+    with Image.open(io.BytesIO(data), formats=FORMATS) as other:
+        other.tile = [tile._replace(args=_swapped(tile.args)) for tile in other.tile]
+        lower = np.asarray(other).astype(np.uint16)
+    values = np.asarray(image).astype(np.uint16) * 256 + lower
+    return values[..., :3], values[..., 3] if image.mode == "RGBA" else None
+
+
+def _swapped(args: str | tuple) -> str | tuple:
+    """The arguments of a decoder with the two bytes of each value exchanged."""
+    mode, *rest = (args,) if isinstance(args, str) else args
+    head, order = mode[:-1], mode[-1]
+    little = order == "L" or (order == "N" and sys.byteorder == "little")
+    swapped = head + ("B" if little else "L")
+    return swapped if isinstance(args, str) else (swapped, *rest)
+
+
+def _rgb_deep(image: Image.Image, colours: np.ndarray, alpha, span: tuple) -> Decoded:
+    """16-bit colours in a range -> RGB, upright, over white."""
+    new, notes = Image.fromarray(_eight_bits(colours, span)), []
+    if alpha is not None:
+        new.putalpha(Image.fromarray(_eight_bits(alpha)))
+        new = Image.alpha_composite(Image.new("RGBA", new.size, "white"), new).convert("RGB")
+        notes.append("alpha")
+    new.getexif()[0x0112] = image.getexif().get(0x0112, 1)
+    upright = _upright(new)
+    notes += ["rotated"] if upright is not None else []
+    return Decoded(np.asarray(upright or new), (*notes, "16-bit colour"), _levels(colours))
+
+
+def _rgb(image: Image.Image, span: tuple[float, float] | None, data: bytes) -> Decoded:
+    """Opened image -> RGB array of its first frame, upright. `data`: the same image as a file."""
+    deep = _deep(data, image) if span else None
+    if deep:
+        return _rgb_deep(image, *deep, span)
     notes = []
     if _animated(image):
         notes.append("animated")
-    deep = ";16" in str(image.tile) and not _depth(image.mode)  # Pillow keeps 8 of 16 bits
-    notes += ["16-bit colour"] if deep else []
+    notes += ["16-bit colour"] if _is_deep(image) else []
     image.load()  # the pixels of the first frame; raises when they are incomplete
     upright = _upright(image)
     if upright is not None:
@@ -198,11 +250,11 @@ def _rgb(image: Image.Image, span: tuple[float, float] | None) -> Decoded:
     if mode == "RGB" and not image.has_transparency_data:
         return Decoded(np.asarray(image), tuple(notes))
     if _depth(mode):
-        notes.append(_depth(mode))
         values = np.asarray(image)
+        notes += ["not a number"] if span and np.isnan(values).any() else []
+        notes.append(_depth(mode))
         grey = _eight_bits(values, span)
-        levels = tuple(float(v) for v in np.percentile(values, (0.1, 99.9)))
-        return Decoded(np.repeat(grey[..., None], 3, axis=2), tuple(notes), levels)
+        return Decoded(np.repeat(grey[..., None], 3, axis=2), tuple(notes), _levels(values))
     notes.append({"1": "grey", "L": "grey", "P": "palette"}.get(mode, mode.lower()))
     if image.has_transparency_data:
         notes[-1:] = [note for note in notes[-1:] if note == "palette"] + ["alpha"]
@@ -230,11 +282,14 @@ def _upright(image: Image.Image) -> Image.Image | None:
 
 def _eight_bits(values: np.ndarray, span: tuple[float, float] | None = None) -> np.ndarray:
     """(H, W) integers in 0..65535, or floats in 0..1, -> uint8. Raises `Broken` for other values,
-    whose scale is not known. With a `span`, what lies outside of it becomes black or white.
+    whose scale is not known. With a `span`, what lies outside of it becomes black or white, and
+    what is no number black.
     """
     low, high = values.min(), values.max()
-    if span is not None and np.isfinite(low) and np.isfinite(high):
-        part = (values.astype(np.float64) - span[0]) / (span[1] - span[0])
+    if span is not None and np.isfinite(values).any():
+        with np.errstate(invalid="ignore"):  # some bits that are no number make a noise
+            known = np.nan_to_num(values.astype(np.float64), nan=span[0])
+        part = (known - span[0]) / (span[1] - span[0])
         return np.rint(part.clip(0, 1) * 255).astype(np.uint8)
     top = 1 if values.dtype.kind == "f" else 65535
     if not (low >= 0 and high <= top):  # written so that NaN fails too

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.kit.data.near import near_duplicates
+from stages.kit.data.near import confirmed, near_duplicates
 from stages.kit.data.store import SPLITS, Split
 from stages.kit.data.tally import Tally, duplicates
 
@@ -82,11 +82,16 @@ def _sorted(counts: Counter) -> dict[str, int]:
 
 
 def name_duplicates(facts: dict, out: Path) -> None:
-    """Puts names of images, such as "train/cats/1.jpg", in the place of their rows."""
-    groups, pairs = facts["duplicates"]["groups"], facts["near_duplicates"]["pairs"]
-    if not groups and not pairs:
+    """Puts names of images, such as "train/cats/1.jpg", in the place of their rows; of those that
+    may look alike, the ones that do.
+    """
+    groups, near = facts["duplicates"]["groups"], facts["near_duplicates"]
+    if not groups and not near["pairs"]:
         return
-    names = {split: Split(out, split, facts).names() for split in facts["splits"]}
+    splits = {split: Split(out, split, facts) for split in facts["splits"]}
+    size = facts["store_size"]
+    near = confirmed(near, lambda split, row: splits[split].square([row], size)[0].numpy())
+    names = {split: splits[split].names() for split in splits}
 
     def named(lists: list) -> list[list[str]]:
         return [
@@ -95,7 +100,7 @@ def name_duplicates(facts: dict, out: Path) -> None:
         ]
 
     facts["duplicates"]["groups"] = named(groups)
-    facts["near_duplicates"]["pairs"] = named(pairs)
+    facts["near_duplicates"] = near | {"pairs": named(near["pairs"])}
 
 
 def complaints(facts: dict) -> list[str]:
@@ -151,23 +156,36 @@ def _about_levels(facts: dict) -> list[str]:
         if asked and (low < first or high > last) and not facts.get("auto_range"):
             texts.append(f"{values}: what is outside of data.range {asked} is black or white")
     if asked and not facts["levels"]:
-        texts.append(f"data.range: found {asked}, but no 16-bit or float image with one channel")
-    if facts.get("auto_range"):
-        texts.append(f"data.range: auto has found {asked} in train, which become black and white")
+        texts.append(f"data.range: found {asked}, but no 16-bit or float image that it applies to")
+    if facts.get("auto_range") and not asked:
+        texts.append("data.range: auto has found no two values of 16-bit or float images in train")
+    elif facts.get("auto_range"):
+        texts.append(
+            f"data.range: auto has found {_short(asked)} in train, which become black and white"
+        )
     deep = facts["converted"].get("16-bit colour", 0)
-    if deep and asked:
+    if deep and asked and "16-bit colour" not in facts["levels"]:
         texts.append(f"data.range does not apply to {deep} images with 16 bits in each colour")
     if facts["brightest"] - facts["darkest"] < 255 * DIM and not texts:
         texts.append(
             f"all pixels lie between {facts['darkest']} and {facts['brightest']} of 255"
-            + (f"; of {deep} images with 16-bit colours the upper 8 bits are kept" if deep else "")
+            + (
+                f"; of {deep} images with 16-bit colours the upper 8 bits are kept: data.range, "
+                "such as [0, 4095] or auto, says which values to use"
+                if deep
+                else ""
+            )
         )
     return texts
 
 
+def _short(span: list[float]) -> str:
+    return f"[{span[0]:g}, {span[1]:g}]"
+
+
 def _proposed(kind: str, low: float, high: float) -> str:
     """A range for these values: of integers the next number of bits."""
-    if kind == "16-bit" and low >= 0:
+    if kind.startswith("16-bit") and low >= 0:
         return f"[0, {2 ** max(1, int(high).bit_length()) - 1}]"
     return f"[{low:g}, {high:g}]"
 
