@@ -25,6 +25,7 @@ from stages.sources import ALIASES, Found, Listing, Sample, SourceError
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
+GIVES = {"labels"}
 # A change of any other file makes nothing stale. As EXTENSIONS and _hidden say.
 READS = (
     "*.jpg", "*.jpeg", "*.jpe", "*.jfif", "*.png", "*.gif", "*.bmp", "*.dib", "*.tif", "*.tiff",

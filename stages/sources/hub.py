@@ -29,6 +29,7 @@ from stages.sources import (
 from stages.sources._tables import find_columns, number_labels
 
 ARGUMENT = "NAME"
+GIVES = {"labels"}
 COLUMNS = True
 
 PATIENCE = 4.0  # seconds to wait for a first answer of the hub

@@ -29,6 +29,7 @@ from stages.sources._tables import find_columns, number_labels
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
+GIVES = {"labels"}
 READS = ("*.parquet",)
 COLUMNS = True
 
