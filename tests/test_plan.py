@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import tiny_content, write_params
-from tests.plans import changed, finish, plan_of
+from tests.plans import changed, editable, finish, plan_of
 from workflow.engines.dvc import loops, runs_text
 from workflow.plan import load
 from workflow.plan.__main__ import main
@@ -207,3 +207,77 @@ def test_committed_runs_follow_from_params():
 def test_code_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ParamsError, match="stages/methods/mae.py: part of the code is missing"):
         Files(tmp_path).hashes(("stages/methods/mae.py",))
+
+
+# -------------------------------------------------------------------------------------------------
+# what will fail is said before it is trained for
+
+
+def split(labels: int = 0, fields=()) -> dict:
+    return {"count": 9, "class_counts": [labels, 0], "labelled": bool(labels), "fields": [*fields]}
+
+
+def with_data(tmp_path, **splits):
+    """The plan once a data set of these splits was made."""
+    plan = plan_of(tmp_path)
+    finish(plan, "data/main")
+    facts = {"splits": splits}
+    (plan.jobs["data/main"].output / "data.json").write_text(json.dumps(facts))
+    return plan_of(tmp_path)
+
+
+def test_tasks_and_methods_without_labels_are_named_before_pretraining(tmp_path):
+    assert with_data(tmp_path / "a", train=split(1), val=split(1), test=split(1))
+    with pytest.raises(ParamsError) as error:
+        with_data(tmp_path / "b", train=split(), val=split(), test=split())
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "tasks.knn needs labels; data set 'main' has none: name another data set in "
+        "tasks.knn.data, or remove the task",
+        "tasks.linear needs labels; data set 'main' has none: name another data set in "
+        "tasks.linear.data, or remove the task",
+        "tasks.finetune needs labels; data set 'main' has none: name another data set in "
+        "tasks.finetune.data, or remove the task",
+        "grid.runs.supervised.method: supervised needs labels, expected a data set that has them "
+        "(found 'main', whose train split has none)",
+    ]
+    with pytest.raises(
+        ParamsError, match="knn needs labels; data set 'main' has none in test and val"
+    ):
+        with_data(tmp_path / "c", train=split(1), val=split(), test=split())
+    with pytest.raises(ParamsError, match="tasks.knn needs labels; .* has none in val"):
+        with_data(tmp_path / "d", train=split(1), test=split(1))
+
+
+MASKS = """
+from dataclasses import dataclass
+
+HEADLINE = ("iou", "IoU", "%")
+NEEDS = {"masks"}
+
+
+@dataclass(frozen=True)
+class Config:
+    k: int = 1
+
+
+def use(config):
+    return config.k
+"""
+
+
+def test_masks_that_a_source_never_gives_are_missed_by_the_plan(tmp_path):
+    root = editable(tmp_path)
+    (root / "stages/tasks/segment.py").write_text(MASKS)
+    (tmp_path / "images").mkdir()
+    tasks = {"segment": {}}
+    assert plan_of(tmp_path, root, tasks=tasks).jobs
+    data = {"source": f"folder:{tmp_path / 'images'}", "image_size": 16}
+    content = tiny_content(tasks=tasks) | {"data": data}
+    why = "tasks.segment: task segment needs masks, which the source folder of data never gives"
+    with pytest.raises(ParamsError, match=why):
+        load(write_params(tmp_path, content), tmp_path / "results", root)
+    finish(plan_of(tmp_path, root, tasks=tasks), "data/main")
+    facts = {"splits": dict.fromkeys(("train", "val", "test"), split(1))}
+    (tmp_path / "results/data/main/data.json").write_text(json.dumps(facts))
+    with pytest.raises(ParamsError, match="tasks.segment needs masks; data set 'main' has none:"):
+        plan_of(tmp_path, root, tasks=tasks)

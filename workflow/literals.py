@@ -20,6 +20,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "PATHS": (),
         "READS": ("*",),
         "SKIPS": (),
+        "GIVES": frozenset(FIELDS),
         "INPUT": "images",
     },
     "encoder": {"CAN": REQUIRED, "NAMES": None, "INPUT": "images"},
@@ -82,6 +83,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected, in 
     "READS": ('a tuple of patterns of the files that count in a folder, such as ("*.csv",)', texts),
     "SKIPS": ('a tuple of patterns of names that are passed over, such as (".*",)', texts),
     "INPUT": ('"images", another word, or a set of them', lambda v: text(v) or words(v) and v),
+    "GIVES": (f"a set out of {listed(FIELDS)}", words),
     "CAN": ('a set of words such as {"drop", "mask"}', words),
     "NAMES": ("a regular expression of timm's names", text),
     "PRODUCES": (f"a set out of {listed(PRODUCTS)}", lambda v: words(v) and v),
@@ -98,7 +100,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected, in 
     ),
     "AFTER": ("None or a kind of task", lambda v: v is None or text(v)),
 }
-VOCABULARY = {"PRODUCES": PRODUCTS, "UPSTREAM": PRODUCTS, "TARGET": PRODUCTS}
+VOCABULARY = {"GIVES": FIELDS, "PRODUCES": PRODUCTS, "UPSTREAM": PRODUCTS, "TARGET": PRODUCTS}
 
 
 def literals(kind: str, path: str, tree: ast.Module) -> dict[str, Any]:

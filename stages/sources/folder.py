@@ -31,6 +31,7 @@ from stages.sources._tables import one_form
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
+GIVES = {"labels"}
 NAMED_SPLITS = True
 # A change of any other file makes nothing stale: the patterns of EXTENSIONS.
 READS = (

@@ -38,6 +38,7 @@ from stages.sources._tables import (
 from workflow.messages import did_you_mean
 
 ARGUMENT = "NAME"
+GIVES = {"labels"}
 NAMED_SPLITS = True
 COLUMNS = True
 

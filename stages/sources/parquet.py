@@ -41,6 +41,7 @@ from stages.sources._tables import (
 from workflow.plugins import did_you_mean
 
 ARGUMENT = "PATH"
+GIVES = {"labels"}
 NAMED_SPLITS = True
 READS = ("*.parquet", "*.parq", "*.pq")
 SKIPS = (".*", "_temporary*")

@@ -22,6 +22,7 @@ from stages.sources import Found, Listing, Sample
 from workflow import checks
 
 ARGUMENT = None
+GIVES = {"labels", "masks", "boxes"}
 
 SUPER = 3
 POINTS = 1 << 19  # sample points rendered at once: bounds memory, about 60 MB

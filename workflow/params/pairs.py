@@ -80,6 +80,7 @@ class Pairs:
         takes = literals.get("INPUT")
         gives = data.settings.plugin.literals["INPUT"]
         missing = literals["NEEDS"] - model.can if takes is not None else frozenset()
+        lacking = literals["NEEDS"] - data.settings.plugin.literals["GIVES"]
         if takes is not None and gives not in _words(takes):
             self.checker.problems.append(
                 f"{key}: {who} takes {listed(_words(takes), 'or')}, source {data.source} of "
@@ -89,6 +90,11 @@ class Pairs:
             self.checker.problems.append(
                 f"{model.key}: {who} needs an encoder that can {_quoted(missing)}; kind "
                 f"{model.kind} can {_quoted(model.can)}{self._able(literals['NEEDS'])}"
+            )
+        elif takes is None and lacking:  # a task
+            self.checker.problems.append(
+                f"{key}: {who} needs {listed(lacking)}, which the source {data.source} of "
+                f"{data.key} never gives; expected another data set in {key}.data"
             )
         else:
             self.checker.suits(settings, key, data, model)

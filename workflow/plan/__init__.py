@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from workflow.manifest import Manifest
-from workflow.params import Experiment, Params, read
+from workflow.params import Experiment, Params, messages, read
 from workflow.plan import digest
 from workflow.plan.job import Job
 from workflow.plan.jobs import jobs
+from workflow.plan.lacks import lacks
 from workflow.plugins import ROOT, ParamsError, nearest
 
 __all__ = ["Job", "Plan", "load"]
@@ -41,6 +42,13 @@ class Plan:
             inputs = {role: self.jobs[id].fingerprint for role, id in job.inputs.items()}
             fingerprint = digest.of_job(job.stage, job.params, job.places, hashes, inputs)
             self.jobs[job.id] = replace(job, fingerprint=fingerprint, hashes=hashes)
+        made = {
+            job.name: job.output
+            for job in self.jobs.values()
+            if job.stage == "data" and self.fresh(job.id)
+        }
+        if problems := lacks(experiment, made):
+            raise ParamsError(messages.listing(str(params_file), problems))
 
     def job(self, id: str) -> Job:
         """The job called `id`; ParamsError with the nearest name if there is none."""
