@@ -4,10 +4,11 @@
 
 Writes results/data/<name>/ (layout: stages/kit/data/store.py). In one pass over the source every
 image is decoded once, in threads. Broken ones go to quarantine.jsonl with their reason, the others
-are hashed, counted and written. Memory does not grow with the data but for about 50 bytes per image
-(label, split and pixel hash), and 20 per box.
+are hashed, counted and written. Memory does not grow with the data but for about 70 bytes per image
+(label, split, hashes of pixels and of looks), and 20 per box.
 
-* Splits that the source gives are kept. A missing test split is `test_fraction` of train, a missing
+* Splits that the source gives are kept; `data.splits` says what their names do not, and groups
+  (`data.group`) are never torn apart. A missing test split is `test_fraction` of train, a missing
   val split `val_fraction` of what then remains: stratified by class, chosen by a hash of (seed,
   name), the same every time. So there is always a val split to select on, and test is read once. A
   val or test split without labels beside a labelled train is not used.
@@ -15,13 +16,15 @@ are hashed, counted and written. Memory does not grow with the data but for abou
   a subset of a larger one. It is applied before decoding, so broken images make it smaller.
 * `hash` covers classes, splits, labels, masks, boxes and all decoded pixels in order: what can be
   learnt from, not how it was packed. Duplicates are images whose decoded pixels are exactly equal.
-  They are reported, never removed.
+  They are reported, never removed, and so are images of two splits that look alike.
 * mean and std are those of the stored squares of train alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -31,8 +34,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from stages.kit.data.decode import Broken, Pixels, prepare
-from stages.kit.data.facts import complaints, gather, name_duplicates, summary
+from stages.kit.data import store
+from stages.kit.data.decode import MAX_PIXELS, Broken, Pixels, Range, prepare, raw_levels
+from stages.kit.data.facts import complaints, gather, name_duplicates, spoken, summary
 from stages.kit.data.store import SPLITS
 from stages.kit.data.tally import Tally
 from stages.kit.data.threads import ordered_map
@@ -40,12 +44,14 @@ from stages.kit.data.writer import SplitWriter
 from stages.kit.job import process
 from stages.kit.job.command import command
 from stages.sources import Found, Listing, Sample, SourceError
+from stages.sources._names import printable
 from stages.sources._splits import assign
 from workflow import plugins
 from workflow.files import write_atomic, write_json
 from workflow.machine import cores
 
 FIELDS = ("masks", "boxes")
+SAMPLED = 1000  # images, and values of each, that data.range: auto looks at
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +65,20 @@ def make(run) -> None:
         return  # under torchrun one process reads and writes
     params, threads = run.job.params, run.compute["threads"]
     run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
+    if apart(sys.stdout, sys.stderr):  # the rules send stderr into a log that few people read
+        for text in spoken(store.info(run.out)):
+            code = sys.stdout.encoding or "utf-8"
+            line = f"{run.job.id}: warning: {text}".encode(code, "backslashreplace").decode(code)
+            print(line, flush=True)
+
+
+def apart(one, other) -> bool:
+    """Whether two streams lead to different places, as far as that can be known."""
+    try:
+        places = [os.fstat(stream.fileno()) for stream in (one, other)]
+    except (OSError, ValueError, AttributeError):  # closed, or not a file
+        return True
+    return len({(place.st_dev, place.st_ino) for place in places}) == 2
 
 
 def build(
@@ -94,13 +114,21 @@ def build(
     tallies = {split: Tally() for split in writers}
     broken: list[dict] = []
     threads = threads or min(cores(), 8)
-    images = _images(found, chosen.parts, size, threads)
+    span, asked = data.get("range"), data.get("range") == "auto"
+    if asked:
+        span = auto_range(found.splits["train"], chosen.parts["train"], data.get("max_pixels"))
+    how = Range.of({**data, "range": span})
+    complained: list[str] = []
+    images = _images(found, chosen.parts, size, threads, how)
     for split, label, sample, pixels in tqdm(images, "data", total, unit="image", disable=None):
         if isinstance(pixels, Broken):
             why = {"reason": pixels.reason, "detail": pixels.detail}
             broken.append({"split": split, "name": sample.name, **why})
             _check_quarantine(broken, total, data["quarantine_limit"], work)
             continue
+        for text in pixels.said:
+            complained.append(f"{printable(sample.name)}: {text}")
+            print(f"{printable(sample.name)}: libtiff: {text}", file=sys.stderr)
         mask = sample.mask if "masks" in fields[split] else None
         boxes = sample.boxes if "boxes" in fields[split] else ()
         writers[split].add(
@@ -119,12 +147,20 @@ def build(
         "store_size": size,
         "classes": found.classes,
         "ignored": found.ignored,
+        "range": span,
+        "auto_range": asked,
+        "max_pixels": how.max_pixels,
     }
     facts |= gather(facts, labels, tallies, fields, broken, data["normalise"])
     name_duplicates(facts, out)
-    facts["warnings"] = [*found.warnings, *chosen.warnings, *complaints(facts)]
+    told = [_without_place(text, source) for text in found.warnings]
+    facts["warnings"] = [*told, *chosen.warnings, *complaints(facts)]
+    if complained:
+        facts["warnings"].append(
+            f"libtiff complained {len(complained)} times, first: {complained[0]}"
+        )
     write_json(out / "data.json", facts)
-    for text in facts["warnings"]:
+    for text in spoken(facts):
         print(f"warning: {text}", file=sys.stderr)
     return summary(facts, total / (time.monotonic() - began))
 
@@ -133,6 +169,17 @@ def _name(source: dict) -> str:
     """The source as the report shows it: without the folders above."""
     argument = source["argument"]
     return source["name"] + (f":{Path(argument).name}" if argument else "")
+
+
+def _without_place(text: str, source: dict) -> str:
+    """A warning as it is kept: without the folders above the source's."""
+    argument = source["argument"] or ""
+    name = Path(argument).name
+    if not name or plugins.module("source", source["name"]).ARGUMENT != "PATH":
+        return text
+    if text.startswith(f"{argument}: "):
+        return name + text.removeprefix(argument)
+    return text.replace(argument, name) if "/" in argument.strip("/") else text
 
 
 def find(data: dict, source: dict) -> Found:
@@ -148,7 +195,35 @@ def find(data: dict, source: dict) -> Found:
             raise SourceError(
                 f"data.{key}: found {data[key]!r}, but the source {source['name']} has no columns"
             )
-    return module.read(source["argument"], module.Config(**source["config"]), data)
+    if any((data.get("splits") or {}).values()) and not getattr(module, "NAMED_SPLITS", False):
+        raise SourceError(
+            f"data.splits: found {data['splits']}, but the source {source['name']} has no names of "
+            "splits"
+        )
+    found = module.read(source["argument"], module.Config(**source["config"]), data)
+    if data.get("group") is not None and any(s.groups is None for s in found.splits.values()):
+        raise SourceError(
+            f"data.group: found {data['group']!r}, but the source {source['name']} has no groups"
+        )
+    return _without_one_class(found)
+
+
+def _without_one_class(found: Found) -> Found:
+    """A source whose labels are all the same has none: any encoder would get all of them right."""
+    used = {label for split in found.splits.values() for label in set(split.labels.tolist())} - {-1}
+    if len(used) != 1 or any(split.masks or split.boxes for split in found.splits.values()):
+        return found
+    (label,) = used
+    splits = {
+        name: dataclasses.replace(split, labels=np.full_like(split.labels, -1))
+        for name, split in found.splits.items()
+    }
+    text = (
+        f"found one class alone ({printable(found.classes[label])!r}), which no task can tell from "
+        "another: all images are taken as unlabelled. Where folders below it or another column "
+        "have the classes, say so: data.options.class_level, data.label_column"
+    )
+    return dataclasses.replace(found, splits=splits, classes=[], warnings=[*found.warnings, text])
 
 
 def _fields(found: Found, parts: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -161,7 +236,34 @@ def _fields(found: Found, parts: dict[str, np.ndarray]) -> dict[str, list[str]]:
     return fields
 
 
-def _images(found: Found, parts: dict[str, np.ndarray], size: int, threads: int) -> Iterator[tuple]:
+def auto_range(
+    train: Listing, part: np.ndarray, max_pixels: int | None = None
+) -> list[float] | None:
+    """The 0.1 and 99.9 percentiles of 16-bit or float images of train, by some of their values."""
+    rows = np.flatnonzero(part == 0)
+    rows = rows[:: max(1, len(rows) // SAMPLED)]
+    found: dict[str, list[np.ndarray]] = {}
+    for sample in train.read(rows):
+        try:
+            drawn = isinstance(sample.image, np.ndarray)
+            raw = None if drawn else raw_levels(sample.image, max_pixels or MAX_PIXELS)
+        except Broken:
+            continue
+        if raw:
+            values = raw[1][np.isfinite(raw[1])]
+            found.setdefault(raw[0], []).append(values[:: max(1, values.size // SAMPLED)])
+    if len(found) > 1:
+        raise SourceError("data.range: auto found 16-bit and float images, expected one kind")
+    values = np.concatenate([np.zeros(0), *(v for kind in found.values() for v in kind)])
+    if not len(values):
+        return None
+    low, high = (float(v) for v in np.percentile(values, (0.1, 99.9)))
+    return [low, high] if low < high else None
+
+
+def _images(
+    found: Found, parts: dict[str, np.ndarray], size: int, threads: int, how: Range
+) -> Iterator[tuple]:
     """(split, label, Sample, Pixels or Broken) of every assigned row, in the source's order."""
     for given, listing in found.splits.items():
         rows = np.flatnonzero(parts[given] >= 0)
@@ -169,18 +271,18 @@ def _images(found: Found, parts: dict[str, np.ndarray], size: int, threads: int)
 
         def work(item: tuple[int, Sample], listing: Listing = listing) -> tuple:
             row, sample = item
-            return row, sample, _prepared(sample, listing, size)
+            return row, sample, _prepared(sample, listing, size, how)
 
         for row, sample, pixels in ordered_map(work, samples, threads if threads > 1 else 0):
             yield SPLITS[parts[given][row]], int(listing.labels[row]), sample, pixels
 
 
-def _prepared(sample: Sample, listing: Listing, size: int) -> Pixels | Broken:
+def _prepared(sample: Sample, listing: Listing, size: int, how: Range) -> Pixels | Broken:
     """The image ready to be stored, or what is wrong with it or its mask."""
     try:
         if sample.problem:
             raise Broken("unreadable", sample.problem)
-        pixels = prepare(sample.image, size)
+        pixels = prepare(sample.image, size, how)
         if listing.masks and (sample.mask is None or sample.mask.shape != pixels.shape):
             found = "no mask" if sample.mask is None else f"a mask of shape {sample.mask.shape}"
             raise Broken("wrong mask", f"found {found}, expected shape {pixels.shape}")
@@ -196,7 +298,9 @@ def _check_quarantine(broken: list[dict], total: int, limit: float, work: Path) 
     write_atomic(work / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in broken))
     counts = Counter(row["reason"] for row in broken).most_common()
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts)
-    first = "; ".join(f"{row['name']} ({row['reason']}: {row['detail']})" for row in broken[:3])
+    first = "; ".join(
+        f"{printable(row['name'])} ({row['reason']}: {row['detail']})" for row in broken[:3]
+    )
     raise SourceError(
         f"data.quarantine_limit: {len(broken)} of {total} images cannot be used ({reasons}), "
         f"allowed are {limit:.1%}. First: {first}. The list is in {work / 'quarantine.jsonl'}. "

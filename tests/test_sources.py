@@ -245,7 +245,7 @@ def test_parquet_errors(tmp_path):
     put(tmp_path / "none" / "a.csv", b"")
     for path, data, message in (
         ("texts.parquet", {}, "no file or folder .*did you mean 'text.parquet'"),
-        ("text.parquet", {}, r"no image column, found text \(string\), n \(other\)"),
+        ("text.parquet", {}, r"no image column, found text \(string\), n \(float\)"),
         (
             "text.parquet",
             {"image_column": "text"},

@@ -10,12 +10,14 @@ and literals that say what it is:
     ARGUMENT = "PATH"   what follows the colon: "PATH", a file or folder of the user's; "NAME", a
                         name; None, nothing
     PATHS = ()          settings of Config that name further files of the user's
+    NAMED_SPLITS = True where data.splits says which of its names are which split
     COLUMNS = True      where it is a table, in which data.image_column and data.label_column choose
 
 `data` is the entry of the parameters. `read` only lists: how many images each given split has,
 their labels and names. Images come one after the other from `Listing.read(rows)`, so that no source
 holds more than a few in memory. _splits.py then decides, for all sources alike, which split each
-image goes to; _tables.py is for sources that are tables.
+image goes to; _names.py reads the names of splits, _tables.py is for sources that are tables.
+What a source finds and does not use is in its warnings, with a number.
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ class Listing:
     read: ascending row numbers -> their samples, in that order
     names: of all rows, from which a stable order is made; None: the row numbers
     masks, boxes: whether its samples have any
+    groups: of all rows, what must not be torn apart (a patient, a camera), None = a group of its
+        own; None: no groups
     """
 
     labels: np.ndarray
@@ -73,6 +77,7 @@ class Listing:
     names: Sequence[str] | None = None
     masks: bool = False
     boxes: bool = False
+    groups: Sequence | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -24,12 +24,22 @@ from stages.sources import (
     Listing,
     Sample,
     SourceError,
-    split_name,
 )
-from stages.sources._tables import find_columns, number_labels
+from stages.sources._names import joined, some, tables
+from stages.sources._tables import (
+    by_column,
+    find_columns,
+    no_labels,
+    number_labels,
+    plain_labels,
+    split_column,
+    unused_labels,
+)
+from workflow.messages import did_you_mean
 
 ARGUMENT = "NAME"
 GIVES = {"labels"}
+NAMED_SPLITS = True
 COLUMNS = True
 
 PATIENCE = 4.0  # seconds to wait for a first answer of the hub
@@ -37,6 +47,8 @@ PATIENCE = 4.0  # seconds to wait for a first answer of the hub
 
 @dataclass(frozen=True)
 class Config:
+    labels: bool = True  # False: every image is unlabelled
+    split_column: str | None = None  # says of each row which split it is (null: see _tables.py)
     subset: str | None = None  # the hub's "config" of a data set that has several
     revision: str | None = None  # branch, tag or commit; a commit keeps the data the same for ever
 
@@ -50,30 +62,87 @@ def read(argument: str, config: Config, data: dict) -> Found:
             f"data.source: 'hub:' needs an id like hub:owner/name, found {argument!r} "
             "(a path? use parquet:)"
         )
-    tables = _load(argument, config)
-    groups: dict[str, object] = {}
-    for name in tables:
-        groups.setdefault(split_name(name) or "", tables[name])
-    if set(groups) == {""} and len(tables) == 1:
-        groups = {"train": groups[""]}
-    if "train" not in groups:
-        raise SourceError(f"hub:{argument}: no split 'train', found {', '.join(tables)}")
-    splits = {s: groups[s] for s in SPLITS if s in groups and len(groups[s])}
-
+    found = _load(argument, config)
+    wanted = None if config.split_column else data.get("splits")
+    splits, bare, warnings = _splits(f"hub:{argument}", found, wanted)
     features = splits["train"].features
     kinds = {name: _kind(feature) for name, feature in features.items()}
     image, label = find_columns(
         f"hub:{argument}", kinds, data.get("image_column"), data.get("label_column")
     )
+    if not config.labels:
+        label = None
+    elif label is None:
+        warnings += unused_labels(f"hub:{argument}", kinds, image)
+    group = data.get("group")
+    if group is not None and group not in features:
+        raise SourceError(
+            f"data.group: hub:{argument} has no column {group!r}, found {', '.join(features)}"
+            f"{did_you_mean(group, features)}"
+        )
     values = {
         s: list(table[label]) if label else [None] * len(table) for s, table in splits.items()
     }
-    labels, classes = number_labels(
-        f"hub:{argument}", values, getattr(features[label], "names", None) if label else None
-    )
-    return Found(
-        {s: Listing(labels[s], _reader(table, image)) for s, table in splits.items()}, classes
-    )
+    if bare:
+        values["train"][-bare:] = [None] * bare
+    if label:
+        asked = data.get("label_column") is not None
+        values, note = plain_labels(f"hub:{argument}", label, values, asked)
+        warnings += note
+    names = getattr(features[label], "names", None) if label else None
+    labels, classes = number_labels(f"hub:{argument}", values, names, warnings)
+    warnings += no_labels(f"hub:{argument}", label, labels)
+    units = {s: list(table[group]) if group is not None else None for s, table in splits.items()}
+    listings = {
+        s: Listing(labels[s], _reader(table, image), groups=units[s]) for s, table in splits.items()
+    }
+    result = Found(listings, classes, warnings=warnings)
+    chosen = (image, label)
+    part = split_column(f"hub:{argument}", kinds, config.split_column, list(splits), chosen)
+    if part is None:
+        return result
+    said = list(splits["train"][part])
+    asked = config.split_column
+    return by_column(f"hub:{argument}", result, part, said, data.get("splits"), asked)
+
+
+def _splits(where: str, found, wanted: dict | None) -> tuple[dict, int, list[str]]:
+    """({split: table}, how many rows at the end of train are to be unlabelled, warnings)."""
+    roles = tables(where, "split", {name: {name} for name in found}, wanted)
+    warnings = joined(where, "splits", {r: names for r, names in roles.items() if r in SPLITS})
+    skipped, bare = roles.pop("ignore", []), roles.pop("unlabelled", [])
+    unknown = roles.pop("", [])
+    if not roles and len(unknown) == 1:
+        roles, unknown = {"train": unknown}, []
+    if "train" not in roles:
+        raise SourceError(
+            f"{where}: no split 'train', found {', '.join(found)}; expected one, or data.splits, "
+            f"such as data.splits: {{train: {next(iter(found))}}}"
+        )
+    for names, why in (
+        (unknown, "splits with other names are not used: {}; data.splits can name them"),
+        (skipped, "left out by data.splits.ignore: {}"),
+    ):
+        if names:
+            listed = some(f"{name} ({len(found[name])} images)" for name in names)
+            warnings.append(f"{where}: {why.format(listed)}")
+    splits = {}
+    for role in [role for role in SPLITS if role in roles]:
+        names = roles[role] + (bare if role == "train" else [])
+        parts = [found[name] for name in names if len(found[name])]
+        if parts:
+            splits[role] = parts[0] if len(parts) == 1 else _together(parts)
+        else:
+            warnings.append(f"{where}: the split {role} has no rows")
+    if "train" not in splits:
+        raise SourceError(f"{where}: the split train has no rows")
+    return splits, sum(len(found[name]) for name in bare), warnings
+
+
+def _together(parts: list):
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets(parts)
 
 
 def _load(name: str, config: Config):
@@ -141,9 +210,13 @@ def _kind(feature: object) -> str:
         return {"Image": "image", "ClassLabel": "class"}[kind]
     if kind == "Value" and "binary" in dtype:
         return "bytes"
-    if kind == "Value" and "int" in dtype:
-        return "int"
-    return "string" if kind == "Value" and "string" in dtype else "other"
+    for word, name in (("int", "int"), ("string", "string"), ("bool", "bool"), ("float", "float")):
+        if kind == "Value" and word in dtype:
+            return name
+    if kind == "Value" and "decimal" in dtype:
+        return "float"
+    inner = str(getattr(getattr(feature, "feature", None), "dtype", ""))
+    return "list of bytes" if inner in ("uint8", "int8", "binary", "large_binary") else str(feature)
 
 
 def _reader(table, image: str):
@@ -163,6 +236,9 @@ def _reader(table, image: str):
 
 
 def _sample(value: dict | bytes | None, row: int) -> Sample:
+    if isinstance(value, list):
+        whole = all(isinstance(part, bytes) for part in value)
+        value = b"".join(value) if whole else bytes(number & 255 for number in value)
     struct = value if isinstance(value, dict) else {"bytes": value}
     path, data = struct.get("path"), struct.get("bytes")
     name = f"{row}:{Path(path).name}" if path else str(row)

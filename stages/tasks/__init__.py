@@ -85,8 +85,13 @@ def require(name: str, needs: set[str], data: str, info: dict) -> None:
 
 
 def has(split: dict, need: str) -> bool:
-    """Whether the images of a split have labels, masks, boxes or points; `split`: its facts."""
-    return bool(split.get("labelled")) if need == "labels" else need in split.get("fields", ())
+    """Whether images of a split have labels, or all of them masks, boxes or points.
+
+    split: its facts.
+    """
+    if need == "labels":  # of some of its images at least: the others are left out
+        return bool(split.get("labels", split.get("labelled")))
+    return need in split.get("fields", ())
 
 
 def save_scores(trial: Trial, index, score, **arrays) -> None:

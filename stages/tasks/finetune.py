@@ -28,6 +28,7 @@ from torch import nn
 
 from stages.kit import dist, keyed
 from stages.kit.data import loader
+from stages.kit.data.batches import Subset
 from stages.kit.data.views import View
 from stages.kit.eager import eager
 from stages.kit.nets import encoders
@@ -156,21 +157,6 @@ class Classifier(nn.Module):
         return optim.layer_decay_groups(
             self.model, depths, self.config.layer_decay, weight_decay, spared
         )
-
-
-class Subset:
-    """Some rows of a split, as the loader reads one: for training on labelled images alone."""
-
-    images = None  # so that the loader asks for one image at a time
-
-    def __init__(self, split, rows: torch.Tensor):
-        self.split, self.rows, self.labels = split, rows.tolist(), split.labels[rows.numpy()]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def decode(self, i: int) -> np.ndarray:
-        return self.split.decode(self.rows[i])
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from workflow.closure import closure
 from workflow.messages import ParamsError, did_you_mean, listed, nearest, shown
 from workflow.params.messages import sentences
-from workflow.params.sections import Data, ModelWords
+from workflow.params.sections import Data, ModelWords, keys_at
 from workflow.params.settings import Checker, Layer, Settings, as_json
 from workflow.plugins import Plugin, declared
 
@@ -80,7 +80,7 @@ def data_entries(section: Any, problems: list[str]) -> dict[str, tuple[str, Data
             found[name] = key, Data.model_validate_json(as_json(entry))
         except ValidationError as error:
             problems += sentences(
-                error, lambda k, key=key: f"{key}.{k}", lambda place: list(Data.model_fields)
+                error, lambda k, key=key: f"{key}.{k}", lambda place: keys_at(["data", *place])
             )
     return found
 
@@ -121,12 +121,22 @@ def data_sets(checker: Checker, entries: dict[str, tuple[str, Data]]) -> dict[st
         sized = data.image_size is not None or plugin.literals["INPUT"] != "images"
         if not sized:
             checker.problems.append(f"{key}.image_size: required, but not given")
+        checker.problems += _impossible(key, data)
         at = f"{key}.options"
         settings = checker.settings("source", source, plugin, at, [Layer(at, data.options)])
         if settings and sized:
             entry = data.model_dump(exclude={"options", "frozen"})
             found[name] = DataSet(name, key, entry, source, argument or None, settings, data.frozen)
     return found
+
+
+def _impossible(key: str, data: Data) -> Iterator[str]:
+    """What is wrong with values that have the right types."""
+    span, group = data.range, data.group
+    if isinstance(span, list) and not (len(span) == 2 and span[0] < span[1]):
+        yield f"{key}.range: found {shown(span)}, expected [low, high] with low below high, or auto"
+    if isinstance(group, int) and group < 1:
+        yield f"{key}.group: found {group}, expected the level of a folder from 1, or a column"
 
 
 def _forms(checker: Checker, known: list[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +18,16 @@ MOST_SEEDS = 2**32  # what random generators take
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Splits(Section):
+    """Which given split is which, where its name does not say it: names, or patterns (x-*)."""
+
+    train: str | list[str] = []
+    val: str | list[str] = []
+    test: str | list[str] = []
+    unlabelled: str | list[str] = Field([], description="joins train, without its labels")
+    ignore: str | list[str] = Field([], description="is left out")
 
 
 class Data(Section):
@@ -40,6 +51,12 @@ class Data(Section):
         False,
         description="keep the data set that was made, whatever becomes of the files of its source",
     )
+    splits: Splits | None = Field(
+        None, description="which given split is which (null: their names say it)"
+    )
+    group: str | int | None = Field(
+        None, description="what no split tears apart: a column, or the level of a folder (1: first)"
+    )
     seed: int = Field(0, ge=0, lt=MOST_SEEDS)
     normalise: Literal["dataset", "imagenet"] = Field(
         "dataset", description="mean and std: the set's or ImageNet's"
@@ -53,6 +70,14 @@ class Data(Section):
         le=MOST,
         description="a set no larger than this is decoded once, into squares of store_size from "
         "which crops are cut; of a larger one, crops are cut from the whole originals",
+    )
+    range: Literal["auto"] | list[float] | None = Field(
+        None,
+        description="[low, high] of 16-bit and float images that become black and white; auto: the "
+        "0.1 and 99.9 percentiles of train; null: [0, 65535] and [0, 1]",
+    )
+    max_pixels: int = Field(
+        89_478_485, ge=1, description="a file with more is not decoded but quarantined"
     )
     image_column: str | None = None
     label_column: str | None = None
@@ -208,4 +233,6 @@ def keys_at(place: Iterable[str]) -> list[str]:
             section = fields[key].annotation
         else:
             section = get_args(section)[1] if get_origin(section) is dict else None
+        if get_origin(section) is UnionType:  # a section or null
+            section = next((s for s in get_args(section) if hasattr(s, "model_fields")), section)
     return list(getattr(section, "model_fields", {}))

@@ -6,6 +6,7 @@ import functools
 import inspect
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -19,16 +20,19 @@ SHOWN = 8  # validation images in the pictures
 
 def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> Batches:
     """The batches of a plug-in module with `views` and `LABELS`, for this job's train section and
-    this process.
+    this process. A plug-in that needs labels gets the images that have one.
 
     Where `views` takes three arguments, the third is the share of the training that is behind, in
     [0, 1), and the views of every step are made for it.
     """
-    train = run.job.params["train"]
+    train, split = run.job.params["train"], store.Split.open(data, "train")
+    rows = torch.from_numpy(split.labels >= 0).nonzero().flatten()
+    if module.LABELS and 0 < len(rows) < len(split):
+        split = Subset(split, rows)
     views = functools.partial(module.views, config, spec)
     follows = len(inspect.signature(module.views).parameters) > 2
     return Batches(
-        store.Split.open(data, "train"),
+        split,
         views if follows else views(),
         train["batch_size"],
         seed,
@@ -39,6 +43,21 @@ def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> 
         world=dist.world(),
         epochs=train["epochs"],
     )
+
+
+class Subset:
+    """Some rows of a split, as the loader reads one: for training on labelled images alone."""
+
+    images = None  # so that the loader asks for one image at a time
+
+    def __init__(self, split, rows: torch.Tensor):
+        self.split, self.rows, self.labels = split, rows.tolist(), split.labels[rows.numpy()]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def decode(self, i: int) -> np.ndarray:
+        return self.split.decode(self.rows[i])
 
 
 def held_out(data: Path) -> store.Split:

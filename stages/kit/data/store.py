@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.parquet as pq
 
-from stages.kit.data.decode import decode, decode_mask, square
+from stages.kit.data.decode import Range, decode_all, decode_mask, square
 from stages.kit.data.threads import ordered_map
 from workflow.machine import cores
 from workflow.plugins import did_you_mean
@@ -77,6 +77,7 @@ class Split:
     def __init__(self, data_dir: Path, name: str, facts: dict):
         self.data_dir, self.name, self.facts = Path(data_dir), name, facts
         self.mode, self.size, self.classes = facts["mode"], facts["store_size"], facts["classes"]
+        self._range = Range.of(facts)
         self.labels = self._load("labels")
         self.images = self._load("images", "r") if self.mode == "memmap" else None
         self.masks = self._load("masks", "r")
@@ -139,7 +140,11 @@ class Split:
         """Row i, (H, W, 3) uint8: the square of mode "memmap", the whole original in mode
         "shards".
         """
-        return np.array(self.images[i]) if self.images is not None else decode(self.encoded(i))[0]
+        return (
+            np.array(self.images[i])
+            if self.images is not None
+            else decode_all(self.encoded(i), self._range).pixels
+        )
 
     def mask(self, i: int) -> np.ndarray:
         """The mask of what `decode(i)` gives, (H, W) uint8: 0 = background, class + 1. ValueError

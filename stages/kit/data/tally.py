@@ -15,16 +15,19 @@ class Tally:
     """What is counted while a split is written: content hash, statistics, digest of every image."""
 
     def __init__(self):
-        self.digests = bytearray()
+        self.digests, self.looks = bytearray(), bytearray()
         self.hasher = hashlib.sha256()
         self.sums, self.pixels, self.upscaled = np.zeros((2, 3), np.int64), 0, 0
         self.converted: Counter = Counter()
+        self.darkest, self.brightest = 255, 0
+        self.levels: dict[str, tuple[float, float]] = {}  # of 16-bit and float images
 
     def add(
         self, image: Pixels, label: int, mask: np.ndarray | None = None, boxes: Sequence = ()
     ) -> None:
         """One image with its label, and its mask and boxes as the source has them."""
         self.digests += image.digest
+        self.looks += image.look
         self.hasher.update(image.digest + label.to_bytes(8, "little", signed=True))
         if mask is not None:
             self.hasher.update(f"mask {mask.shape}".encode() + np.ascontiguousarray(mask).data)
@@ -34,6 +37,12 @@ class Tally:
         self.pixels += image.square.shape[0] * image.square.shape[1]
         self.upscaled += min(image.shape) < len(image.square)
         self.converted.update(image.notes)
+        self.darkest = min(self.darkest, int(image.square.min()))
+        self.brightest = max(self.brightest, int(image.square.max()))
+        if image.levels:
+            kind, (low, high) = image.notes[-1], image.levels
+            before = self.levels.get(kind, image.levels)
+            self.levels[kind] = min(before[0], low), max(before[1], high)
 
     def statistics(self) -> dict[str, list[float]]:
         """Exact mean and std of pixels in [0, 1]. std is at least one grey level, so that one may
