@@ -7,7 +7,8 @@ image is decoded once, in threads. Broken ones go to quarantine.jsonl with their
 are hashed, counted and written. Memory does not grow with the data but for about 70 bytes per image
 (label, split, hashes of pixels and of looks), and 20 per box.
 
-* Splits that the source gives are kept. A missing test split is `test_fraction` of train, a missing
+* Splits that the source gives are kept; `data.splits` says what their names do not, and groups
+  (`data.group`) are never torn apart. A missing test split is `test_fraction` of train, a missing
   val split `val_fraction` of what then remains: stratified by class, chosen by a hash of (seed,
   name), the same every time. So there is always a val split to select on, and test is read once. A
   val or test split without labels beside a labelled train is not used.
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 from stages.kit.data import store
 from stages.kit.data.decode import MAX_PIXELS, Broken, Pixels, Range, prepare, raw_levels
-from stages.kit.data.facts import complaints, gather, name_duplicates, summary
+from stages.kit.data.facts import complaints, gather, name_duplicates, spoken, summary
 from stages.kit.data.store import SPLITS
 from stages.kit.data.tally import Tally
 from stages.kit.data.threads import ordered_map
@@ -65,7 +66,7 @@ def make(run) -> None:
     params, threads = run.job.params, run.compute["threads"]
     run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
     if apart(sys.stdout, sys.stderr):  # the rules send stderr into a log that few people read
-        for text in store.info(run.out)["warnings"]:
+        for text in spoken(store.info(run.out)):
             code = sys.stdout.encoding or "utf-8"
             line = f"{run.job.id}: warning: {text}".encode(code, "backslashreplace").decode(code)
             print(line, flush=True)
@@ -159,7 +160,7 @@ def build(
             f"libtiff complained {len(complained)} times, first: {complained[0]}"
         )
     write_json(out / "data.json", facts)
-    for text in facts["warnings"]:
+    for text in spoken(facts):
         print(f"warning: {text}", file=sys.stderr)
     return summary(facts, total / (time.monotonic() - began))
 

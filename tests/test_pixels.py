@@ -268,6 +268,9 @@ def test_what_libtiff_says_is_printed_with_the_name(tmp_path, capfd):
     _, facts = build(tmp_path / "in", tmp_path / "out")
     assert said(facts, "libtiff complained 1 times, first: a/odd.tif: ")
     assert "a/odd.tif: libtiff: " in capfd.readouterr().err
+    assert said(
+        {"warnings": stage.spoken(facts)}, "1 images cannot be used (1 damaged); quarantine"
+    )
     (row,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
     assert row["name"] == "b/hurt.tif" and "libtiff: " in row["detail"]
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -555,3 +556,49 @@ def test_labels_are_declared_in_case_of_doubt(weights, expected):
 def test_untouched_target_says_that_it_is_empty():
     with pytest.raises(RuntimeError, match="prepare"):
         pretrained.Target(pretrained.Config(), SPEC)(images(), "patch")
+
+
+BROKEN = {
+    "no JSON": ("config.json", b"{", "config.json: found "),
+    "bytes": ("config.json", b"\xff\xfe\x00", "config.json: found "),
+    "a list": ("config.json", b"[]", "config.json: found "),
+    "no architecture": ("config.json", b"{}", "config.json: found no 'architecture'"),
+    "another library's": (
+        "config.json",
+        b'{"architectures": ["BertModel"], "model_type": "bert"}',
+        "config.json: found no 'architecture'",
+    ),
+    "no statistics": (
+        "config.json",
+        b'{"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}',
+        "config.json: found no 'mean'",
+    ),
+    "unknown": (
+        "config.json",
+        b'{"architecture": "vit_tiny_patch16_225", "pretrained_cfg": '
+        b'{"mean": [0, 0, 0], "std": [1, 1, 1]}}',
+        "config.json: found the architecture 'vit_tiny_patch16_225', expected one of timm; did",
+    ),
+    "arguments": (
+        "config.json",
+        b'{"architecture": "vit_tiny_patch16_224", "model_args": {"colour": 3}, '
+        b'"pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}',
+        "config.json: timm makes no vit_tiny_patch16_224 of it",
+    ),
+    "empty": ("model.safetensors", b"", "model.safetensors: does not hold the weights"),
+    "a pickle": ("model.safetensors", b"PK\x03\x04" * 99, "model.safetensors: does not hold"),
+    "a pointer": ("model.safetensors", b"version https://git-lfs", "model.safetensors: does not"),
+}
+
+
+@pytest.mark.parametrize("name, content, says", BROKEN.values(), ids=BROKEN)
+def test_files_that_are_no_weights_are_named_in_one_line(tmp_path, name, content, says):
+    kw = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=7)
+    weights = _folder(tmp_path, "vit_tiny_patch16_224", **kw)
+    folder = Path(weights.removeprefix("local:"))
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        pretrained.Target(pretrained.Config(weights=weights), SPEC).prepare()
+    text = str(error.value)
+    assert text.startswith(f"weights: {folder}/{says}") and "\n" not in text, text
+    assert error.value.plain and len(text) < len(str(folder)) + 450

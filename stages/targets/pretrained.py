@@ -206,6 +206,36 @@ def _map(network: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
     )[0]
 
 
+class WeightsError(ValueError):
+    """A file of weights that is not what it should be; the message names it."""
+
+    plain = True  # shown without a traceback
+
+
+def _described(path: Path) -> tuple[str, dict, list, list]:
+    """Architecture, arguments, mean and deviation in a timm folder's config.json."""
+    file = path / "config.json"
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        architecture, args = told["architecture"], dict(told.get("model_args") or {})
+        mean, std = (list(map(float, told["pretrained_cfg"][key])) for key in ("mean", "std"))
+        good = len(mean) == len(std) == 3 and 0 < min(std) <= max(std + mean) < 1e3
+        if not (good and isinstance(architecture, str)):
+            raise ValueError(f"architecture {architecture!r}, mean {mean}, std {std}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise WeightsError(
+            f"weights: {file}: found {said[:200]}, expected what timm's save_for_hf writes: "
+            "architecture, and pretrained_cfg with mean and std of three channels"
+        ) from None
+    if not timm.is_model(architecture):
+        near = did_you_mean(architecture, timm.list_models())
+        raise WeightsError(
+            f"weights: {file}: found the architecture {architecture!r}, expected one of timm{near}"
+        )
+    return architecture, args, mean, std
+
+
 def _find(config: Config, spec) -> tuple[dict, dict]:
     """The card and the weights of `config.weights`."""
     kind, _, name = config.weights.partition(":")
@@ -231,26 +261,47 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
     else:
         path = Path(name)
         if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
-            raise ValueError(
+            raise WeightsError(
                 f"weights: {name!r} is not a folder with config.json and model.safetensors, as "
                 "timm's save_for_hf writes them"
             )
-        described = json.loads((path / "config.json").read_text())
-        architecture, args = described["architecture"], dict(described.get("model_args") or {})
-        mean, std = (list(described["pretrained_cfg"][key]) for key in ("mean", "std"))
+        architecture, args, mean, std = _described(path)
         source = f"local-dir:{name}"
-    card = _card(config, spec, architecture, args, layer, mean, std, source)
+    try:
+        card = _card(config, spec, architecture, args, layer, mean, std, source)
+    except Exception as error:  # arguments that are none of the architecture's
+        if kind != "local" or (isinstance(error, ValueError) and _ours(error)):
+            raise
+        raise WeightsError(
+            f"weights: {Path(name) / 'config.json'}: timm makes no {architecture} of it "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from None
     if source is None:
         return card, _package_weights()
     try:
         network = timm.create_model(source, pretrained=True, **card["args"])
     except Exception as error:  # timm, huggingface_hub and the network raise whatever they like
+        if kind == "local":
+            raise WeightsError(
+                f"weights: {Path(name) / 'model.safetensors'}: does not hold the weights of the "
+                f"{architecture} in config.json ({type(error).__name__}: {_first_line(error)})"
+            ) from None
         raise RuntimeError(
             f"weights: cannot get {config.weights!r}: {type(error).__name__}: {error}\nWithout a "
             "network use 'efficientnet_lite0' (a package), 'local:FOLDER', or a target that is "
             "trained here (kind dino)."
         ) from error
     return card, network.state_dict()
+
+
+def _ours(error: ValueError) -> bool:
+    """Whether the error speaks of a setting of this file."""
+    return str(error).partition(":")[0] in Config.__dataclass_fields__
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:200]
 
 
 def _card(

@@ -140,6 +140,16 @@ def complaints(facts: dict) -> list[str]:
     return texts
 
 
+def spoken(facts: dict) -> list[str]:
+    """What the terminal shows: the warnings, and how many images were put aside."""
+    aside = facts["quarantine"]
+    if not aside["count"]:
+        return facts["warnings"]
+    reasons = ", ".join(f"{n} {why}" for why, n in aside["reasons"].items())
+    text = f"{aside['count']} images cannot be used ({reasons}); quarantine.jsonl names them"
+    return [*facts["warnings"], text]
+
+
 def _about_levels(facts: dict) -> list[str]:
     """What to say of ranges that are mostly empty, or cut off."""
     texts, asked = [], facts.get("range")
