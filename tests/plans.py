@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 from tests.conftest import tiny_content, write_params
-from workflow.manifest import Manifest
 from workflow.plan import Plan, load
 from workflow.plugins import ROOT
 
@@ -54,18 +53,7 @@ def finish(plan, *ids: str) -> None:
         for file in job.files[1:]:
             file.write_text("x")
         (job.output / "value").write_text("x")
-        inputs = {
-            role: {"job": i, "fingerprint": plan.jobs[i].fingerprint}
-            for role, i in job.inputs.items()
-        }
-        manifest = Manifest(
-            fingerprint=job.fingerprint,
-            params=job.params,
-            code=job.hashes,
-            inputs=inputs,
-            outputs={"value": ""},
-        )
-        job.manifest.write_text(manifest.text())
+        job.manifest.write_text(plan.finished(id, outputs={"value": ""}).text())
 
 
 @contextlib.contextmanager

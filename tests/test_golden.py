@@ -1,9 +1,11 @@
 """The numbers of every method, target and task stay what they were.
 
-tests/golden/*.json were written by the first release's code: 20 steps of each method and target in
-float32 on one thread, then every task. Losses agree within rounding on any processor. Where torch
-and the processor's instructions are those of the file, weights and scores agree to the last bit.
-A change that is meant to change a number writes it there, and says why in its commit.
+tests/golden/*.json: 20 steps of each method and target in float32 on one thread, then every task.
+The first release's code wrote the losses and scores. Later code wrote the weights, whose last bits
+depend on the order of sums in torch's own patch convolution, and the losses of dmjd, whose norms
+got their published eps. Losses agree within rounding on any processor. Where torch and the
+processor's instructions are those of the file, weights and scores agree to the last bit. A change
+that is meant to change a number writes it there, and says why in its commit.
 """
 
 from __future__ import annotations

@@ -65,6 +65,24 @@ class Plan:
         """The manifest in a job's output folder; None if there is none."""
         return Manifest.read(self.job(id).manifest)
 
+    def finished(self, id: str, **made) -> Manifest:
+        """The manifest that says that a job was done by this plan; `made`: what else it holds."""
+        job = self.job(id)
+        inputs = {
+            role: {"job": above, "fingerprint": self.jobs[above].fingerprint}
+            for role, above in job.inputs.items()
+        }
+        return Manifest(
+            job=id,
+            stage=job.stage,
+            name=job.name,
+            fingerprint=job.fingerprint,
+            params=job.params,
+            code=job.hashes,
+            inputs=inputs,
+            **made,
+        )
+
     def missing(self, id: str) -> str | None:
         """The first file that the manifest lists and that is not there."""
         return _missing(self.job(id), self.manifest(id))

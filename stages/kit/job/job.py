@@ -30,7 +30,6 @@ from stages.kit.job.provenance import environment, git_state, peak_mb
 from stages.kit.job.track import tracked
 from workflow.engines import dvc
 from workflow.files import JobError, disk_full, is_full, sha256, write_atomic, write_json
-from workflow.manifest import Manifest
 from workflow.plan import Job, Plan
 
 __all__ = ["JobError", "Run", "running", "sha256", "write_atomic", "write_json"]
@@ -115,19 +114,10 @@ def running(job: Job, plan: Plan):
 
 def _finish(run: Run, began: datetime, wall: float) -> None:
     """The last act: the manifest is written, the work folder goes, one line is printed."""
-    job, out, jobs = run.job, run.out, run.plan.jobs
-    inputs = {
-        role: {"job": id, "fingerprint": jobs[id].fingerprint} for role, id in job.inputs.items()
-    }
+    job, out = run.job, run.out
     files = sorted(path for path in out.rglob("*") if path.is_file())
-    manifest = Manifest(
-        job=job.id,
-        stage=job.stage,
-        name=job.name,
-        fingerprint=job.fingerprint,
-        params=job.params,
-        code=job.hashes,
-        inputs=inputs,
+    manifest = run.plan.finished(
+        job.id,
         outputs={path.relative_to(out).as_posix(): sha256(path) for path in files},
         environment=environment(),
         git=git_state(run.plan.root),
