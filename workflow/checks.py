@@ -130,6 +130,32 @@ class Decoder(Settings):
 
 
 @dataclass(frozen=True)
+class BeitStart(Settings):
+    """How an encoder of style "beit" starts (stages/encoders/vit.py); a Swin starts as its own."""
+
+    # of its blocks and patch embedding: as published, made for a width of 768; MAE's; or as
+    # published with 0.02 * sqrt(768 / width) in the place of 0.02
+    init: Literal["published", "xavier", "width"] = "xavier"
+    layer_scale: float = 0.1  # of a ViT
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[0, inf)", "layer_scale", most=1000)
+
+
+@dataclass(frozen=True)
+class BeitEncoder(BeitStart):
+    """How it starts, and how its tables of relative positions are trained; a Swin's, too."""
+
+    rel_pos_rate: float = 20.0  # factor of their learning rate
+    rel_pos_decay: bool = False  # whether they are decayed
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[0, inf)", "rel_pos_rate", most=1000)
+
+
+@dataclass(frozen=True)
 class SelfDistillation(Optimiser):
     """DINO's student, teacher, head and crops (kit/parts/selfdistil.py), and its optimiser."""
 
