@@ -107,6 +107,8 @@ BAD = {
         "prototypes": [1],
         "lr": [0.0],
     },
+    checks.BeitStart: {"layer_scale": [-0.1]},
+    checks.BeitEncoder: {"rel_pos_rate": [-1.0], "layer_scale": [-0.1]},
     checks.Encoder: {"patch_size": [0], "embed_dim": [0], "mlp_ratio": [0.0]},
 }
 TYPED = {
@@ -114,6 +116,8 @@ TYPED = {
     "clip_mode",
     "schedule",
     "positions",
+    "init",
+    "rel_pos_decay",
     "norm_last",
     "blur",
     "shared_head",

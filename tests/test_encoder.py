@@ -805,7 +805,7 @@ def test_absolute_positions_of_a_beit_start_as_published_and_are_not_decayed(nam
         assert len(values) == 257 * 64 and abs(values).max() <= 0.02
         assert kstest(values, expected.cdf).pvalue > 1e-3
         assert values.std() == pytest.approx(expected.std(), rel=0.05)
-    method = tiny.method(name, given)
+    method = tiny.method(name, given, rel_pos_rate=1.0, rel_pos_decay=True)
     decayed, undecayed = optim.groups(method, 0.05)
     of = {id(p): key for key, p in method.named_parameters()}
     undecayed = {of[id(p)] for p in undecayed["params"]}
