@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
 import timm
 import torch
+from test_end_to_end import run_all
 from torch import nn
 
 from stages.kit.nets import encoders
@@ -16,7 +18,7 @@ from stages.kit.train import optim
 from stages.kit.train.recipe import Recipe
 from stages.kit.train.updates import Updates
 from tests import tiny
-from tests.conftest import tiny_content
+from tests.conftest import tiny_content, write_params
 from workflow import checks, plugins
 from workflow.params import ParamsError, check
 
@@ -300,6 +302,26 @@ def test_absolute_positions_learn_and_are_not_decayed(name):
     assert "encoder.pos_embed" in method.no_weight_decay()
     method(tiny.batch(tiny.module(name), method.spec), tiny.progress())["loss"].backward()
     assert method.encoder.pos_embed.grad.abs().sum() > 0
+
+
+def test_one_entry_of_models_gives_every_method_absolute_positions(tmp_path):
+    """From params.yaml to the report."""
+    content = tiny_content(model={"absolute_positions": True}, methods={"simmim": {}, "random": {}})
+    content["grid"]["runs"] = {
+        "mae": {"method": "mae"},
+        "simmim": {"method": "simmim"},
+        "beitv2": {"method": "beitv2", "target": "vqkd"},
+        "untrained": {"method": "random", "set": {"style": "beit"}},
+    }
+    results = tmp_path / "results"
+    run_all(write_params(tmp_path, content), results)
+    for run in content["grid"]["runs"]:
+        encoder = encoders.load(results / f"pretrain/{run}-s0/encoder")
+        assert encoder.pos_embed is not None
+        assert bool(encoders.relative_positions(encoder)) == (run != "mae")
+        for task in content["tasks"]:
+            metrics = json.loads((results / f"transfer/{run}-s0/{task}/metrics.json").read_text())
+            assert 0 <= metrics["top1"] <= 1
 
 
 # --- what params.yaml may say -------------------------------------------------------------------
