@@ -26,6 +26,7 @@ from stages.kit.data.batches import (
 )
 from stages.kit.data.loader import evaluation
 from stages.kit.job.command import command
+from stages.kit.parts import tokens
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe, fit
 from workflow import plugins
@@ -67,20 +68,28 @@ def build(run) -> str:
     if hasattr(target, "fit"):
         target.fit(training_images(run, module, config, spec, data, seed), seed)
     target = target.to(run.device).requires_grad_(False).eval()
-    return finish(run, module, config, spec, target, data)
+    return finish(run, module, config, spec, target, upstream, data)
 
 
-def finish(run, module, config, spec: Spec, target, data) -> str:
+def finish(run, module, config, spec: Spec, target, upstream, data) -> str:
     """Writes the target and its pictures, and examines it: what is wrong with it, or ""."""
     kind, train = run.job.params["target"]["kind"], run.job.params["train"]
     labels = module.labels(config) if hasattr(module, "labels") else bool(module.LABELS)
-    upstream = run.input("upstream") if target.upstream is not None else None
-    targets.save(target, run.out, kind, config, spec, upstream, labels=labels)
+    above = run.input("upstream") if target.upstream is not None else None
+    targets.save(target, run.out, kind, config, spec, above, labels=labels)
     images = validation_images(data, spec, train["batch_size"], run.device)
     health = module.health(target, images, config)
     problems = health.pop("problems", [])
+    if "ids" in target.sizes and "images" in getattr(module, "INPUT", "images"):
+        seed, size = run.job.params["seed"], train["batch_size"]
+        found = tokens.examine(target, upstream, data, spec, seed, run.device, size)
+        fatal = getattr(config, "gate", True)
+        problems += found.problems if fatal else []
+        notes = found.notes if fatal else found.problems + found.notes
+        health |= {"tokens": found.numbers, "notes": notes}
     write_json(run.out / "health.json", {**health, "problems": problems})
-    numbers = {name: value for name, value in health.items() if isinstance(value, (int, float))}
+    numbers = {**health, **health.get("tokens", {})}
+    numbers = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
     run.summary.update(numbers)
     run.summary["sizes"] = target.sizes
     run.summary["parameters"] = sum(p.numel() for p in target.parameters())

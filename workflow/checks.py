@@ -136,6 +136,7 @@ class Codes(Settings):
     codes: int = 512
     min_usage: float = 0.2  # of the codes, over the validation images; below, the stage fails
     min_perplexity: float = 0.05  # as a share of the codes
+    gate: bool = True  # codes no better than chance (kit/parts/tokens.py) fail the stage
 
     def __post_init__(self):
         super().__post_init__()

@@ -61,7 +61,7 @@ def training_images(run, module, config, spec: Spec, data: Path, seed: int) -> I
 
 
 class Subset:
-    """Some rows of a split, as the loader reads one: for training on labelled images alone."""
+    """Some rows of a split, as the loader reads one."""
 
     images = None  # so that the loader asks for one image at a time
 
@@ -73,6 +73,9 @@ class Subset:
 
     def decode(self, i: int) -> np.ndarray:
         return self.split.decode(self.rows[i])
+
+    def square(self, indices, size: int, crop: float = 1.0) -> torch.Tensor:
+        return self.split.square([self.rows[i] for i in indices], size, crop)
 
 
 def held_out(data: Path) -> store.Split:
