@@ -77,6 +77,7 @@ BAD = {
         "decoder_depth": [0],
         "decoder_heads": [0, 3],
     },
+    checks.Codes: {"codes": [1], "min_usage": [-0.1, 1.1], "min_perplexity": [-0.1, 1.1]},
     checks.SelfDistillation: {
         "prototypes": [1],
         "hidden": [0],
@@ -123,6 +124,7 @@ TYPED = {
     "shared_head",
     "name",
     "args",
+    "gate",
 }
 
 

@@ -397,6 +397,20 @@ def test_charts_put_values_where_they_belong():
     assert charts.bars([0, 0], "t", "x", "y") == ""
 
 
+def test_codes_are_judged_in_plain_words(lab, tmp_path):
+    text = re.sub(r"<[^>]+>", " ", page_of(lab))
+    for words in ("41.2% of the places", "35.0 to 41.0 points", "33.7% (29.2% to 38.5%)", "55.5%"):
+        assert words in text
+    assert "The labels judge the codes" in text and "little to gain" not in text
+    note = "A student can gain little from it: so it is."
+    other = fabricate(tmp_path)
+    path = other.results / "target" / "vqkd" / "health.json"
+    put(path, json.loads(path.read_text()) | {"notes": [note]})
+    report.write(other)
+    assert page_of(other).count(note) == 2 and "little to gain" in page_of(other)
+    assert f"**The tokenizer vqkd.** {note}" in (other.out / "summary.md").read_text()
+
+
 def test_saved_figures_are_whole_files(lab):
     found = sorted((lab.out / "figures").glob("*.svg"))
     names = {p.stem for p in found}

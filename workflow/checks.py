@@ -156,6 +156,21 @@ class BeitEncoder(BeitStart):
 
 
 @dataclass(frozen=True)
+class Codes(Settings):
+    """A tokenizer's codes, and when they are not fit to be predicted (kit/parts/codes.py)."""
+
+    codes: int = 512
+    min_usage: float = 0.2  # of the codes, over the validation images; below, the stage fails
+    min_perplexity: float = 0.05  # as a share of the codes
+    gate: bool = True  # codes no better than chance (kit/parts/tokens.py) fail the stage
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[2, inf)", "codes")
+        within(self, "[0, 1]", "min_usage", "min_perplexity")
+
+
+@dataclass(frozen=True)
 class SelfDistillation(Optimiser):
     """DINO's student, teacher, head and crops (kit/parts/selfdistil.py), and its optimiser."""
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages.reporting import charts, claims, colours, lineage, pictures, results, stats
+from stages.reporting import charts, claims, colours, lineage, pictures, results, stats, tokens
 from stages.reporting.results import Cell, Jobs, Row, Task
 
 TARGETS = 2  # the colour of targets' charts
@@ -211,7 +211,9 @@ def target(id: str, jobs: Jobs) -> dict:
         "kind": about.get("kind", manifest.params["target"]["kind"]),
         "labels": bool(about.get("labels")),
         "numbers": {key: value for key, value in health.items() if is_number(value)},
+        "tokens": tokens.said(health.get("tokens", {})),
         "problems": health.get("problems", []),
+        "notes": health.get("notes", []),
         "seconds": manifest.seconds,
         "images": manifest.summary.get("images_seen"),
         "pictures": pictures.pictures(folder),
