@@ -6,8 +6,8 @@ import heapq
 import time
 
 from stages.cost.rehearsal import Cost
-from stages.kit.durations import duration
 from workflow import machine
+from workflow.durations import duration
 
 # Of this process until here, nearly all for imports. Every job begins so; no manifest counts it.
 START_S = time.process_time()
