@@ -333,6 +333,19 @@ def test_a_signal_reaches_the_command_which_decides(plan, tmp_path, number):
     assert process.returncode == 128 + number and "the same command goes on" in said
 
 
+def test_what_was_stopped_is_named_without_the_words_of_the_engine(plan, capsys):
+    code = (
+        "import sys, time, pathlib, workflow.progress as p\n"
+        f"where = pathlib.Path({str(work(plan, 'pretrain/mae-s0'))!r})\n"
+        "p.note(where, job='pretrain/mae-s0', state='stopped', began=time.time())\n"
+        "print('WorkflowError: at least one job'); sys.exit(1)"
+    )
+    where = ["--params", str(plan.params_file), "--results", str(plan.results)]
+    assert command.main([*where, "--", sys.executable, "-c", code]) == 1
+    said = capsys.readouterr().out
+    assert "\nstopped, to be continued: pretrain/mae-s0\n" in said and "WorkflowError" not in said
+
+
 def test_a_fresh_plan_starts_nothing_and_shows_the_report(plan, tmp_path, capsys):
     finish(plan)
     summarised(plan, "report", headline="Pretraining helps.")
@@ -347,6 +360,34 @@ def test_a_fresh_plan_starts_nothing_and_shows_the_report(plan, tmp_path, capsys
     ]
     assert not (tmp_path / "ran").exists()
     assert command.main([*where, "--", *touch]) == 0 and (tmp_path / "ran").exists()
+
+
+def test_an_estimate_is_made_once_and_told_first(plan, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def estimated(plan):
+        asked.append(plan)
+        about = {"seconds": 90.0, "flops": 2e12, "missing": ""}
+        jobs = {i: about | {"fingerprint": j.fingerprint} for i, j in plan.jobs.items()}
+        expected.file(plan).parent.mkdir()
+        expected.file(plan).write_text(json.dumps({"start_s": 0.0, "jobs": jobs}))
+        return Expected.read(expected.file(plan), plan)
+
+    monkeypatch.setattr(command, "estimated", estimated)
+    where = ["--params", str(plan.params_file), "--results", str(plan.results)]
+    words = ["--cost", "--", sys.executable, "-c", "raise SystemExit(4)"]
+    for times in (1, 2):
+        assert command.main([*where, *words]) == 4
+        said = capsys.readouterr().out
+        assert ("trying a few images" in said) == (times == 1) and len(asked) == 1
+        assert f"{len(plan.jobs)} of {len(plan.jobs)} jobs are to be run; expected:" in said
+        assert said.index("expected:") < said.index("writes to")
+
+
+def test_make_demo_tells_what_it_expects_and_shows_the_run():
+    text = (ROOT / "Makefile").read_text()
+    recipe = text.split("\ndemo: install\n")[1].split("\n\n")[0]
+    assert recipe == ("\t@python -m workflow.watch --cost -- python -m snakemake --cores $(CORES)")
 
 
 def test_without_a_command_it_looks_at_what_there_is(plan, capsys):

@@ -47,8 +47,9 @@ def _run(plan: Plan, command: list[str], cost: bool, view: Lines) -> int:
         view.say(f"All {len(board.jobs)} jobs of {plan.params_file} are up to date.")
         return _end(board, view)
     if cost:
-        view.say(f"{plan.experiment}: trying a few images first, to tell what it will take ...")
-        board = Board(plan, estimated(plan), places, began)
+        if not board.jobs.keys() - board.before <= board.expected.jobs.keys():
+            view.say(f"{plan.experiment}: trying a few images first, to tell what it will take ...")
+            board = Board(plan, estimated(plan), places, began)
         for line in words.expected(board):
             view.say(line)
     log = plan.results.parent / "logs" / f"{engine}.log"
@@ -77,11 +78,11 @@ def _over(board: Board, view: Lines, child: Engine, engine: str, seconds: float)
     view.say(f"{words.overall(board)}, after {took}")
     if child.status == 0:
         return _end(board, view)
-    failed = words.failures(board)
-    for line in failed or words.tail(child.log):
+    failed, stopped = words.failures(board), board.of("stopped")
+    for line in failed or ([] if stopped else words.tail(child.log)):
         view.say(line)
-    if board.of("stopped"):
-        view.say(f"stopped, to be continued: {', '.join(board.of('stopped'))}")
+    if stopped:
+        view.say(f"stopped, to be continued: {', '.join(stopped)}")
     again = "finished jobs are kept, the same command goes on from there"
     view.say(f"{engine} ended with status {child.status} (see {child.log}); {again}")
     return child.status
