@@ -181,6 +181,8 @@ def test_the_first_task_that_allows_it_is_named_and_others_agree_or_not():
     assert found.more == ("The same holds on seg. It has not been shown to beat one on anomaly.")
     assert said({KNN: up, second: down}).more == "It does worse than one on linear."
     assert said({KNN: open_, second: up}).more == "It beats one on linear."
+    once = {"mae": cell([620]), "random": cell([350])}
+    assert said({KNN: once, second: once}).more == "In that seed: The same holds on linear."
 
 
 def test_other_headlines_have_their_own_words():

@@ -120,11 +120,21 @@ def test_time_left_follows_what_jobs_took(plan):
     assert board_of(plan, seconds=5.0, slots=1).left_in_all() == 15
     summarised(plan, "data/main")  # took 10 s
     board.look()
-    assert board.pace() == 2 and board.left_in_all() == 10
+    assert board.pace("pretrain/mae-s0") == 2 and board.left_in_all() == 10
     begin(plan, "pretrain/mae-s0", ago=4)
     board.look()
     assert board.left("pretrain/mae-s0") == pytest.approx(6, abs=1)
     assert board.share() == pytest.approx((5 + 5 * 0.4) / 15, abs=0.05)
+
+
+def test_jobs_of_the_same_task_or_run_tell_most(tmp_path):
+    plan = plan_of(tmp_path, grid__seeds=[0, 1])
+    board = board_of(plan, seconds=5.0)
+    summarised(plan, "transfer/mae-s0/knn")  # took 10 s
+    finish(plan, "data/main")  # took none
+    board.look()
+    assert board.needs("transfer/beitv2-s1/knn") == 10
+    assert board.needs("transfer/mae-s1/linear") == 5, "by all that are done"
 
 
 def test_without_an_estimate_jobs_that_were_alike_tell(tmp_path):
@@ -210,7 +220,7 @@ def test_a_job_notes_how_it_ends(tmp_path):
 
 
 def test_a_training_notes_step_rate_and_time(tmp_path, monkeypatch):
-    clock = iter([0.0, 1.0, 4.0, 5.0])
+    clock = iter([0.0, 1.0, 4.0, 6.0, 7.0])
     monkeypatch.setattr(display.time, "perf_counter", lambda: next(clock))
     bar = Display("pretrain/mae-s0", 100, 10, 32, None, True, tmp_path)
     bar.update(15, 0.5)
@@ -219,6 +229,9 @@ def test_a_training_notes_step_rate_and_time(tmp_path, monkeypatch):
     found = progress.read(tmp_path)
     assert (found["step"], found["steps"], found["loss"]) == (30, 100, 0.5)
     assert found["images_per_s"] == pytest.approx(32 * 5) and found["left_s"] == pytest.approx(14)
+    bar.update(70, 0.5)  # four times as fast for a moment
+    rate = 0.8 * 5 + 0.2 * 20
+    assert progress.read(tmp_path)["left_s"] == pytest.approx(30 / rate)
     Display("x", 100, 10, 32, None, False, tmp_path / "other").update(100, None)
     assert not (tmp_path / "other").exists(), "only the first process notes"
 

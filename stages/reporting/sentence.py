@@ -112,7 +112,10 @@ def _elsewhere(found: list[Gain]) -> str:
     }
     by = {state: [g.task.title for g in others if g.state == state] for state in words}
     said = [words[state].format(listed(by[state])) for state in (first.state, *by) if by[state]]
-    return " ".join(dict.fromkeys(said))
+    text = " ".join(dict.fromkeys(said))
+    few = max((gain.few for gain in others), default=0)
+    start = {0: "", 1: "In that seed: "}.get(few, f"In {few} seeds: ")
+    return text and start + text
 
 
 # ---------------------------------------------------------------------------------- without it

@@ -97,20 +97,24 @@ class Board:
         """{state: number of jobs}."""
         return Counter(seen.state for seen in self.jobs.values())
 
-    def pace(self) -> float:
-        """How much longer finished jobs took than was expected; 1 before there is one."""
-        took = [
-            (self.jobs[id].manifest.seconds, self.expected.seconds(id))
-            for id in self.of("done")
-            if id not in self.before and self.expected.seconds(id)
-        ]
-        return sum(t for t, _ in took) / sum(e for _, e in took) if took else 1.0
+    def pace(self, id: str) -> float:
+        """How much longer finished jobs like this one took than was expected; all where there is
+        none like it, 1 before there is any.
+        """
+        took = {
+            done: (self.jobs[done].manifest.seconds + self.expected.start_s, expected)
+            for done in self.of("done")
+            if done not in self.before and (expected := self.expected.seconds(done))
+        }
+        like = {done for done in took if kind(self.plan.jobs[done]) == kind(self.plan.jobs[id])}
+        pairs = [took[done] for done in like or took]
+        return sum(t for t, _ in pairs) / sum(e for _, e in pairs) if pairs else 1.0
 
     def needs(self, id: str) -> float | None:
         """Seconds that a whole job takes: as expected, else as those like it did; None: unknown."""
         expected = self.expected.seconds(id)
         if expected is not None:
-            return expected * self.pace()
+            return expected * self.pace(id)
         like = [
             self.jobs[other].manifest.seconds
             for other in self.of("done")

@@ -30,7 +30,7 @@ def overall(board: Board) -> str:
     facts = [f"{counts['done']} of {total} jobs done"]
     facts += [f"{counts[state]} {state}" for state in ("failed", "stopped") if counts[state]]
     if counts["done"] < total:
-        facts.append(f"{board.share():.0%}")
+        facts.append(f"{min(0.99, board.share()):.0%}")
         if (left := board.left_in_all()) and not counts["failed"]:
             facts.append(f"about {duration(left)} left")
     return ", ".join(facts)

@@ -36,6 +36,7 @@ class Display:
         self.peak, self.shown, self.work = peak, shown, work
         self.flops_per_image = 0.0
         self._window = self._noted = (time.perf_counter(), start)
+        self._rate: float | None = None
         self.bar = None
         if shown and sys.stderr.isatty():
             self.bar = tqdm(
@@ -72,9 +73,11 @@ class Display:
         if self.work is None or (now - since < NOTED and done < self.steps):
             return
         rate = max(done - first, 1e-9) / max(now - since, 1e-9)  # steps/s
+        if self._rate is not None:  # a few seconds alone would let the time left jump
+            rate = 0.8 * self._rate + 0.2 * rate
         facts = {"step": done, "steps": self.steps, "images_per_s": rate * self.images}
         progress.note(self.work, **facts, left_s=(self.steps - done) / rate, loss=loss)
-        self._noted = (now, done)
+        self._noted, self._rate = (now, done), rate
 
     def close(self) -> None:
         if self.bar is not None:
