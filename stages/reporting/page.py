@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stages.reporting import charts, claims, colours, lineage, pictures, results, stats, tokens
 from stages.reporting.results import Cell, Jobs, Row, Task
+from stages.reporting.sentence import sentence
 
 TARGETS = 2  # the colour of targets' charts
 
@@ -31,6 +32,7 @@ def gather(params: dict, folders: Mapping[str, Path]) -> dict:
         **{name: svg for id in targets for name, svg in target_charts(id, jobs).items()},
     }
     count = max(len(rows), len(colours.LIGHT))
+    encoders = {name: results.encoder(row, jobs) for name, row in rows.items()}
     return {
         "experiment": params["experiment"],
         "rows": rows,
@@ -38,7 +40,8 @@ def gather(params: dict, folders: Mapping[str, Path]) -> dict:
         "cells": cells,
         "verdicts": verdicts,
         "costs": costs,
-        "encoders": {name: results.encoder(row, jobs) for name, row in rows.items()},
+        "encoders": encoders,
+        "sentence": sentence(rows, tasks, cells, encoders),
         "headline": claims.headline(tasks, verdicts),
         "racing": racing,
         "contrasted": params["contrasts"],

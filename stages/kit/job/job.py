@@ -28,6 +28,7 @@ from stages.kit.job.orphan import left_behind, sign
 from stages.kit.job.process import barrier, rank, set_threads, terminable, threads, world
 from stages.kit.job.provenance import environment, git_state, peak_mb
 from stages.kit.job.track import tracked
+from workflow import progress
 from workflow.engines import dvc
 from workflow.files import JobError, disk_full, is_full, sha256, write_atomic, write_json
 from workflow.plan import Job, Plan
@@ -101,6 +102,7 @@ def running(job: Job, plan: Plan):
             with _told_if_full(work):
                 _clear(job.output)
                 work.mkdir(parents=True, exist_ok=True)
+            held.enter_context(progress.shown(work, job.id))
         barrier()
         set_threads(run.compute["threads"])
         if main:
@@ -131,10 +133,7 @@ def _finish(run: Run, began: datetime, wall: float) -> None:
     write_atomic(job.manifest, manifest.text())
     dvc.note(job, run.plan)
     shutil.rmtree(run.work, ignore_errors=True)
-    numbers = {k: v for k, v in run.summary.items() if not isinstance(v, (dict, list))}
-    shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items()]
-    spent = f"({wall:.1f} s, {manifest.peak_memory_mb} MB)"
-    print(" ".join([f"{job.id}:", *shown, spent]), flush=True)
+    print(manifest.line, flush=True)
 
 
 def _clear(folder: Path) -> None:
