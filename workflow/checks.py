@@ -142,6 +142,9 @@ class SelfDistillation(Optimiser):
     teacher_temp: float = 0.04
     teacher_temp_end: float | None = None  # reached linearly; None: constant
     teacher_temp_warmup: float = 0.1  # share of the training until teacher_temp_end
+    # against one prototype for all: a running mean, or DINOv2's Sinkhorn-Knopp over each batch,
+    # which then cannot be cut into micro batches
+    centring: Literal["centre", "sinkhorn"] = "centre"
     centre_momentum: float = 0.9
     # of the teacher; rises to 1 as a cosine. Trainings with few steps per epoch need a lower one
     momentum: float = 0.99
