@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.check and (why := outside(plan)):
         print(why, file=sys.stderr)
         return 1
+    for text in plan.doubts():
+        print(f"warning: {text}", file=sys.stderr)
     changed = (args.params, args.results) == DEFAULT and follow(plan)
     if args.check:
         if changed:

@@ -30,6 +30,8 @@ except ParamsError as error:
 if workflow.is_main_process:
     OWNED = own(Path(".snakemake"))  # held until this process ends
     reconcile(plan)
+    for text in plan.doubts():
+        print(f"warning: {text}", file=sys.stderr)
     if DEFAULT:
         follow(plan)
     if workflow.nodes is not None:  # a cluster
