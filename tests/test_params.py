@@ -49,7 +49,7 @@ BAD = [  # changes to good parameters, and what the message must contain
         [
             "data.source: no source is called 'shpaes'",
             "did you mean 'shapes'",
-            "expected folder:PATH, hub:NAME, parquet:PATH or shapes",
+            "expected folder:PATH, hub:NAME, parquet:PATH, shapes or surfaces",
         ],
     ),
     (

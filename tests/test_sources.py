@@ -302,6 +302,7 @@ def test_every_source_says_what_follows_the_colon():
         arguments[name] = plugins.declared("source", name).literals["ARGUMENT"]
         assert arguments[name] == module.ARGUMENT and arguments[name] in ("PATH", "NAME", None)
     known = {"folder": "PATH", "hub": "NAME", "parquet": "PATH", "shapes": None}
+    known["surfaces"] = None
     assert {name: arguments[name] for name in known} == known
 
 
