@@ -7,10 +7,10 @@ written plainly.
         --published --ours --steps 30
 
 Plain: eager fp32, unfused AdamW, one image after the other through PIL and torchvision. mimlab:
-batched views in a loader thread, precision `auto`, fused AdamW. Both run alternately in this one
-process on the same images, so that a noisy machine disturbs both; medians. Utilisation: FLOPs
-counted in an eager fp32 step, per second of it, over what large bf16 products reach here
-(kit/train/flops.matrix_rate). `--ours` leaves the plain side out.
+batched views in a loader thread, the precision of `--precision`, fused AdamW. Both run alternately
+in this one process on the same images, so that a noisy machine disturbs both; medians. Utilisation:
+FLOPs counted in an eager fp32 step, per second of it, over what large products of that precision
+reach here (kit/train/flops.matrix_rate). `--ours` leaves the plain side out.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def advance(method, batch, progress, optimizer, arithmetic=None) -> None:
         method.after_step(progress)
 
 
-def ours(method, batches: Batches, steps: int, device: torch.device):
+def ours(method, batches: Batches, steps: int, device: torch.device, arithmetic):
     """Takes the steps of the loop's own ingredients, one at each `next`."""
-    arithmetic = precision.choose("auto", device, method)
     if arithmetic.name == "bf16":
         unfused(method, device)
     recipe = Recipe(1, batches.batch_size, steps, 1e-4)
@@ -128,7 +127,8 @@ def measure(name: str, size: str, args, device: torch.device) -> list:
     per_image = counter.get_total_flops() / 2
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    right, fast, slow = ours(method, batches, args.steps, device), [], []
+    arithmetic = precision.choose(args.precision, device, method)
+    right, fast, slow = ours(method, batches, args.steps, device, arithmetic), [], []
     left = None if args.ours else plain(method, split.images, views, batch, args.steps, device)
     for _ in range(args.steps):
         if left:
@@ -137,8 +137,7 @@ def measure(name: str, size: str, args, device: torch.device) -> list:
     warm = min(2, args.steps - 1)
     mine = statistics.median(fast[warm:])
     loader = seconds(lambda: batches.batch(1), 2)
-    kind = precision.choose("auto", device, method).name
-    used = per_image * batch / mine / flops.matrix_rate(device, kind)
+    used = per_image * batch / mine / flops.matrix_rate(device, arithmetic.name)
     gigabytes = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if device.type == "cuda" else "-"
     theirs = statistics.median(slow[warm:]) if slow else None
     return [
@@ -164,6 +163,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=1, help="loader threads")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=precision.NAMES, default="auto", help="of mimlab's")
     parser.add_argument(
         "--published", action="store_true", help="the published settings of methods for 224 px"
     )
