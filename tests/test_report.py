@@ -96,6 +96,15 @@ def test_the_sentence_at_the_top_ends_the_summary_and_is_kept_for_others(lab):
     assert line.startswith("report: runs=5 tasks=3 warnings=") and "headline" not in line
 
 
+def test_each_card_tells_what_pretraining_gave(lab):
+    """Also where the best runs are not told apart from each other."""
+    gains = gathered(lab)["sentence"].gains
+    shown = re.findall(r'<p class="gain (\w+)">(?:[✓✗] )?([^<]*)<', page_of(lab))
+    assert [(g.state, g.brief) for g in gains.values()] == [(s, html.unescape(t)) for s, t in shown]
+    assert list(gains) == ["knn", "linear", "finetune"]
+    assert {gain.state for gain in gains.values()} == {"up"}
+
+
 def test_costs_include_targets(lab):
     row = next(r for r in rows_of(lab) if r["run"] == "beitv2")
     # the tokenizer and its teacher

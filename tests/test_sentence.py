@@ -58,6 +58,9 @@ def test_a_gain_over_three_seeds():
         f"to +{high * 100:.1f} over the test images; 3 seeds)."
     ), "the wider of both intervals is shown"
     assert found.more == ""
+    brief = found.gains["knn"].brief
+    end = found.text.split(" (")[1].removesuffix(").")
+    assert brief == f"Beats the untrained encoder: {end}."
 
 
 def test_the_interval_over_seeds_is_shown_where_it_is_wider():

@@ -10,7 +10,7 @@ seeds; with fewer the sentence says so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stages.reporting import stats
 from stages.reporting.results import Cell, Row, Task
@@ -22,10 +22,13 @@ Cells = Mapping[tuple[str, str], Cell]
 
 @dataclass(frozen=True)
 class Sentence:
-    """`text`: the sentence; `more`: whether other tasks agree, "" where there is none."""
+    """`text`: the sentence; `more`: whether other tasks agree, "" where there is none; `gains`: of
+    each task that an untrained encoder was tested on, by id, what its best run gives over that.
+    """
 
     text: str
     more: str = ""
+    gains: Mapping[str, Gain] = field(default_factory=dict)
 
 
 def sentence(
@@ -40,7 +43,7 @@ def sentence(
     both = [task for task in tasks if racing[task.id] and floors[task.id]]
     if both:
         found = [Gain.of(task, racing[task.id], floors[task.id], cells, encoders) for task in both]
-        return Sentence(found[0].text, _elsewhere(found))
+        return Sentence(found[0].text, _elsewhere(found), {gain.task.id: gain for gain in found})
     one = next((task for task in tasks if racing[task.id]), None)
     if one is not None:
         return Sentence(_without_floor(one, racing[one.id], cells))
@@ -68,6 +71,7 @@ class Gain:
     state: str
     few: int  # seeds, where they are fewer than a ranking needs; else 0
     text: str
+    brief: str
 
     @classmethod
     def of(
@@ -98,7 +102,9 @@ class Gain:
             f"{start} without labels {what} on {task.title}: {who} {_reaches(task, found.one)}, "
             f"{other} {_also(task, found.other)} ({found.text})."
         )
-        return cls(task, found.state, found.few, text)
+        word = {"up": "Beats", "down": "Does worse than", "open": "Not shown to beat"}[found.state]
+        brief = f"{word} {'the' if alike else 'an'} untrained encoder: {found.text}."
+        return cls(task, found.state, found.few, text, brief)
 
 
 def _elsewhere(found: list[Gain]) -> str:
