@@ -100,7 +100,7 @@ class Config(checks.Optimiser, checks.Crop, checks.Codes):
     def stages(self, image_size: int, grid: int) -> int:
         """Strided stages, log2 of the pixels along a patch. ValueError if that is no integer."""
         side = self.input_size or image_size
-        stages = round(math.log2(max(1, side // grid)))
+        stages = max(1, side // grid).bit_length() - 1
         if grid * 2**stages != side:
             raise ValueError(
                 f"input_size: found {side} pixels for {grid} patches along a side, expected "
@@ -129,8 +129,8 @@ class Residual(nn.Sequential):
 
 
 class Target(targets.Target):
-    """The tokenizer: images -> scores of each patch's codes, the likeliest code; and codes -> images
-    (`decode`).
+    """The tokenizer: images -> scores of each patch's codes, and the likeliest ("ids"); `decode`
+    makes pictures of codes.
     """
 
     def __init__(self, config: Config, spec):
@@ -188,8 +188,9 @@ class Training(nn.Module):
             self.whole_batch = "the divergence is summed over the batch (kl_over)"
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "reconstruction": error of the pixels, "kl": mean
-        divergence of a patch from uniform codes, nats, "perplexity" of the batch's likeliest codes}.
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss", "reconstruction": error of the pixels, "kl":
+        mean divergence of a patch's codes from uniform, nats, "perplexity" of the likeliest codes
+        of this batch}.
         """
         config, pixels = self.config, self.target.pixels(batch["view"])
         logits = self.target.scores(pixels)  # (B,N,K)
