@@ -96,6 +96,11 @@ class Config(checks.TokenPrediction):
         checks.within(self, "(0, inf)", "temp", "similarity_temp")
         checks.within(self, "[0, 1]", "omega")
 
+    def check(self, image_size: int, model) -> None:
+        checks.hidden_count(model.grid(image_size) ** 2, self.mask_ratio)
+        if self.masks == "block":
+            super().check(image_size, model)
+
 
 class Method(TokenStudent):
     def __init__(self, config: Config, spec, target):
