@@ -369,7 +369,7 @@ def forward_by_hand(state: dict, x: torch.Tensor) -> torch.Tensor:
 def prepared(folder, state=None, name: str = "encoder.pt", spec=SPEC):
     state = dalle_state() if state is None else state
     save_file(state, folder / name) if name.endswith("s") else torch.save(state, folder / name)
-    return dalle.Target(dalle.Config(weights=f"file:{folder / name}"), spec).prepare()
+    return dalle.Target(dalle.Config(weights=f"file:{folder / name}", codes=16), spec).prepare()
 
 
 @pytest.mark.parametrize("name", ["encoder.pt", "encoder.safetensors"])
@@ -457,6 +457,12 @@ def test_code_in_a_file_of_weights_is_not_run(tmp_path, write):
 def test_wrong_weights_are_named(tmp_path, content, says):
     with pytest.raises(WeightsError, match=says):
         prepared(tmp_path, content)
+
+
+def test_another_number_of_codes_is_named(tmp_path):
+    prepared(tmp_path)
+    with pytest.raises(WeightsError, match="^codes: found 8192, expected the 16 of"):
+        dalle.Target(dalle.Config(weights=f"file:{tmp_path / 'encoder.pt'}"), SPEC).prepare()
 
 
 def test_a_file_that_is_not_weights_is_named(tmp_path):

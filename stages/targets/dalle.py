@@ -14,7 +14,7 @@ size are brought to that by Lanczos' filter (kit/nets/resize.py). Departures:
   torch.save(torch.load("encoder.pkl", weights_only=False).state_dict(), "encoder.pt");
 - convolutions run in the precision of the job; the official ones run in half precision on a GPU,
   the last one in float32.
-Widths, blocks per group and codes are read from the shapes of the weights.
+Widths and blocks per group are read from the shapes of the weights.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ FIRST, LAST = "blocks.input.w", "blocks.output.conv.w"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(checks.Codes):
     weights: str = "file:encoder.pt"  # the encoder's state dict
-    min_usage: float = 0.0  # of the codes, over the validation images; below, the stage fails
-    min_perplexity: float = 0.0  # as a share of the codes
-    gate: bool = True  # codes no better than chance (kit/parts/tokens.py) fail the stage
+    codes: int = 8192  # that it has
+    min_usage: float = 0.0
+    min_perplexity: float = 0.0
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.weights.startswith("file:") or self.weights == "file:":
             raise ValueError(f"weights: found {self.weights!r}, expected file:PATH")
-        checks.within(self, "[0, 1]", "min_usage", "min_perplexity")
 
 
 class Convolution(nn.Module):
@@ -122,6 +122,7 @@ class Target(targets.Target):
     def __init__(self, config: Config, spec):
         super().__init__()
         self.config, self.spec = config, spec
+        self.sizes = {"ids": config.codes, "logits": config.codes}
         self.network: Encoder | None = None
         self.side = STRIDE * spec.grid  # pixels of what it looks at
         self.eval()
@@ -138,6 +139,10 @@ class Target(targets.Target):
                 f"weights: {path}: found other tensors than those of DALL-E's encoder, such as "
                 f"{FIRST} ({first_line(error)})"
             ) from None
+        if len(state[LAST]) != self.config.codes:
+            raise WeightsError(
+                f"codes: found {self.config.codes}, expected the {len(state[LAST])} of {path}"
+            )
         return self
 
     def forward(self, images: torch.Tensor, *wanted: str, **how) -> dict:
@@ -159,7 +164,6 @@ class Target(targets.Target):
 
     def _build(self, state: dict[str, torch.Tensor]) -> None:
         self.network = Encoder.of(state).requires_grad_(False).eval()
-        self.sizes = dict.fromkeys(("ids", "logits"), len(state[LAST]))
 
     def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
         start = f"{prefix}network."
