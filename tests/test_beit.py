@@ -18,7 +18,7 @@ from stages.kit.nets.target import Frozen
 from stages.kit.parts.beit import hidden, mean_over_hidden
 from stages.kit.train.recipe import Recipe
 from stages.methods.beit import PUBLISHED, Config, Method, views
-from stages.targets import dvae
+from stages.targets import dvae, kmeans, pixels, vqkd
 from tests import tiny
 
 SMALL = Config(min_block=2)
@@ -229,6 +229,33 @@ def test_the_tokenizer_sees_the_students_view_and_never_learns():
     assert not teacher.training
     assert torch.equal(seen[0], batch()["view"])  # the view itself, in [0, 1]
     assert not any("tokenizer" in name for name in method.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["dvae", "kmeans", "vqkd"])
+def test_every_tokenizer_has_the_same_student(kind):
+    """Grids of codes with one student: the labels are the tokenizer's, all else is equal."""
+    torch.manual_seed(0)
+    target = {
+        "dvae": lambda: dvae.Target(dvae.Config(codes=16, hidden=8, code_dim=4), SPEC),
+        "kmeans": lambda: kmeans.Target(
+            kmeans.Config(codes=16, vectors=16),
+            SPEC,
+            Frozen(pixels.Target(pixels.Config(), SPEC)),
+        ),
+        "vqkd": lambda: vqkd.Target(vqkd.Config(codes=16, code_dim=4, encoder_depth=1), SPEC),
+    }[kind]()
+    torch.manual_seed(0)
+    method, same = Method(SMALL, SPEC, Frozen(target)), build().state_dict()
+    table = "encoder.rel_pos_bias.relative_position_bias_table"
+    state = method.state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in state.items() if name != table)
+    mask = mask_of(method)
+    out = method(batch(), tiny.progress(6))
+    logits = method.head(method.features(SPEC.normalise(batch()["view"]), mask))[mask]
+    labels = target(batch()["view"], "ids")["ids"][mask]
+    assert out["mim_loss"].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    out["loss"].backward()
+    assert all(p.grad is None for p in target.parameters())
 
 
 # --- encoder ------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages.kit.nets.target import Frozen
 from stages.kit.parts.beit import hidden
 from stages.kit.train.recipe import Recipe
 from stages.methods import beit, mcbeit
 from stages.methods.mcbeit import PUBLISHED, Config, Method, between, views
+from stages.targets import kmeans, pixels, vqkd
 from tests import tiny
 
 SIZES = {"embed_dim": 16, "depth": 3, "mlp_ratio": 4.0}
@@ -214,6 +216,25 @@ def test_the_tokenizer_gives_the_same_logits_and_gets_no_gradient():
     assert not method.chances(images).requires_grad
     method(batch(), tiny.progress(6))["loss"].backward()
     assert target.weight.grad is None and not target.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["kmeans", "vqkd"])
+def test_tokenizers_without_logits_give_squared_distances(kind):
+    """Over temp (k-means), over twice temp (unit vectors): each distance written out."""
+    torch.manual_seed(0)
+    if kind == "kmeans":
+        settings = kmeans.Config(codes=16, vectors=16)
+        target = kmeans.Target(settings, SPEC, Frozen(pixels.Target(pixels.Config(), SPEC)))
+        x, codes, twice = target.features(tiny.images()), target.centres, 1
+    else:
+        target = vqkd.Target(vqkd.Config(codes=16, code_dim=4, encoder_depth=1), SPEC)
+        x, codes, twice = target.encode(tiny.images()), target.codebook.vectors, 2
+    method = build(target=Frozen(target), temp=0.3)
+    squared = (x[:, :, None] - codes).double().square().sum(-1)
+    expected = (-squared / (twice * 0.3)).softmax(-1)
+    assert torch.allclose(method.chances(tiny.images()).double(), expected, atol=1e-5)
+    assert expected.amax(-1).min() > 1.5 / 16  # not uniform
+    method({"view": tiny.images()}, tiny.progress(4))["loss"].backward()
 
 
 def test_random_masks_hide_exactly_147_of_196():

@@ -11,10 +11,10 @@ nearly uniform and W P close to the mean distribution of the image. Temperatures
 - `temp` divides the tokenizer's "logits". 4 is published, for a Gumbel VQGAN of 8192 codes. For
   others it must be found: the curve `choice` shows the entropy of P as a share of ln(codes), which
   is 0 for BEiT's hard labels and 1 where P says nothing; 0.1 to 0.6 is a good range;
-- tokenizers that assign patches to the nearest code have no logits of their own. Ours give minus
-  the squared distance (kmeans, up to what is the same for all codes) or the cosine (vqkd, half of
-  minus the squared distance of unit vectors, up to a constant). `temp` is then the variance of
-  Gaussians around the codes, in their units, and far below 1. This is our extension.
+- tokenizers that assign patches to the nearest code have no logits of their own. Theirs stand for
+  minus the squared distance d^2 to each code, up to what is the same for all codes: P is then
+  softmax(-d^2 / temp) for kmeans, and softmax(-d^2 / (2 temp)) for vqkd, whose "logits" are cosines
+  of unit vectors. Fit temperatures are far below 1. This is our extension.
 
 Departures:
 - W and Q are computed for hidden patches only, against all patches as keys, and the head sees
