@@ -110,6 +110,14 @@ BAD = {
     },
     checks.BeitStart: {"layer_scale": [-0.1]},
     checks.BeitEncoder: {"rel_pos_rate": [-1.0], "layer_scale": [-0.1]},
+    checks.TokenPrediction: {
+        "mask_ratio": [0.0, 1.0],
+        "min_block": [0],
+        "drop_path": [1.0],
+        "jitter": [-0.1],
+        "rel_pos_rate": [-1.0],
+        "flip": [1.1],
+    },
     checks.Encoder: {"patch_size": [0], "embed_dim": [0], "mlp_ratio": [0.0]},
 }
 TYPED = {

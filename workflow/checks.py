@@ -159,6 +159,32 @@ class BeitEncoder(BeitStart):
 
 
 @dataclass(frozen=True)
+class TokenPrediction(Optimiser, Crop, BeitEncoder):
+    """BEiT's student, which predicts a tokenizer's codes of hidden patches (kit/parts/beit.py)."""
+
+    mask_ratio: float = 0.39  # share of the patches that is hidden: 25 of 64
+    min_block: int = 4  # patches in the smallest block
+    drop_path: float = 0.0
+    jitter: float = 0.4  # of brightness, contrast and saturation
+    min_lr: float = 1e-5
+    clip: float | None = 3.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "(0, 1)", "mask_ratio")
+        within(self, "[1, inf)", "min_block")
+        within(self, "[0, inf)", "jitter", most=1000)
+        within(self, "[0, 1)", "drop_path")
+
+    def check(self, image_size: int, model) -> None:
+        count = hidden_count(model.grid(image_size) ** 2, self.mask_ratio)
+        if self.min_block > count:
+            raise ValueError(
+                f"min_block: found {self.min_block}, expected at most the {count} hidden patches"
+            )
+
+
+@dataclass(frozen=True)
 class Codes(Settings):
     """A tokenizer's codes, and when they are not fit to be predicted (kit/parts/codes.py)."""
 

@@ -40,12 +40,13 @@ from timm.layers import LayerNorm
 from timm.models.beit import Block
 from torch import nn
 
-from stages.kit.data.views import View
 from stages.kit.nets import encoders
 from stages.kit.nets.init import beit_init, scale_by_depth, trunc_init
 from stages.kit.nets.masks import exact_block_masks, hidden_ids, take
-from stages.kit.nets.pictures import colour_codes, contact_sheet, paint
+from stages.kit.parts.beit import TokenStudent, shown, views
 from workflow import checks
+
+__all__ = ["Config", "Method", "views"]
 
 TARGET = {"ids"}
 NEEDS = {"mask", "cls", "taps"}
@@ -78,36 +79,23 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.Crop, checks.BeitEncoder):
-    mask_ratio: float = 0.39  # share of the patches that is hidden: 25 of 64
-    min_block: int = 4  # patches in the smallest block
+class Config(checks.TokenPrediction):
     early_layer: int | None = None  # whose patches aggregation takes; None: 3/4 of the depth
     head_depth: int = 1  # aggregation blocks; 0: no patch aggregation
     shared_head: bool = True  # one norm and linear layer for both losses
-    drop_path: float = 0.0
-    jitter: float = 0.4  # of brightness, contrast and saturation
-    lr: float = 1e-3
-    min_lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.98)
-    clip: float | None = 3.0
 
     def __post_init__(self):
         super().__post_init__()
-        checks.within(self, "(0, 1)", "mask_ratio")
-        checks.within(self, "[1, inf)", "min_block", "early_layer")
-        checks.within(self, "[0, inf)", "head_depth", "jitter", most=1000)
-        checks.within(self, "[0, 1)", "drop_path")
+        checks.within(self, "[1, inf)", "early_layer")
+        checks.within(self, "[0, inf)", "head_depth", most=1000)
 
     def early(self, depth: int) -> int:
         """The block, counted from 1, after which aggregation takes the patch tokens."""
         return max(1, 3 * depth // 4) if self.early_layer is None else self.early_layer
 
     def check(self, image_size: int, model) -> None:
-        count = checks.hidden_count(model.grid(image_size) ** 2, self.mask_ratio)
-        if self.min_block > count:
-            raise ValueError(
-                f"min_block: found {self.min_block}, expected at most the {count} hidden patches"
-            )
+        super().check(image_size, model)
         if self.head_depth and self.early(model.depth) >= model.depth:
             raise ValueError(
                 f"early_layer: found {self.early(model.depth)}, expected less than model.depth "
@@ -115,23 +103,10 @@ class Config(checks.Optimiser, checks.Crop, checks.BeitEncoder):
             )
 
 
-def views(config: Config, spec) -> dict[str, View]:
-    jitter = (config.jitter, config.jitter, config.jitter, 0.0)
-    scale = (config.crop_min, 1.0)
-    return {"view": View(spec.image_size, scale, flip=config.flip, jitter=jitter)}
-
-
-class Method(nn.Module):
+class Method(TokenStudent):
     def __init__(self, config: Config, spec, target):
-        super().__init__()
-        self.config, self.spec, self.tokenizer = config, spec, target
-        self.grid = (spec.grid, spec.grid)
-        self.count = checks.hidden_count(spec.grid**2, config.mask_ratio)
-        how = {"init": config.init, "layer_scale": config.layer_scale}
-        self.encoder = encoders.create(spec, "beit", drop_path=config.drop_path, **how)
+        super().__init__(config, spec, target, target.sizes["ids"])
         width, codes = self.encoder.embed_dim, target.sizes["ids"]
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.head = nn.Linear(width, codes)
         self.early = config.early(spec.model.depth)
         self.aggregation = self._aggregation()
         separate = config.head_depth and not config.shared_head
@@ -155,30 +130,14 @@ class Method(nn.Module):
         0.02, cut there, zero biases; aggregation block n's outputs over sqrt(2 n). The other kinds
         of `init` are for the aggregation blocks alone.
         """
-        for part in (self.head, self.aggregation_head):
-            if part is not None:
-                trunc_init(part)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        self.start()
+        if self.aggregation_head is not None:
+            trunc_init(self.aggregation_head)
         if self.config.init == "published":
             scale_by_depth(self.aggregation, first=self.early + 1)
         else:
             width = self.encoder.embed_dim
             beit_init(self.aggregation, width, self.config.init, first=self.early + 1)
-
-    def no_weight_decay(self) -> set[str]:
-        """Besides one-dimensional parameters: the class token, and absolute positions where the
-        encoder has any. The mask token is decayed, the table of relative positions with
-        `rel_pos_decay`.
-        """
-        names = encoders.embeddings(self.encoder)
-        if not self.config.rel_pos_decay:
-            names |= encoders.relative_positions(self.encoder)
-        return {f"encoder.{name}" for name in names}
-
-    def rates(self) -> dict[str, float]:
-        """Factors of learning rates: of the tables of relative positions."""
-        tables = encoders.relative_positions(self.encoder)
-        return {f"encoder.{name}": self.config.rel_pos_rate for name in tables}
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss", and loss and accuracy of each of the two
@@ -220,20 +179,11 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
-        """Of at most 8 images: original | masked | predicted codes, where hidden | tokenizer's
-        codes. One colour per code.
-        """
+        """Of at most 8 images, see TokenStudent.sheets."""
         images = batch["view"][:8]
-        generator = torch.Generator().manual_seed(0)
-
-        def uniform(name: str, *shape: int) -> torch.Tensor:
-            return torch.rand(len(images), *shape, generator=generator)
-
-        mask = exact_block_masks(uniform, self.grid, self.count, self.config.min_block)
+        mask = exact_block_masks(shown(len(images)), self.grid, self.count, self.config.min_block)
         mask = mask.to(images.device)
-        ids, codes = hidden_ids(mask, self.count), self.tokenizer(images, "ids")["ids"]
+        ids = hidden_ids(mask, self.count)
         predicted = self.predict(self.spec.normalise(images), mask, ids)["mim"].argmax(dim=-1)
-        size = self.spec.image_size
-        guess = colour_codes(torch.zeros_like(codes).scatter(1, ids, predicted), size)
-        columns = [images, paint(images, mask), paint(guess, ~mask), colour_codes(codes, size)]
-        return {"codes": contact_sheet(columns)}
+        codes = self.tokenizer(images, "ids")["ids"]
+        return self.sheets(images, codes, mask, ids, predicted)

@@ -42,6 +42,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from stages import targets
 from stages.kit.nets.pictures import contact_sheet, principal_colours
 from stages.kit.parts import health as measure
+from stages.kit.parts.weights import WeightsError, first_line
 from workflow import checks
 from workflow.plugins import did_you_mean
 
@@ -206,12 +207,6 @@ def _map(network: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
     )[0]
 
 
-class WeightsError(ValueError):
-    """A file of weights that is not what it should be; the message names it."""
-
-    plain = True  # shown without a traceback
-
-
 def _described(path: Path) -> tuple[str, dict, list, list]:
     """Architecture, arguments, mean and deviation in a timm folder's config.json."""
     file = path / "config.json"
@@ -274,7 +269,7 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
             raise
         raise WeightsError(
             f"weights: {Path(name) / 'config.json'}: timm makes no {architecture} of it "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from None
     if source is None:
         return card, _package_weights()
@@ -284,7 +279,7 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
         if kind == "local":
             raise WeightsError(
                 f"weights: {Path(name) / 'model.safetensors'}: does not hold the weights of the "
-                f"{architecture} in config.json ({type(error).__name__}: {_first_line(error)})"
+                f"{architecture} in config.json ({type(error).__name__}: {first_line(error)})"
             ) from None
         raise RuntimeError(
             f"weights: cannot get {config.weights!r}: {type(error).__name__}: {error}\nWithout a "
@@ -297,11 +292,6 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
 def _ours(error: ValueError) -> bool:
     """Whether the error speaks of a setting of this file."""
     return str(error).partition(":")[0] in Config.__dataclass_fields__
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:200]
 
 
 def _card(

@@ -31,6 +31,7 @@ class Target(nn.Module):
     """
 
     render = None  # or a method (features (B,N,D), images) -> pictures (B,3,H,W) in [0,1]
+    decode = None  # or a method: codes (B,N) -> pictures (B,3,H,W) in [0,1], of the student's size
     # or another target (Frozen) that it looks through. It moves along, and is saved beside it.
     upstream = None
 
