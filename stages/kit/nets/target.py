@@ -31,6 +31,7 @@ class Target(nn.Module):
     """
 
     render = None  # or a method (features (B,N,D), images) -> pictures (B,3,H,W) in [0,1]
+    depth = 0  # how many blocks "layers" can name
     # or another target (Frozen) that it looks through. It moves along, and is saved beside it.
     upstream = None
 
@@ -109,7 +110,7 @@ class EncoderTarget(Target):
         width, depths = encoder.num_features, encoders.depths(encoder)
         self.sizes = {"patch": width}
         if encoders.can(encoder, "taps") and len(depths) == 1:
-            self.sizes["layers"] = width
+            self.sizes["layers"], self.depth = width, sum(depths)
         if encoders.has_cls(encoder):
             self.sizes["cls"] = width
         if encoders.has_cls(encoder) and encoders.can(encoder, "attention") and sum(depths):
