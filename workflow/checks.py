@@ -174,6 +174,26 @@ class Codes(Settings):
 
 
 @dataclass(frozen=True)
+class LearntCodes(Codes):
+    """Codes that are moved while their tokenizer trains (kit/parts/quantize.py)."""
+
+    code_dim: int = 16
+    decay: float = 0.99  # of the codes' moving average
+    kmeans: bool = True  # start from k-means of the first vectors
+    kmeans_after: float = 0.2  # share of the training before k-means, without quantisation
+    vectors_per_code: int = 10  # that k-means waits for
+    reseed: int = 0  # steps without a hit after which a code restarts; 0: never, as published
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[2, inf)", "code_dim")
+        within(self, "[1, inf)", "vectors_per_code")
+        within(self, "[0, inf)", "reseed")
+        within(self, "[0, 1)", "decay")
+        within(self, "[0, 1]", "kmeans_after")
+
+
+@dataclass(frozen=True)
 class SelfDistillation(Optimiser):
     """DINO's student, teacher, head and crops (kit/parts/selfdistil.py), and its optimiser.
 
