@@ -41,6 +41,7 @@ CHANGES = {
     "method/mocov3": {"lr": 1e-4},
     "target/mocov3": {"lr": 1e-4},
     "target/vqkd": {"vectors_per_code": 24, "kmeans_after": 0.2, "reseed": 2},
+    "target/perceptual": {"vectors_per_code": 24, "kmeans_after": 0.2, "reseed": 2},
 }
 
 

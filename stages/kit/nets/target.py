@@ -6,7 +6,8 @@ grid of N patches, in float32 (ids: int64):
     "ids"        (B,N), codes                   "logits"     (B,N,K), a score for each code
     "patch"      (B,N,D), features              "cls"        (B,D), of the class token
     "attention"  (B,heads,N), the class token's attention to the patches, in the last block
-    "layers"     list of (B,N,D), the patches after the blocks that are named, before the last norm
+    "layers"     list of (B,N,D), the patches after the blocks that are named, before the last norm;
+                 where each has a width of its own, `sizes` has the last one's
 """
 
 from __future__ import annotations
