@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import nn
 from warm import Workers
 
@@ -531,7 +530,7 @@ def test_settings_of_the_tokenizer_are_part_of_its_fingerprint(tmp_path):
     content = {
         "experiment": "prints",
         "data": {"source": "shapes", "image_size": 16},
-        "model": {"kind": "vit", "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
+        "model": {"kind": "vit", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
         "train": {"epochs": 1, "batch_size": 8},
         "targets": {"moco": {"kind": "mocov3"}, "dino": {}, **entries},
         "methods": {"beitv2": {"min_block": 1}},
@@ -541,7 +540,7 @@ def test_settings_of_the_tokenizer_are_part_of_its_fingerprint(tmp_path):
             "runs": {name: {"method": "beitv2", "target": name} for name in entries},
         },
     }
-    plan = load(write_params(tmp_path, yaml.safe_load(yaml.safe_dump(content))), tmp_path / "r")
+    plan = load(write_params(tmp_path, content), tmp_path / "r")
     for kind, ending in (("target", ""), ("pretrain", "-s0")):
         prints = {name: plan.jobs[f"{kind}/{name}{ending}"].fingerprint for name in entries}
         assert len({prints[name] for name in entries if name != "same"}) == 4, kind
