@@ -88,7 +88,9 @@ def test_start_is_that_of_the_official_code():
     for vit, width in ((encoder, 16), (wide, 64)):
         bound = math.sqrt(6 / (3 * 4**2 + width))
         patch = vit.patch_embed.proj
-        assert 0.9 * bound < float(patch.weight.detach().abs().max()) <= bound and not patch.bias.any()
+        assert (
+            0.9 * bound < float(patch.weight.detach().abs().max()) <= bound and not patch.bias.any()
+        )
         assert float(patch.weight.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.1)
         assert 0 < float(vit.cls_token.detach().abs().max()) < 1e-5
         for block in vit.blocks:
@@ -109,9 +111,7 @@ def test_positions_are_fixed_sin_cos():
     for place in range(4):
         row, column = divmod(place, 2)
         angles = [1.0, 10000.0 ** (-1 / 2)]
-        expected = [
-            f(x * w) for x in (column, row) for f in (math.sin, math.cos) for w in angles
-        ]
+        expected = [f(x * w) for x in (column, row) for f in (math.sin, math.cos) for w in angles]
         assert table[0, 1 + place].tolist() == pytest.approx(expected, abs=1e-6)
     assert len({tuple(row) for row in table[0].tolist()}) == 5
 

@@ -265,9 +265,7 @@ def test_shapes_of_the_published_tokenizer():
     widths = vqgan.widths(128, (1, 1, 2, 2, 4), 16)
     assert widths == [128, 128, 256, 256, 512]
     with torch.device("meta"):
-        encoder, decoder = (
-            kind(widths, 2, 256, True) for kind in (vqgan.Encoder, vqgan.Decoder)
-        )
+        encoder, decoder = (kind(widths, 2, 256, True) for kind in (vqgan.Encoder, vqgan.Decoder))
         h = encoder(torch.empty(1, 3, 224, 224))
         assert h.shape == (1, 256, 14, 14) and decoder(h).shape == (1, 3, 224, 224)
     assert vqgan.widths(32, (1, 2, 4), 16) == [32, 64, 128, 128, 128]
@@ -442,7 +440,7 @@ def test_decode_makes_pictures_of_codes():
     target, x = started().target, images()
     ids = target(x, "ids")["ids"]
     pictures = target.decode(ids)
-    assert pictures.shape == x.shape and 0 <= float(pictures.detach().min())
+    assert pictures.shape == x.shape and float(pictures.detach().min()) >= 0
     assert float(pictures.detach().max()) <= 1
     other = ids.clone()
     other[0, 0] = (ids[0, 0] + 1) % 8
