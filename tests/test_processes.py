@@ -37,7 +37,11 @@ SMALL = {"drop_path": 0.3, "prototypes": 64, "hidden": 32, "bottleneck": 16, "n_
 # what a cut could break: partners, restarts, k-means in the middle of the training
 CHANGES = {
     "method/supervised": {"mixup": 0.8, "cutmix": 1.0},
+    # batches of 8 make its norms enlarge rounding, which a high rate would enlarge further
+    "method/mocov3": {"lr": 1e-4},
+    "target/mocov3": {"lr": 1e-4},
     "target/vqkd": {"vectors_per_code": 24, "kmeans_after": 0.2, "reseed": 2},
+    "target/perceptual": {"vectors_per_code": 24, "kmeans_after": 0.2, "reseed": 2},
 }
 
 

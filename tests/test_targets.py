@@ -48,7 +48,17 @@ CHANGES = {
         "min_information": 0.0,
         "min_rank": 0.0,
     },
+    "mocov3": {"hidden": 16, "dim": 8, "min_information": 0.0, "min_rank": 0.0},
     "pretrained": {"min_rank": 0.0},
+    "perceptual": {
+        "codes": 8,
+        "code_dim": 4,
+        "width": 8,
+        "multipliers": (1,),
+        "vectors_per_code": 4,
+        "min_usage": 0.0,
+        "min_perplexity": 0.0,
+    },
     "kmeans": {"codes": 8, "vectors": 200, "min_usage": 0.0, "min_perplexity": 0.0},
     "dvae": {"codes": 8, "hidden": 8, "code_dim": 4, "min_usage": 0.0, "min_perplexity": 0.0},
 }
@@ -114,6 +124,11 @@ def everything(target, x: torch.Tensor) -> dict:
     return target(x, *wanted, **how)
 
 
+def each(value) -> list[torch.Tensor]:
+    """The tensors of one result: "layers" are several."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def check_results(target, found: dict, rows: int, patches: int) -> None:
     """Every result has the documented shape and type."""
     assert set(found) == set(target.sizes)
@@ -123,7 +138,7 @@ def check_results(target, found: dict, rows: int, patches: int) -> None:
             "cls": (rows, size),
             "attention": (rows, size, patches),
         }.get(name, (rows, patches, size))
-        for value in found[name] if name == "layers" else [found[name]]:
+        for value in each(found[name])[-1 if name == "layers" else 0 :]:  # others may be narrower
             assert tuple(value.shape) == shape, name
             assert value.dtype == (torch.int64 if name == "ids" else torch.float32), name
             assert value.isfinite().all(), name
@@ -226,7 +241,7 @@ def test_forward_save_load(kind, tmp_path):
     x, frozen = images(), Frozen(target)
     found = everything(frozen, x)
     check_results(target, found, rows=4, patches=16)
-    assert not any(value.requires_grad for value in found.values())
+    assert not any(x.requires_grad for value in found.values() for x in each(value))
     assert frozen.open is target and frozen.sizes == target.sizes
     assert not target.training and not target.train().training
     for name in target.sizes:  # one at a time as all at once
@@ -242,9 +257,11 @@ def test_forward_save_load(kind, tmp_path):
     loaded, twice = everything(again, x), everything(targets.load(tmp_path / "it"), x)
     single = everything(again, x[1:2])
     for name in target.sizes:
-        assert torch.equal(loaded[name], twice[name])
-        same(loaded[name], found[name])  # `load` may choose another kernel of attention
-        same(single[name], found[name][1:2])  # whoever else is in the batch
+        results = (each(result[name]) for result in (found, loaded, twice, single))
+        for value, reloaded, repeated, alone in zip(*results, strict=True):
+            assert torch.equal(reloaded, repeated)
+            same(reloaded, value)  # `load` may choose another kernel of attention
+            same(alone, value[1:2])  # whoever else is in the batch
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -271,7 +288,8 @@ def test_gradients_reach_the_images_and_no_weight(kind):
         return
     for name in names:
         x.grad = None
-        open_(x, name)[name].square().sum().backward()
+        found = open_(x, name, layers=(-1,))[name]
+        each(found)[-1].square().sum().backward()
         assert x.grad.isfinite().all() and (x.grad.abs().sum((1, 2, 3)) > 0).all(), name
     assert all(p.grad is None and not p.requires_grad for p in target.parameters())
     if training is not None and training.target is not training:

@@ -78,7 +78,7 @@ class Colours(Target):
 
     def __init__(self, spec: Spec, *gives: str, width: int = 6, codes: int = 8):
         super().__init__()
-        self.spec, self.codes = spec, codes
+        self.spec, self.codes, self.depth = spec, codes, 4
         sizes = {"ids": codes, "logits": codes, "attention": 2}
         self.sizes = {name: sizes.get(name, width) for name in gives or ("ids", "patch", "cls")}
         self.weight = nn.Parameter(torch.linspace(-1, 1, 3 * width).view(width, 3))

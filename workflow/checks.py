@@ -200,6 +200,26 @@ class Codes(Settings):
 
 
 @dataclass(frozen=True)
+class LearntCodes(Codes):
+    """Codes that are moved while their tokenizer trains (kit/parts/quantize.py)."""
+
+    code_dim: int = 16
+    decay: float = 0.99  # of the codes' moving average
+    kmeans: bool = True  # start from k-means of the first vectors
+    kmeans_after: float = 0.2  # share of the training before k-means, without quantisation
+    vectors_per_code: int = 10  # that k-means waits for
+    reseed: int = 0  # steps without a hit after which a code restarts; 0: never, as published
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[2, inf)", "code_dim")
+        within(self, "[1, inf)", "vectors_per_code")
+        within(self, "[0, inf)", "reseed")
+        within(self, "[0, 1)", "decay")
+        within(self, "[0, 1]", "kmeans_after")
+
+
+@dataclass(frozen=True)
 class SelfDistillation(Optimiser):
     """DINO's student, teacher, head and crops (kit/parts/selfdistil.py), and its optimiser.
 
@@ -301,6 +321,48 @@ class MaskedSelfDistillation(SelfDistillation):
         super().__post_init__()
         within(self, "[0, inf)", "cls_weight", "patch_weight")
         within(self, "(0, inf)", "patch_temp_end")
+
+
+@dataclass(frozen=True)
+class MomentumContrast(Optimiser, Crop):
+    """MoCo v3's queries, keys and views (kit/parts/contrast.py), and its optimiser.
+
+    Where defaults differ from the paper's they are for short trainings on small images.
+    """
+
+    hidden: int = 512  # width of projector and predictor
+    dim: int = 128  # of queries and keys
+    temperature: float = 0.2
+    # of the keys; rises to 1 as a cosine. Trainings of many steps need a higher one
+    momentum: float = 0.95
+    freeze_patches: bool = True  # the patch projection stays as it was drawn
+    # of brightness, contrast, saturation, hue
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_p: float = 0.8
+    grey: float = 0.2
+    solarise: float = 0.2  # of the second view
+    blur: bool = True  # the first view always, a tenth of the second ones; never below 64 pixels
+    # least that queries must tell of their keys, as a share of ln(batch size); a training that
+    # stays below it for long is stopped
+    min_information: float = 0.01
+    lr: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.1
+
+    @property
+    def views_per_image(self) -> float:
+        """Crops that a step learns from."""
+        return 2.0
+
+    def check(self, image_size: int, model) -> None:
+        sincos(model)
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[1, inf)", "hidden", "dim", most=MOST_WIDTH)
+        within(self, "(0, inf)", "temperature", most=1000)
+        within(self, "[0, 1]", "momentum", "min_information", "jitter_p", "grey", "solarise")
+        within(self, "[0, inf)", "jitter", most=100)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A student and its exponential moving average see different crops of an image and map them to
 distributions over learnt prototypes; the student must match the average's centred and sharpened
 distribution for another crop. The average (the teacher) is what is kept. It gives its patch tokens
-and its class token, always after the final norm, and the attention of its class token.
+and its class token, always after the final norm, the attention of its class token, and states
+after blocks.
 
 The training, and its departures from facebookresearch/dino, are in kit/parts/selfdistil.py, which
 the method of the same name shares. Defaults are for small images and short runs, which learned most
@@ -25,7 +26,7 @@ from workflow import checks
 
 __all__ = ["Config", "Target", "Training", "health", "pictures", "views"]
 
-PRODUCES = {"patch", "cls", "attention"}
+PRODUCES = {"patch", "cls", "attention", "layers"}
 UPSTREAM = None
 NEEDS = {"cls", "attention", "sizes"}
 LABELS = False

@@ -41,7 +41,7 @@ from stages import targets
 from stages.kit import keyed
 from stages.kit.data.views import View
 from stages.kit.parts import codes
-from stages.kit.parts.quantize import nearest
+from stages.kit.parts.quantize import assign, extended, table
 from workflow import checks
 
 PRODUCES = {"ids", "logits"}
@@ -122,21 +122,6 @@ class Target(targets.Target):
         left = (vectors - centres[assign(vectors, centres)]).square().sum()
         whole = (vectors - vectors.mean(dim=0)).square().sum()
         self.explained.fill_(float(1 - left / whole) if whole > 0 else 1.0)
-
-
-def extended(x: torch.Tensor) -> torch.Tensor:
-    """(...,D) -> (x, 1), (...,D+1)."""
-    return F.pad(x, (0, 1), value=1.0)
-
-
-def table(centres: torch.Tensor) -> torch.Tensor:
-    """Centres c as (c, -|c|^2 / 2), (K,D+1): whose product with (x, 1) is largest is nearest."""
-    return torch.column_stack([centres, -centres.square().sum(dim=1) / 2])
-
-
-def assign(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Features (...,D) -> the number of their nearest centre (...), int64; of equals the first."""
-    return nearest(extended(x).flatten(0, -2), table(centres)).view(x.shape[:-1])
 
 
 def cluster(vectors: torch.Tensor, config: Config, seed: int) -> torch.Tensor:

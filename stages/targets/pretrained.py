@@ -10,7 +10,8 @@
   mimlab's encoders are such.
 
 Features are those of timm's forward_intermediates (`layer`), without class and register tokens.
-The last layer of a ViT is after its norm. The image is normalised as the teacher wants it and
+The last layer of a ViT is after its norm; "layers" are all before it, one for each block or, of a
+network of stages, for each stage, which has a width of its own. The image is normalised as the teacher wants it and
 resized (bicubic) to `input_size`. By default the feature map is then exactly the student's grid;
 with another size the map is averaged down or interpolated (bilinear) to it. With `proj`, CLIP's
 projection is applied to every patch, as BEiT v2 does (arXiv 2208.06366), although CLIP trained it
@@ -46,7 +47,7 @@ from stages.kit.parts.weights import WeightsError, first_line
 from workflow import checks
 from workflow.plugins import did_you_mean
 
-PRODUCES = {"patch"}
+PRODUCES = {"patch", "layers"}
 UPSTREAM = None
 READS = ("config.json", "model.safetensors")  # of a local folder
 LABELS = True  # unless `labels` below says otherwise
@@ -133,8 +134,18 @@ class Target(targets.Target):
         return super().forward(images, *wanted, **how)
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
+        if not all(1 <= abs(number) <= self.depth for number in layers):
+            found = f"found {tuple(layers)}, expected numbers from 1 to {self.depth}"
+            raise ValueError(f"layers: {found} or negative ones")
+        indices = [number - 1 if number > 0 else self.depth + number for number in layers]
+        found = {"layers": []}
         parts = images.split(CHUNK) if images.device.type == "cpu" else [images]
-        return {"patch": torch.cat([self._features(part) for part in parts])}
+        if "patch" in wanted:
+            found["patch"] = torch.cat([self._features(part) for part in parts])
+        if indices:
+            states = zip(*(self._states(part, indices) for part in parts), strict=True)
+            found["layers"] = [torch.cat(each) for each in states]
+        return found
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """(B,3,H,W) in [0,1] -> what the network takes, (B,3,input_size,input_size)."""
@@ -146,22 +157,35 @@ class Target(targets.Target):
         return images.contiguous(memory_format=torch.channels_last)
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        maps = _map(self.network, self.preprocess(images), self._card["layer"]).float()
-        grid = self.spec.grid
+        maps = _map(self.network, self.preprocess(images), self._card["layer"])
+        tokens = self._tokens(maps)
+        return self.network.head(tokens).float() if self._card["proj"] else tokens
+
+    def _states(self, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
+        """What layers give, counted from 0: (B,N,D) each, in the order that is asked for."""
+        kinds = sorted(set(indices))
+        maps = _maps(self.network, self.preprocess(images), kinds, norm=False)
+        found = {index: self._tokens(each) for index, each in zip(kinds, maps, strict=True)}
+        return [found[index] for index in indices]
+
+    def _tokens(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B,D,h,w) -> (B,N,D) on the student's grid, float32."""
+        maps, grid = maps.float(), self.spec.grid
         if maps.shape[-1] > grid:
             maps = F.adaptive_avg_pool2d(maps, grid)
         elif maps.shape[-1] < grid:
             maps = F.interpolate(maps, size=(grid, grid), mode="bilinear", align_corners=False)
-        tokens = maps.flatten(2).transpose(1, 2)
-        return self.network.head(tokens).float() if self._card["proj"] else tokens
+        return maps.flatten(2).transpose(1, 2)
 
     def _build(self, card: dict, state: dict | None = None) -> None:
-        self._card, self.sizes = card, {"patch": card["dim"]}
+        self._card = card
         both = (torch.tensor(card[name], device=self.card.device) for name in ("mean", "std"))
         mean, std = (value.view(3, 1, 1) for value in both)
         self.register_buffer("scale", 1 / std, persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
         network = timm.create_model(card["architecture"], pretrained=False, **card["args"])
+        self.depth = len(network.feature_info)
+        self.sizes = {"patch": card["dim"], "layers": network.feature_info[-1]["num_chs"]}
         if state is not None:
             network.load_state_dict(state)
         if card["fold"]:
@@ -197,14 +221,13 @@ def fold_norms(network: nn.Module) -> None:
 
 def _map(network: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
     """The feature map after `layer`, (B,C,H,W), without prefix tokens; the last one is normed."""
-    return network.forward_intermediates(
-        images,
-        indices=[layer],
-        norm=True,
-        output_fmt="NCHW",
-        intermediates_only=True,
-        stop_early=True,
-    )[0]
+    return _maps(network, images, [layer], norm=True)[0]
+
+
+def _maps(network: nn.Module, images: torch.Tensor, layers: list[int], norm: bool) -> list:
+    """Feature maps after `layers`, the shallowest first; norm: the last norm follows the last."""
+    how = {"output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
+    return network.forward_intermediates(images, indices=layers, norm=norm, **how)
 
 
 def _described(path: Path) -> tuple[str, dict, list, list]:

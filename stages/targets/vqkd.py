@@ -37,11 +37,9 @@ from torch import nn
 from stages import targets
 from stages.kit import dist
 from stages.kit.data.views import View
-from stages.kit.eager import eager
 from stages.kit.nets import encoders
 from stages.kit.nets.init import scale_by_depth
 from stages.kit.parts import codes
-from stages.kit.parts import health as measure
 from stages.kit.parts.quantize import Codebook, Learner
 from workflow import checks
 
@@ -69,15 +67,9 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.Crop, checks.Codes):
-    code_dim: int = 16
+class Config(checks.Optimiser, checks.Crop, checks.LearntCodes):
     encoder_depth: int | None = None  # blocks; None: as many as the student
     decoder_depth: int = 1  # deeper rebuilds better and uses fewer codes (ablation in the paper)
-    decay: float = 0.99  # of the codes' moving average
-    kmeans: bool = True  # start from k-means of the first vectors
-    kmeans_after: float = 0.2  # share of the training before k-means, without quantisation
-    vectors_per_code: int = 10  # that k-means waits for
-    reseed: int = 0  # steps without a hit after which a code restarts; 0: never, as published
     lr: float = 1e-3
     min_lr: float = 1e-5
     warmup: float = 0.1
@@ -86,11 +78,7 @@ class Config(checks.Optimiser, checks.Crop, checks.Codes):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.within(self, "[2, inf)", "code_dim")
-        checks.within(self, "[1, inf)", "decoder_depth", "vectors_per_code", "encoder_depth")
-        checks.within(self, "[0, inf)", "reseed")
-        checks.within(self, "[0, 1)", "decay")
-        checks.within(self, "[0, 1]", "kmeans_after")
+        checks.within(self, "[1, inf)", "decoder_depth", "encoder_depth")
 
 
 def views(config: Config, spec) -> dict[str, View]:
@@ -141,13 +129,7 @@ class Training(nn.Module):
             codes_as_image, depth=config.decoder_depth, in_chans=config.code_dim
         )
         self.head = _head(self.decoder.embed_dim, upstream.sizes["patch"])
-        self.learner = Learner(
-            self.target.codebook,
-            config.decay,
-            config.kmeans,
-            config.vectors_per_code,
-            config.reseed,
-        )
+        self.learner = Learner.of(self.target.codebook, config)
         self._cosines: list[torch.Tensor] = []
 
     def no_weight_decay(self) -> set[str]:
@@ -164,15 +146,7 @@ class Training(nn.Module):
         images = batch["view"]
         wanted = self.upstream(images, "patch")["patch"]  # (B,N,dim)
         u = self.target.encode(images)
-        quantised, commitment, hits = u, u.new_zeros(()), u.new_zeros(self.config.codes)
-        if not self.training or self.learner.ready():
-            ids, quantised, commitment = self.target.codebook(u)
-            ones = torch.ones_like(hits[:1]).expand(ids.numel())
-            hits = torch.zeros_like(hits).scatter_add_(0, ids.flatten(), ones)
-            if self.training:
-                self.learner.count(u, ids)
-        elif self.clusters(progress):
-            self.learner.collect(u)
+        quantised, commitment, used = self.learner.quantise(u, progress)
         rebuilt = self.decode(quantised).float()
         reconstruction = 1 - F.cosine_similarity(rebuilt, wanted.float(), dim=-1).mean()
         if self.training:
@@ -181,18 +155,8 @@ class Training(nn.Module):
             "loss": reconstruction + commitment,
             "reconstruction": reconstruction,
             "commitment": commitment,
-            "usage": (hits > 0).float().mean(),
-            "perplexity": measure.perplexity(hits).float(),
+            **used,
         }
-
-    @eager  # it reads the step
-    def clusters(self, progress) -> bool:
-        """Whether this step's vectors are for k-means.
-
-        It runs as soon as it has enough of them, and from the middle of the training on with all
-        that it has. The codes are used from the next step on.
-        """
-        return (progress.step + 1) / progress.steps > self.config.kmeans_after
 
     def decode(self, quantised: torch.Tensor) -> torch.Tensor:
         """Codes on the grid (B,N,code_dim) -> the teacher's features (B,N,dim)."""
@@ -201,10 +165,7 @@ class Training(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress) -> None:
-        if self.learner.ready():
-            self.learner.step(progress.seed, progress.step)
-        else:
-            self.learner.start(progress.seed, wait=2 * (progress.step + 1) <= progress.steps)
+        self.learner.move(progress)
         if self._cosines:
             weight = max(0.01, 1 / (progress.step + 1))  # a plain mean at first
             self.target.reconstruction.lerp_(dist.mean(torch.stack(self._cosines).mean()), weight)

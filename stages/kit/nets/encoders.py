@@ -197,6 +197,19 @@ def features(
     return split(encoder, tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)
 
 
+def looked(encoder: nn.Module, images: torch.Tensor, wanted: set[str], layers: tuple) -> dict:
+    """`features` as a target gives them (kit/nets/target.py), in float32, by the names `wanted`.
+
+    layers: numbers of blocks, from 1; negative ones count from the end.
+    """
+    count = sum(depths(encoder))
+    blocks = tuple(n if n > 0 else count + 1 + n for n in layers)
+    seen = features(encoder, images, taps=blocks, attention="attention" in wanted)
+    found = {name: seen[name].float() for name in wanted - {"layers"}}
+    found["layers"] = [split(encoder, seen["taps"][n])["patch"].float() for n in blocks]
+    return found
+
+
 def attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Attention probabilities of the last block, (B,heads,P+N,P+N): row = query, column = key.
 

@@ -6,7 +6,8 @@ grid of N patches, in float32 (ids: int64):
     "ids"        (B,N), codes                   "logits"     (B,N,K), a score for each code
     "patch"      (B,N,D), features              "cls"        (B,D), of the class token
     "attention"  (B,heads,N), the class token's attention to the patches, in the last block
-    "layers"     list of (B,N,D), the patches after the blocks that are named, before the last norm
+    "layers"     list of (B,N,D), the patches after the blocks that are named, before the last norm;
+                 where each has a width of its own, `sizes` has the last one's
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Target(nn.Module):
 
     render = None  # or a method (features (B,N,D), images) -> pictures (B,3,H,W) in [0,1]
     decode = None  # or a method: codes (B,N) -> pictures (B,3,H,W) in [0,1], of the student's size
+    depth = 0  # how many blocks "layers" can name
     # or another target (Frozen) that it looks through. It moves along, and is saved beside it.
     upstream = None
 
@@ -110,7 +112,7 @@ class EncoderTarget(Target):
         width, depths = encoder.num_features, encoders.depths(encoder)
         self.sizes = {"patch": width}
         if encoders.can(encoder, "taps") and len(depths) == 1:
-            self.sizes["layers"] = width
+            self.sizes["layers"], self.depth = width, sum(depths)
         if encoders.has_cls(encoder):
             self.sizes["cls"] = width
         if encoders.has_cls(encoder) and encoders.can(encoder, "attention") and sum(depths):

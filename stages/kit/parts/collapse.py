@@ -1,6 +1,7 @@
-"""Stops a self-distillation whose teacher gives every image the same distribution over prototypes.
+"""Stops a training that does not tell images apart.
 
-There are two ways to get there, and DINO's centring and sharpening each prevent one (arXiv
+A self-distillation has collapsed when its teacher gives every image the same distribution over
+prototypes. There are two ways to get there, and DINO's centring and sharpening each prevent one (arXiv
 2104.14294, section 5.3): the uniform distribution, whose entropy is ln K, and one prototype for
 everything, whose entropy is 0. In both, and in all between, the mutual information of prototypes
 and images is 0: the entropy of the mean distribution is the mean of the entropies. An untrained
@@ -10,6 +11,7 @@ network has none either, so only a teacher that stays without it is stopped.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +41,38 @@ def kind(entropy: float, prototypes: int) -> str:
     return "one prototype for all images"
 
 
-class Watch(nn.Module):
+class Streak(nn.Module):
+    """Counts the steps in a row in which a number is below its bound.
+
+    The count is a buffer, `steps_below`: a resumed training stops where an unbroken one does.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps_below", torch.zeros((), dtype=torch.long))
+
+    def judge(self, number: Tensor, bound: float | Tensor, progress, explain: Callable) -> None:
+        """Once per optimiser step, with the same scalars on all ranks. Raises CollapseError with
+        the message explain() when the streak is too long, on all ranks at the same step.
+        """
+        self.steps_below.copy_(torch.where(number < bound, self.steps_below + 1, 0))
+        done, every = progress.step + 1, -(-progress.steps // CHECKS)
+        patience = max(LEAST_STEPS, PATIENCE * progress.steps)
+        if done % every == 0 and int(self.steps_below) >= patience:
+            raise CollapseError(explain())
+
+
+class Watch(Streak):
     """Counts the steps in a row with too little mutual information of prototypes and images.
 
     The bound is `min_information` * ln K; `name` says in messages whose assignments to prototypes
     they are. `count` collects a micro batch. `step` judges all that was collected on all ranks, as
-    Centre does. The count is a buffer, `steps_below`: a resumed training stops where an unbroken
-    one does.
+    Centre does.
     """
 
     def __init__(self, prototypes: int, min_information: float, name: str):
         super().__init__()
         self.prototypes, self.min_information, self.name = prototypes, min_information, name
-        self.register_buffer("steps_below", torch.zeros((), dtype=torch.long))
         self._sum: Tensor | None = None  # (K + 2,): probabilities, entropies, and how many
 
     @property
@@ -75,11 +96,11 @@ class Watch(nn.Module):
         sums, self._sum = dist.total(self._sum), None
         mean = sums[:-1] / sums[-1]  # (K + 1,): the mean distribution, and the mean entropy
         information = (torch.special.entr(mean[:-1]).sum() - mean[-1]).clamp(min=0)
-        self.steps_below.copy_(torch.where(information < self.bound, self.steps_below + 1, 0))
-        done, every = progress.step + 1, -(-progress.steps // CHECKS)
-        patience = max(LEAST_STEPS, PATIENCE * progress.steps)
-        if done % every == 0 and int(self.steps_below) >= patience:
-            raise CollapseError(self.explain(float(information), float(mean[-1]), progress))
+
+        def explain() -> str:
+            return self.explain(float(information), float(mean[-1]), progress)
+
+        self.judge(information, self.bound, progress, explain)
 
     def explain(self, information: float, entropy: float, progress) -> str:
         """The error's message, with what was found last (nats)."""

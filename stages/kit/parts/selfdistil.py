@@ -101,7 +101,7 @@ class MomentumTeacher(Network, Target):
     """The moving average of a student, with the centre of its class-token logits.
 
     It is frozen and always in evaluation mode. As a target it gives patches, the class token and
-    its attention, always after the last norm.
+    its attention, always after the last norm, and states after blocks before it.
     """
 
     def __init__(self, config, spec, patch_layer: bool = False):
@@ -109,7 +109,8 @@ class MomentumTeacher(Network, Target):
         self._in_range = UnitRange("teacher")
         self.centre = centring(config)
         width, heads = self.encoder.embed_dim, self.encoder.blocks[-1].attn.num_heads
-        self.sizes = {"patch": width, "cls": width, "attention": heads}
+        self.sizes = {"patch": width, "cls": width, "attention": heads, "layers": width}
+        self.depth = len(self.encoder.blocks)
         self.requires_grad_(False).eval()
 
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -117,9 +118,7 @@ class MomentumTeacher(Network, Target):
         return self(images, "cls", "patch")
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
-        attention, images = "attention" in wanted, self.spec.normalise(images)
-        found = encoders.features(self.encoder, images, attention=attention)
-        return {name: found[name].float() for name in wanted}
+        return encoders.looked(self.encoder, self.spec.normalise(images), wanted, layers)
 
     def follow(self, student: Network, momentum: float) -> None:
         """momentum * own weights + (1 - momentum) * the student's."""
