@@ -23,7 +23,8 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 SPEC = tiny.spec()
-CHANGES = {"mae": {"decoder_depth": 1}, "beitv2": {"min_block": 1, "drop_path": 0.3}, "dino": {}}
+CHANGES = {"mae": {"decoder_depth": 1}, "beitv2": {"min_block": 1, "drop_path": 0.3}}
+CHANGES |= {"dino": {}, "mocov3": {"hidden": 32, "dim": 16}}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,8 @@ def steps(module: nn.Module, name: str, forward, count: int = 3) -> tuple[list[f
 # The tracer and the joint graph are torch's; turning graphs into C++ takes 20 s for each method, so
 # the toy below does it.
 @pytest.mark.parametrize(
-    "name, backend", [("mae", "aot_eager"), ("beitv2", "aot_eager"), ("dino", "eager")]
+    "name, backend",
+    [("mae", "aot_eager"), ("beitv2", "aot_eager"), ("dino", "eager"), ("mocov3", "eager")],
 )
 def test_a_compiled_method_trains_as_it_does_and_is_compiled_once(name, backend):
     plain, module, said = made(name), made(name), []

@@ -272,8 +272,8 @@ BAD = [  # changes to good parameters, and what the message must contain
     (
         {"grid__runs__beitv2__target": "teacher"},
         [
-            "grid.runs.beitv2.target: 'teacher' produces attention, cls and patch, method beitv2 "
-            "needs ids, such as 'vqkd'"
+            "grid.runs.beitv2.target: 'teacher' produces attention, cls, layers and patch, method "
+            "beitv2 needs ids, such as 'vqkd'"
         ],
     ),
     (

@@ -11,11 +11,11 @@
 
 Features are those of timm's forward_intermediates (`layer`), without class and register tokens.
 The last layer of a ViT is after its norm; "layers" are all before it, one for each block or, of a
-network of stages, for each stage, which has a width of its own. The image is normalised as the teacher wants it and
-resized (bicubic) to `input_size`. By default the feature map is then exactly the student's grid;
-with another size the map is averaged down or interpolated (bilinear) to it. With `proj`, CLIP's
-projection is applied to every patch, as BEiT v2 does (arXiv 2208.06366), although CLIP trained it
-on the class token only.
+network of stages, for each stage, which has a width of its own. The image is normalised as the
+teacher wants it and resized (bicubic) to `input_size`. By default the feature map is then exactly
+the student's grid; with another size the map is averaged down or interpolated (bilinear) to it.
+With `proj`, CLIP's projection is applied to every patch, as BEiT v2 does (arXiv 2208.06366),
+although CLIP trained it on the class token only.
 
 Weights and architecture are saved with the target; nothing of the source is needed afterwards.
 Measured for EfficientNet-Lite0 on 64-pixel pictures of 24 Caltech classes (1,819 to train and 454

@@ -1,11 +1,12 @@
 """Stops a training that does not tell images apart.
 
 A self-distillation has collapsed when its teacher gives every image the same distribution over
-prototypes. There are two ways to get there, and DINO's centring and sharpening each prevent one (arXiv
-2104.14294, section 5.3): the uniform distribution, whose entropy is ln K, and one prototype for
-everything, whose entropy is 0. In both, and in all between, the mutual information of prototypes
-and images is 0: the entropy of the mean distribution is the mean of the entropies. An untrained
-network has none either, so only a teacher that stays without it is stopped.
+prototypes. There are two ways to get there, and DINO's centring and sharpening each prevent one
+(arXiv 2104.14294, section 5.3): the uniform distribution, whose entropy is ln K, and one prototype
+for everything, whose entropy is 0. In both, and in all between, the mutual information of
+prototypes and images is 0: the entropy of the mean distribution is the mean of the entropies. An
+untrained network has none either, so only a teacher that stays without it is stopped.
+kit/parts/contrast.py judges queries and keys in the same way.
 """
 
 from __future__ import annotations

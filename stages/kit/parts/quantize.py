@@ -7,9 +7,9 @@ average. No gradient reaches a code. All of it is computed in float32, whatever 
 `EuclideanCodebook` and `EuclideanLearner` are the other pair; their moving average is the classical
 one, over counts, of VQ-VAE's appendix A.1.
 
-On the sphere the moving average is that of section 2.1 and of microsoft/unilm (beit2): a code that was hit moves
-by 1 - decay towards the direction of the mean of its vectors, however often it was hit. Departures
-from the official code:
+On the sphere the moving average is that of section 2.1 and of microsoft/unilm (beit2): a code that
+was hit moves by 1 - decay towards the direction of the mean of its vectors, however often it was
+hit. Departures from the official code:
 - the codes move once per optimiser step, from the statistics of all its micro batches and ranks,
   where the official code does it in every forward pass; without gradient accumulation the two are
   the same, since there too the loss uses the codes from before the update;
