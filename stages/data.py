@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,14 @@ from tqdm import tqdm
 
 from stages.kit.data import store
 from stages.kit.data.decode import MAX_PIXELS, Broken, Pixels, Range, prepare, raw_levels
-from stages.kit.data.facts import complaints, gather, name_duplicates, spoken, summary
+from stages.kit.data.facts import (
+    complaints,
+    content,
+    gather,
+    name_duplicates,
+    spoken,
+    summary,
+)
 from stages.kit.data.store import SPLITS
 from stages.kit.data.tally import Tally
 from stages.kit.data.threads import ordered_map
@@ -64,6 +72,7 @@ def make(run) -> None:
     if process.rank():
         return  # under torchrun one process reads and writes
     params, threads = run.job.params, run.compute["threads"]
+    run.content = partial(content, run.out)
     run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
     if apart(sys.stdout, sys.stderr):  # the rules send stderr into a log that few people read
         for text in spoken(store.info(run.out)):

@@ -69,7 +69,11 @@ class Plan:
         """The manifest that says that a job was done by this plan; `made`: what else it holds."""
         job = self.job(id)
         inputs = {
-            role: {"job": above, "fingerprint": self.jobs[above].fingerprint}
+            role: {
+                "job": above,
+                "fingerprint": self.jobs[above].fingerprint,
+                "content": self.content(above),
+            }
             for role, above in job.inputs.items()
         }
         return Manifest(
@@ -82,6 +86,10 @@ class Plan:
             inputs=inputs,
             **made,
         )
+
+    def content(self, id: str) -> str:
+        """The digest of what a job has made, for those made from it; "" unless it is fresh."""
+        return self.manifest(id).content if self.fresh(id) else ""
 
     def missing(self, id: str) -> str | None:
         """The first file that the manifest lists and that is not there."""

@@ -11,9 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from stages.kit.data.near import confirmed, near_duplicates
-from stages.kit.data.store import SPLITS, Split
+from stages.kit.data.store import SPLITS, Split, info
 from stages.kit.data.tally import Tally, duplicates
 
+# Facts of which the report and messages tell, and which no training or task reads.
+TOLD = (
+    *("source", "ignored", "auto_range", "duplicates", "near_duplicates", "levels", "darkest"),
+    *("brightest", "quarantine", "converted", "upscaled", "warnings"),
+)
 EMPTY = 0.5  # a range of which less is used is said to be empty
 DIM = 0.15  # of all grey levels
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -198,6 +203,18 @@ def _proposed(kind: str, low: float, high: float) -> str:
     if kind.startswith("16-bit") and low >= 0:
         return f"[0, {2 ** max(1, int(high).bit_length()) - 1}]"
     return f"[{low:g}, {high:g}]"
+
+
+def content(out: Path, outputs: dict[str, str]) -> list:
+    """What later stages may read of the data set in `out`: facts, and hashes of its files.
+
+    Not what the facts only tell, such as the images put aside. Where the images are mapped, nobody
+    reads the parquet files, which hold their names and original bytes.
+    """
+    facts = info(out)
+    learnt = {name: value for name, value in facts.items() if name not in TOLD}
+    passed = (".json", ".jsonl", *((".parquet",) if facts["mode"] == "memmap" else ()))
+    return [learnt, {path: hash for path, hash in outputs.items() if not path.endswith(passed)}]
 
 
 def summary(facts: dict, images_per_s: float) -> dict:

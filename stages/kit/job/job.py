@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -27,12 +28,15 @@ from stages.kit.job.device import choose_device, locked
 from stages.kit.job.orphan import left_behind, sign
 from stages.kit.job.process import barrier, rank, set_threads, terminable, threads, world
 from stages.kit.job.provenance import environment, git_state, peak_mb
+from stages.kit.job.takeover import facts, restored
 from stages.kit.job.track import tracked
 from workflow.engines import dvc
 from workflow.files import JobError, disk_full, is_full, sha256, write_atomic, write_json
-from workflow.plan import Job, Plan
+from workflow.manifest import Manifest
+from workflow.plan import Job, Plan, kept
+from workflow.plan.digest import of_value
 
-__all__ = ["JobError", "Run", "running", "sha256", "write_atomic", "write_json"]
+__all__ = ["JobError", "Run", "running", "sha256", "take_over", "write_atomic", "write_json"]
 
 
 @dataclass
@@ -40,7 +44,8 @@ class Run:
     """A job that is running.
 
     out: the output folder; work: the folder for checkpoints; compute: the section of params.yaml;
-    summary: a few numbers for the manifest and for the line that is printed at the end.
+    summary: a few numbers for the manifest and for the line that is printed at the end; content:
+    {path: hash} of the outputs -> what of them the jobs below may read, as JSON.
     """
 
     job: Job
@@ -49,6 +54,7 @@ class Run:
     work: Path
     compute: dict
     summary: dict = field(default_factory=dict)
+    content: Callable[[dict[str, str]], object] = dict
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @cached_property
@@ -92,15 +98,14 @@ def running(job: Job, plan: Plan):
     file stands under its final name.
     """
     main, began, clock = rank() == 0, datetime.now(UTC), time.monotonic()
-    work = plan.results.parent / "work" / job.fingerprint
     with contextlib.ExitStack() as held:
-        run = Run(job, plan, job.output, work, dict(plan.compute), _held=held)
+        run = _run(job, plan, held)
         held.enter_context(terminable())
         if main:
             held.enter_context(_alone(job, plan))
-            with _told_if_full(work):
+            with _told_if_full(run.work):
                 _clear(job.output)
-                work.mkdir(parents=True, exist_ok=True)
+                run.work.mkdir(parents=True, exist_ok=True)
         barrier()
         set_threads(run.compute["threads"])
         if main:
@@ -112,13 +117,48 @@ def running(job: Job, plan: Plan):
                 _finish(run, began, time.monotonic() - clock)
 
 
+def take_over(job: Job, plan: Plan) -> bool:
+    """Finish a job with what it made before, if it would make the same again; True if it did.
+
+    Else its output folder is as it was, or empty. One process does it, before others are started.
+    """
+    clock = time.monotonic()
+    if world() > 1:
+        return False
+    with contextlib.ExitStack() as held:
+        run = _run(job, plan, held)
+        held.enter_context(terminable())
+        held.enter_context(_alone(job, plan))
+        kept.keep(job, plan)  # where no engine has asked the plan before
+        old = kept.same(job, plan)
+        if old is None:
+            return False
+        with _told_if_full(run.out, empty=True):
+            _clear(run.out)
+            if not restored(old, kept.place(job, plan), run.out):
+                return False
+            run.work.mkdir(parents=True, exist_ok=True)
+            with tracked(run):
+                _done(run, plan.finished(job.id, **facts(old)))
+    spent = f"({time.monotonic() - clock:.1f} s)"
+    print(f"{job.id}: taken over: same content as {old.fingerprint[:12]} {spent}", flush=True)
+    return True
+
+
+def _run(job: Job, plan: Plan, held: contextlib.ExitStack) -> Run:
+    work = plan.results.parent / "work" / job.fingerprint
+    return Run(job, plan, job.output, work, dict(plan.compute), _held=held)
+
+
 def _finish(run: Run, began: datetime, wall: float) -> None:
     """The last act: the manifest is written, the work folder goes, one line is printed."""
     job, out = run.job, run.out
     files = sorted(path for path in out.rglob("*") if path.is_file())
+    outputs = {path.relative_to(out).as_posix(): sha256(path) for path in files}
     manifest = run.plan.finished(
         job.id,
-        outputs={path.relative_to(out).as_posix(): sha256(path) for path in files},
+        outputs=outputs,
+        content=of_value(run.content(outputs)),
         environment=environment(),
         git=git_state(run.plan.root),
         wall_s=round(wall, 3),
@@ -128,13 +168,19 @@ def _finish(run: Run, began: datetime, wall: float) -> None:
         summary=run.summary,
         created=began.isoformat(timespec="seconds"),
     )
-    write_atomic(job.manifest, manifest.text())
-    dvc.note(job, run.plan)
-    shutil.rmtree(run.work, ignore_errors=True)
+    _done(run, manifest)
     numbers = {k: v for k, v in run.summary.items() if not isinstance(v, (dict, list))}
     shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items()]
     spent = f"({wall:.1f} s, {manifest.peak_memory_mb} MB)"
     print(" ".join([f"{job.id}:", *shown, spent]), flush=True)
+
+
+def _done(run: Run, manifest: Manifest) -> None:
+    """The manifest is written; then what only helped until here goes."""
+    write_atomic(run.job.manifest, manifest.text())
+    dvc.note(run.job, run.plan)
+    kept.forget(run.job, run.plan)
+    shutil.rmtree(run.work, ignore_errors=True)
 
 
 def _clear(folder: Path) -> None:
