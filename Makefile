@@ -26,8 +26,7 @@ $(STAMP):
 	@rm -f $(VENV)/installed-*; touch $@
 
 demo: install
-	@python -m snakemake --cores $(CORES)
-	@echo "report: results/report/index.html"
+	@python -m workflow.watch --cost -- python -m snakemake --cores $(CORES)
 
 test: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python -m pytest -n 2

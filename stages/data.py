@@ -74,8 +74,11 @@ def make(run) -> None:
     params, threads = run.job.params, run.compute["threads"]
     run.content = partial(content, run.out)
     run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
+    doubts = run.plan.doubts({run.job.name: run.out})
+    for text in doubts:
+        print(f"warning: {text}", file=sys.stderr)
     if apart(sys.stdout, sys.stderr):  # the rules send stderr into a log that few people read
-        for text in spoken(store.info(run.out)):
+        for text in [*spoken(store.info(run.out)), *doubts]:
             code = sys.stdout.encoding or "utf-8"
             line = f"{run.job.id}: warning: {text}".encode(code, "backslashreplace").decode(code)
             print(line, flush=True)

@@ -50,6 +50,7 @@ def write(run) -> None:
     write_atomic(run.out / "summary.csv", table(found))
     counted = ("rows", "tasks", "warnings")
     run.summary.update(zip(("runs", "tasks", "warnings"), (len(found[k]) for k in counted)))
+    run.summary["headline"] = found["sentence"].text
 
 
 def templates() -> jinja2.Environment:

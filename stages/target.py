@@ -1,4 +1,4 @@
-"""Stage target: train, or fetch, one tokenizer or teacher, and refuse it when it is not healthy.
+"""Stage target: train, fit or fetch one tokenizer or teacher, and refuse it if it is not healthy.
 
     python -m stages.target --name vqkd [--params params.yaml] [--results results]
 
@@ -16,9 +16,17 @@ import torch
 from stages import targets
 from stages.kit import dist, keyed
 from stages.kit.data import store
-from stages.kit.data.batches import held_out, shown_batch, training_batches, write_pictures
+from stages.kit.data.batches import (
+    MOST,
+    held_out,
+    shown_batch,
+    training_batches,
+    training_images,
+    write_pictures,
+)
 from stages.kit.data.loader import evaluation
 from stages.kit.job.command import command
+from stages.kit.parts import tokens
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe, fit
 from workflow import plugins
@@ -52,25 +60,36 @@ def build(run) -> str:
         fit(training, batches, recipe, run, seed)
         target = training.target
     else:
-        target = module.Target(config, spec).to(run.device)
+        target = module.Target(config, spec, *([upstream] if upstream else [])).to(run.device)
         if hasattr(target, "prepare"):
             target.prepare()
     if not dist.is_main():
         return ""
+    if hasattr(target, "fit"):
+        target.fit(training_images(run, module, config, spec, data, seed), seed)
     target = target.to(run.device).requires_grad_(False).eval()
-    return finish(run, module, config, spec, target, data)
+    return finish(run, module, config, spec, target, upstream, data)
 
 
-def finish(run, module, config, spec: Spec, target, data) -> str:
+def finish(run, module, config, spec: Spec, target, upstream, data) -> str:
     """Writes the target and its pictures, and examines it: what is wrong with it, or ""."""
     kind, train = run.job.params["target"]["kind"], run.job.params["train"]
     labels = module.labels(config) if hasattr(module, "labels") else bool(module.LABELS)
-    targets.save(target, run.out, kind, config, spec, labels=labels)
+    above = run.input("upstream") if target.upstream is not None else None
+    targets.save(target, run.out, kind, config, spec, above, labels=labels)
     images = validation_images(data, spec, train["batch_size"], run.device)
     health = module.health(target, images, config)
     problems = health.pop("problems", [])
+    if "ids" in target.sizes and "images" in getattr(module, "INPUT", "images"):
+        seed, size = run.job.params["seed"], train["batch_size"]
+        found = tokens.examine(target, upstream, data, spec, seed, run.device, size)
+        fatal = getattr(config, "gate", True)
+        problems += found.problems if fatal else []
+        notes = found.notes if fatal else found.problems + found.notes
+        health |= {"tokens": found.numbers, "notes": notes}
     write_json(run.out / "health.json", {**health, "problems": problems})
-    numbers = {name: value for name, value in health.items() if isinstance(value, (int, float))}
+    numbers = {**health, **health.get("tokens", {})}
+    numbers = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
     run.summary.update(numbers)
     run.summary["sizes"] = target.sizes
     run.summary["parameters"] = sum(p.numel() for p in target.parameters())
@@ -92,7 +111,7 @@ def validation_images(
     data, spec: Spec, batch_size: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
     """Every validation image (train where there are none), (B,3,H,W) in [0,1] on the device."""
-    for images, _, _ in evaluation(held_out(data), spec.image_size, min(batch_size, 256)):
+    for images, _, _ in evaluation(held_out(data), spec.image_size, min(batch_size, MOST)):
         yield images.to(device)
 
 

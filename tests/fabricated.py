@@ -49,6 +49,23 @@ def put(path: Path, value) -> None:
     path.write_text(value if isinstance(value, str) else json.dumps(value))
 
 
+TOKENS = {  # what is measured of codes (kit/parts/tokens.py)
+    "agreement": 0.412,
+    "agreement_chance": 0.031,
+    "excess_low": 0.35,
+    "excess_high": 0.41,
+    "agreement_images": 400,
+    "probe": 0.337,
+    "probe_low": 0.292,
+    "probe_high": 0.385,
+    "probe_untrained": 0.25,
+    "probe_teacher": 0.555,
+    "probe_chance": 0.2,
+    "probe_train": 2000,
+    "probe_val": 400,
+}
+
+
 class Fabricated:
     """A finished experiment below `folder`; `run` is the report's job.Run.
 
@@ -173,6 +190,7 @@ class Fabricated:
         folder, first = self.results / "target" / name, name == "teacher"
         counts = (900 * np.arange(1, 65) ** -0.7).astype(int).tolist()
         tokenizer = {"usage": 0.97, "perplexity": 41.2, "counts": counts, "problems": []}
+        tokenizer |= {"tokens": TOKENS, "notes": []}
         teacher = {"rank": 37.5, "entropy": 3.1, "problems": []}
         kind = "dino" if first else "vqkd"
         put(folder / "health.json", teacher if first else tokenizer)

@@ -205,7 +205,8 @@ def test_at_the_start_each_loss_is_the_logarithm_of_the_codebook_size():
 
 def test_initialisation():
     torch.manual_seed(0)
-    method = Method(dataclasses.replace(SMALL, shared_head=False), spec(embed_dim=64), tokenizer())
+    config = dataclasses.replace(SMALL, shared_head=False, init="published")
+    method = Method(config, spec(embed_dim=64), tokenizer())
     encoder = method.encoder
     assert encoder.pos_embed is None
     assert (encoder.rel_pos_bias.relative_position_bias_table == 0).all()
@@ -274,8 +275,11 @@ def test_drop_path_of_the_aggregation_continues_the_line():
 
 
 def test_weight_decay_spares_the_class_token_only():
-    assert build().no_weight_decay() == {"encoder.cls_token"}
-    assert "encoder.cls_token" in dict(build().named_parameters())
+    """As officially; by default the table of relative positions, too."""
+    method = build(dataclasses.replace(SMALL, rel_pos_decay=True))
+    assert method.no_weight_decay() == {"encoder.cls_token"}
+    table = "encoder.rel_pos_bias.relative_position_bias_table"
+    assert build().no_weight_decay() == {"encoder.cls_token", table}
 
 
 def test_early_layer_by_default_is_at_three_quarters():

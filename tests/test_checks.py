@@ -77,6 +77,7 @@ BAD = {
         "decoder_depth": [0],
         "decoder_heads": [0, 3],
     },
+    checks.Codes: {"codes": [1], "min_usage": [-0.1, 1.1], "min_perplexity": [-0.1, 1.1]},
     checks.SelfDistillation: {
         "prototypes": [1],
         "hidden": [0],
@@ -107,6 +108,8 @@ BAD = {
         "prototypes": [1],
         "lr": [0.0],
     },
+    checks.BeitStart: {"layer_scale": [-0.1]},
+    checks.BeitEncoder: {"rel_pos_rate": [-1.0], "layer_scale": [-0.1]},
     checks.Encoder: {"patch_size": [0], "embed_dim": [0], "mlp_ratio": [0.0]},
 }
 TYPED = {
@@ -114,11 +117,14 @@ TYPED = {
     "clip_mode",
     "schedule",
     "positions",
+    "init",
+    "rel_pos_decay",
     "norm_last",
     "blur",
     "shared_head",
     "name",
     "args",
+    "gate",
 }
 
 

@@ -13,10 +13,12 @@ import torch
 from conftest import tiny_content, write_params
 
 from stages import data
+from stages.cost import __main__ as cost_command
 from stages.cost import estimate, rehearsal, table
 from stages.cost.rehearsal import Clock, Cost, Rehearsal
 from stages.kit.data import store
 from workflow import machine, plugins
+from workflow.expected import Expected, slots
 from workflow.manifest import Manifest
 from workflow.plan import load
 
@@ -97,6 +99,23 @@ def test_a_task_may_repeat_epochs_without_the_training_loop(plan):
     found = Formula(plan, job, trained=False).cost()
     assert found.images == 1150 and found.flops is None
     assert found.seconds == pytest.approx(5 + 10 + 0.02 * 512 * 10)  # one batch of 512 in 1000
+
+
+def test_a_quick_rehearsal_takes_three_runs_of_a_training(plan):
+    trial = Formula(plan, job_of(plan, "pretrain/mae-s0", batch_size=64, epochs=30), trained=True)
+    trial.quick = True
+    found, seen = trial.cost(), 1000 // 64 * 64 * 30
+    assert trial.asked == [(64, 1), (64, 1), (320, 1)]
+    assert found.images == seen and found.flops == seen * 2e6, "exact"
+    assert found.seconds == pytest.approx(5 + 0.03 * seen), "what is done once counts every time"
+
+
+def test_a_quick_rehearsal_takes_one_run_of_what_trains_nothing(plan):
+    trial = Formula(plan, plan.jobs["transfer/mae-s0/knn"], trained=False, epoch=0)
+    trial.quick = True
+    found = trial.cost()
+    assert trial.asked == [(64, 1)] and found.images == 1150
+    assert found.seconds == pytest.approx((5 + 0.01 * 64) * 1000 / 64)
 
 
 def test_several_processes_share_the_epochs_alone(plan):
@@ -266,6 +285,45 @@ def test_tasks_of_encoders_that_are_built_alike_share_a_rehearsal(plan):
     assert {id for id in asked if id.startswith("transfer")} == expected
 
 
+def test_quickly_encoders_from_one_model_share_and_finished_jobs_are_not_rehearsed(plan):
+    asked = []
+    done = plan.jobs["data/main"]
+    done.output.mkdir(parents=True)
+    done.manifest.write_text(Manifest(fingerprint=done.fingerprint, wall_s=7.0).text())
+
+    def rehearsed(plan, job, made):
+        asked.append(job.id)
+        if job.stage == "pretrain":
+            folder = made[job.id] / "encoder"
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps({"built": job.id}))
+        return known(plan, job, made)
+
+    costs = estimate.estimate(plan, rehearsed, quick=True)
+    assert "data/main" not in asked and costs["data/main"].seconds == 7.0
+    tasks = {id for id in asked if id.startswith("transfer")}
+    assert tasks == {f"transfer/mae-s0/{task}" for task in plan.params.tasks}
+    assert {"pretrain/mae-s0", "pretrain/beitv2-s0", "target/vqkd"} <= set(asked)
+
+
+def test_a_quick_estimate_of_the_real_stages_is_what_the_view_reads(tmp_path, capsys):
+    content = tiny_content()
+    content["tasks"] = {"knn": {"k": [3]}}
+    content["targets"] = {}
+    content["grid"]["runs"] = {"mae": {"method": "mae"}}
+    params, file = write_params(tmp_path, content), tmp_path / "work/expected.json"
+    plan = load(params, tmp_path / "results")
+    where = ["--params", str(params), "--results", str(tmp_path / "results")]
+    assert cost_command.main([*where, "--quick", "--json", str(file)]) == 0
+    assert "pretrain/mae-s0" in capsys.readouterr().out
+    found = Expected.read(file, plan)
+    assert set(found.jobs) == set(plan.jobs)
+    assert all(found.seconds(id) > found.start_s >= 0 for id in plan.jobs)
+    steps = 48 // 16 * 16
+    written = json.loads(file.read_text())["jobs"]["pretrain/mae-s0"]
+    assert found.flops("pretrain/mae-s0") == written["flops"] > 0 and written["images"] == steps
+
+
 def test_later_stages_of_a_chain_share_a_rehearsal(tmp_path):
     content = tiny_content(methods__dbot={})
     content["grid"]["runs"] = {"dbot": {"method": "dbot", "target": "run:random", "stages": 3}}
@@ -330,10 +388,10 @@ def test_threads_and_slots_are_those_of_snakemake(plan, monkeypatch):
     plan.compute.update(threads=None, device="auto", processes=1)
     assert Rehearsal(plan, plan.jobs["pretrain/mae-s0"], {}, Path()).clock.threads == 2
     assert Rehearsal(plan, plan.jobs["data/main"], {}, Path()).clock.threads == 8
-    assert table.slots(plan) == 4
+    assert slots(plan) == 4
     monkeypatch.setattr(machine, "gpus_here", lambda: 6)
     plan.compute["processes"] = 2
-    assert table.slots(plan) == 3
+    assert slots(plan) == 3
 
 
 def test_the_schedule_waits_for_inputs_and_fills_all_places(plan, monkeypatch):

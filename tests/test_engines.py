@@ -559,3 +559,28 @@ def test_snakemakes_own_report_and_lint(lab):
 def test_a_random_walk_of_eight_actions(lab):
     """More by hand: python tests/walk.py --actions 100."""
     Walk(lab("dvc"), seed=1).go(8)
+
+
+# -------------------------------------------------------------------------------------------------
+# watched
+
+
+@pytest.mark.parametrize("engine", ["snakemake --cores 2", "dvc repro"])
+def test_the_view_shows_either_engine_and_why_a_job_failed(lab, engine):
+    """The first job fails, then the same command goes on to the end."""
+    it = lab("new")
+    (it.folder / "meanwhile.py").write_text("from workflow.files import JobError\n"
+                                            "raise JobError('too little of all')\n")  # fmt: skip
+    watched = ("-m", "workflow.watch", "--", sys.executable, "-m", *engine.split())
+    said = it.python(*watched, good=False)
+    name = engine.split()[0]
+    assert "FAILED data/main\n  too little of all\n" in said
+    assert f"{name} ended with status" in said and f"logs/{name}.log" in said
+    assert "7 more job(s) were not run." in said
+    assert "Traceback" not in said and "Error in rule" not in said and it.ran() == []
+    said = it.python(*watched)
+    assert sorted(it.ran()) == sorted(it.plan().jobs) and it.right() and it.clean()
+    for id in it.plan().jobs:
+        assert re.search(rf"done +{id}: \(", said), said
+    assert "\n8 of 8 jobs done, after " in said
+    assert said.endswith("The report: results/report/index.html\n")

@@ -32,6 +32,10 @@ CASES = {name: (name, SPEC) for name in NAMES}
 for _name, _kind in itertools.product(NAMES, SPECS):
     if _kind != "vit" and MODULES[_name].NEEDS <= tiny.module(_kind, "encoder").CAN:
         CASES[f"{_name}-{_kind}"] = (_name, SPECS[_kind])
+# with relative and absolute positions
+for _name in NAMES:
+    if issubclass(MODULES[_name].Config, checks.BeitStart):
+        CASES[f"{_name}-positions"] = (_name, tiny.spec(absolute_positions=True))
 SWEPT = [case for case, (name, _) in CASES.items() if name in TRAINED]
 progress = tiny.progress
 
@@ -80,6 +84,7 @@ def test_the_folder_is_found():
     assert {"mae", "beitv2", "random", "supervised"} <= set(NAMES)
     assert {"mae-convvit", "dmjd-convvit", "simmim-swin", "random-swin"} <= set(CASES)
     assert {"supervised-swin", "supervised-convvit"} <= set(SWEPT)
+    assert {"beitv2-positions", "simmim-positions"} <= set(SWEPT)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -258,8 +263,10 @@ def test_pictures_are_pictures(name):
 
 
 @pytest.mark.parametrize("name", SWEPT)
-def test_names_without_weight_decay_exist(name):
+def test_names_without_weight_decay_and_of_rates_exist(name):
     method, _ = build(name)
+    if hasattr(method, "rates"):
+        assert method.rates().keys() <= {key for key, _ in method.named_parameters()}
     if hasattr(method, "no_weight_decay"):
         optional = {"encoder.reg_token", "encoder.dist_token"}  # timm names them, there or not
         optional |= {"encoder.cls_token", "encoder.pos_embed"} if name != CASES[name][0] else set()

@@ -50,6 +50,28 @@ def test_groups_leave_out_frozen_and_exempt_one_dimensional():
     assert len(decayed["params"]) == 1 and len(plain["params"]) == 4
 
 
+def test_groups_have_the_rates_of_the_module():
+    class Quick(Toy):
+        def rates(self):
+            return {"norm.weight": 5.0, "norm.bias": 5.0, "first.weight": 2.0, "frozen.bias": 3.0}
+
+    module = Quick()
+    groups = optim.groups(module, 0.3)
+    found = [(names_in(module, g), g["weight_decay"], g["lr_scale"]) for g in groups]
+    assert found == [
+        ({"first.bias", "token"}, 0.0, 1.0),
+        ({"first.weight"}, 0.3, 2.0),
+        ({"norm.weight", "norm.bias"}, 0.0, 5.0),
+    ]
+
+
+def test_a_rate_of_no_parameter_is_named():
+    module = Toy()
+    module.rates = lambda: {"first.wait": 2.0}
+    with pytest.raises(ValueError, match="^rates: found 'first.wait', expected the name of a para"):
+        optim.groups(module, 0.3)
+
+
 def test_layer_decay_scales_of_vit_b_at_065():
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=10)

@@ -72,6 +72,20 @@ def test_the_page_on_methods_has_every_setting_of_the_optimiser():
         assert set(re.findall(r"\w+", mixins[name])) == fields
 
 
+def test_the_page_on_methods_has_the_options_of_beits_encoder():
+    page = (ROOT / "docs/adding-a-method.md").read_text(encoding="utf-8")
+    mixins = {row[0]: row[1] for row in table(page, "mixin of `checks`")}
+    words = re.findall(r"\w+", f"{mixins['BeitStart']} {mixins['BeitEncoder']}")
+    known = {field.name: field.default for field in dataclasses.fields(checks.BeitEncoder)}
+    assert known.keys() <= set(words)
+    published = plugins.declared("method", "beitv2").literals["PUBLISHED"]
+    rows = table(page, "setting of `BeitEncoder`")
+    assert [row[0] for row in rows] == ["init", "rel_pos_rate", "rel_pos_decay"]
+    for name, default, official, _ in rows:
+        assert yaml.safe_load(default) == known[name], name
+        assert yaml.safe_load(official) == published[name], name
+
+
 @pytest.mark.parametrize("kind", NAMED)
 def test_literals_in_the_docs_are_known(kind):
     rows = table(HOW.read_text(encoding="utf-8"), "folder")

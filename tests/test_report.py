@@ -86,6 +86,16 @@ def test_bold_only_where_the_tests_say_so(lab):
     assert summary.count("| **") == 3 and "| beitv2 | **" in summary
 
 
+def test_the_sentence_at_the_top_ends_the_summary_and_is_kept_for_others(lab):
+    said = gathered(lab)["sentence"]
+    shown = re.search('<p class="who">(.*)</p>', page_of(lab))[1]
+    assert html.unescape(re.sub("<[^>]*>", "", shown)) == said.text
+    assert (lab.out / "summary.md").read_text().endswith(f"In short: {said.text} {said.more}\n")
+    assert lab.summary["headline"] == said.text
+    line = Manifest(job="report", summary=lab.summary).line
+    assert line.startswith("report: runs=5 tasks=3 warnings=") and "headline" not in line
+
+
 def test_costs_include_targets(lab):
     row = next(r for r in rows_of(lab) if r["run"] == "beitv2")
     # the tokenizer and its teacher
@@ -397,6 +407,20 @@ def test_charts_put_values_where_they_belong():
     assert charts.bars([0, 0], "t", "x", "y") == ""
 
 
+def test_codes_are_judged_in_plain_words(lab, tmp_path):
+    text = re.sub(r"<[^>]+>", " ", page_of(lab))
+    for words in ("41.2% of the places", "35.0 to 41.0 points", "33.7% (29.2% to 38.5%)", "55.5%"):
+        assert words in text
+    assert "The labels judge the codes" in text and "little to gain" not in text
+    note = "A student can gain little from it: so it is."
+    other = fabricate(tmp_path)
+    path = other.results / "target" / "vqkd" / "health.json"
+    put(path, json.loads(path.read_text()) | {"notes": [note]})
+    report.write(other)
+    assert page_of(other).count(note) == 2 and "little to gain" in page_of(other)
+    assert f"**The tokenizer vqkd.** {note}" in (other.out / "summary.md").read_text()
+
+
 def test_saved_figures_are_whole_files(lab):
     found = sorted((lab.out / "figures").glob("*.svg"))
     names = {p.stem for p in found}
@@ -648,5 +672,6 @@ def test_in_chromium(lab, tmp_path, width):
         and found["images"] == 7
         and found["small"] == 0
     )
-    assert found["who"] == "beitv2 is best on all 3 tasks"
+    assert found["who"] == gathered(lab)["sentence"].text
+    assert "beats an untrained encoder on knn" in found["who"]
     assert "CONSOLE" not in done.stderr

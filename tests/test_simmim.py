@@ -175,7 +175,7 @@ def test_tables_of_zeros_change_nothing():
 
 def test_initial_weights():
     torch.manual_seed(0)
-    vit = Method(Config(), spec(embed_dim=64)).encoder
+    vit = Method(Config(init="published"), spec(embed_dim=64)).encoder
     for number, block in enumerate(vit.blocks, start=1):
         for weight, scale in (
             (block.attn.qkv.weight, 1),
@@ -356,7 +356,7 @@ def test_layers_of_swin_b():
     ("kind", "expected"), [("vit", {"encoder.cls_token"}), ("swin", {"mask_token"})]
 )
 def test_weight_decay_in_pretraining_is_that_of_the_official_run(kind, expected):
-    method = build(kind)
+    method = build(kind, rel_pos_decay=True)
     plain = [group for group in optim.groups(method, 0.05) if group["weight_decay"] == 0]
     free = {id(parameter) for group in plain for parameter in group["params"]}
     names = {name for name, parameter in method.named_parameters() if id(parameter) in free}

@@ -301,7 +301,8 @@ def test_every_source_says_what_follows_the_colon():
         module = plugins.module("source", name)
         arguments[name] = plugins.declared("source", name).literals["ARGUMENT"]
         assert arguments[name] == module.ARGUMENT and arguments[name] in ("PATH", "NAME", None)
-    known = {"folder": "PATH", "hub": "NAME", "parquet": "PATH", "shapes": None}
+    known = {"folder": "PATH", "hub": "NAME", "parquet": "PATH"}
+    known |= {"shapes": None, "surfaces": None}
     assert {name: arguments[name] for name in known} == known
 
 

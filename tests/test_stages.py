@@ -21,6 +21,7 @@ from stages.kit.data.views import View
 from stages.kit.job.job import Run
 from stages.kit.nets import encoders
 from stages.kit.nets.target import EncoderTarget, Frozen
+from stages.kit.parts import tokens
 from stages.kit.spec import Spec
 from tests import tiny
 from tests.conftest import tiny_content, write_params
@@ -198,6 +199,31 @@ def test_a_collapsed_target_fails_with_its_advice_and_numbers(monkeypatch, tmp_p
     assert "every image has the same code: use a lower lr" in message and "images 16" in message
     assert "targets.toy in params.yaml" in message and str(run.out) in message
     assert json.loads((run.out / "health.json").read_text())["problems"]
+
+
+def test_codes_that_are_no_better_than_chance_fail_unless_the_gate_is_open(
+    monkeypatch, tmp_path, images
+):
+    """The toy's codes, but of the place in the grid alone."""
+    monkeypatch.setattr(tokens, "LEAST", 8)
+
+    class Placed(Target):
+        def look(self, images, wanted, norm, layers):
+            return {"ids": (torch.arange(16) % self.sizes["ids"]).expand(len(images), -1)}
+
+    @dataclass(frozen=True)
+    class Gated(Config):
+        gate: bool = True
+
+    plug_in(monkeypatch, "target", **KIND | {"Target": Placed, "Config": Gated})
+    closed = target_run(tmp_path / "closed", images)
+    with pytest.raises(JobError, match="agree no better than by chance(.|\n)*gate: false"):
+        target.make(closed)
+    opened = target_run(tmp_path / "open", images, gate=False)
+    target.make(opened)
+    health = json.loads((opened.out / "health.json").read_text())
+    assert health["problems"] == [] and "no better than by chance" in health["notes"][0]
+    assert health["tokens"]["agreement"] == opened.summary["agreement"] < 0.5
 
 
 def test_load_names_what_is_wrong(monkeypatch, tmp_path, images):

@@ -59,7 +59,8 @@ def test_what_would_come_out_the_same_is_taken_over_down_the_chain(made, capsys)
     assert new.taken_over == old.fingerprint != new.fingerprint
     assert new.summary == old.summary and new.created == old.created
     assert new.content == old.content and new.outputs == old.outputs
-    assert f"{MAE}: taken over: same content as {old.fingerprint[:12]} (" in capsys.readouterr().out
+    said = f"{MAE}: train_s=3.5 (taken over: same content as {old.fingerprint[:12]}; "
+    assert said in capsys.readouterr().out
     assert (after.jobs[MAE].output / "encoder/weights").read_text() == "weights x"
     assert (after.jobs[MAE].output / "encoder/weights").stat().st_nlink == 1
     assert not any((after.results / kept.FOLDER).rglob("weights"))

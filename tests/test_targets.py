@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from workflow import checks, plugins
 KINDS = plugins.names("target")
 MODULES = {kind: tiny.module(kind, "target") for kind in KINDS}
 TRAINED = [kind for kind in KINDS if hasattr(MODULES[kind], "Training")]
+FITTED = [kind for kind in KINDS if hasattr(MODULES[kind].Target, "fit")]
 WORDS = {"ids", "logits", "patch", "cls", "attention", "layers", "parts"}
 SPEC = tiny.spec()
 images = tiny.images
@@ -47,6 +49,7 @@ CHANGES = {
         "min_rank": 0.0,
     },
     "pretrained": {"min_rank": 0.0},
+    "kmeans": {"codes": 8, "vectors": 200, "min_usage": 0.0, "min_perplexity": 0.0},
 }
 NO_GRADIENT = {"hog"}  # targets through which none passes to the images
 
@@ -68,11 +71,26 @@ def made(kind: str, seed: int = 0, upstream: Frozen | None = None):
             upstream = tiny.target(SPEC, *module.UPSTREAM)
         training = module.Training(config, SPEC, upstream)
         return training.target, training
+    if kind in FITTED:
+        target = module.Target(config, SPEC, upstream or Frozen(made("pixels")[0]))
+        target.fit(iter([images(8), images(8, seed=1)]), seed)
+        return target, None
     target = module.Target(config, SPEC)
     if hasattr(target, "prepare"):
         need_package()
         target.prepare()
     return target, None
+
+
+def save(target, folder: Path, kind: str) -> None:
+    """As the stage does it."""
+    above = None
+    if target.upstream is not None:
+        above = folder.with_name(f"{folder.name}-upstream")
+        targets.save(target.upstream.open, above, "pixels", config_of("pixels"), SPEC)
+    targets.save(target, folder, kind, config_of(kind), SPEC, above)
+    if above:
+        shutil.rmtree(above)  # a finished target needs it no more
 
 
 def wanted_of(target) -> tuple[tuple, dict]:
@@ -144,7 +162,7 @@ def optimiser_of(training, lr: float = 1e-3):
 
 
 def test_there_are_kinds():
-    assert {"dino", "hog", "pixels", "pretrained", "vqkd"} <= set(KINDS)
+    assert {"dino", "hog", "kmeans", "pixels", "pretrained", "vqkd"} <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,9 +180,11 @@ def test_declarations(kind):
     assert dataclasses.asdict(declared.config()) == dataclasses.asdict(module.Config())
     first, *rest = list(inspect.signature(module.Target.__init__).parameters.values())[1:]
     assert [first.name, rest[0].name] == ["config", "spec"]
-    assert all(parameter.default is not parameter.empty for parameter in rest[1:])
+    extra = [p.name for p in rest[1:] if p.default is p.empty]
+    assert extra == (["upstream"] if kind in FITTED and module.UPSTREAM else [])
     if hasattr(module, "Training"):
         Recipe.of(module.Config(), {"epochs": 2, "batch_size": 8}, 3)
+    if kind in TRAINED + FITTED:
         assert all(isinstance(view, View) for view in module.views(module.Config(), SPEC).values())
 
 
@@ -201,13 +221,13 @@ def test_forward_save_load(kind, tmp_path):
         if name != "layers":
             alone = frozen(x, name)
             assert list(alone) == [name] and torch.equal(alone[name], found[name])
-    targets.save(target, tmp_path, kind, config_of(kind), SPEC)
-    again = targets.load(tmp_path)
+    save(target, tmp_path / "it", kind)
+    again = targets.load(tmp_path / "it")
     saved = {name: value.cpu() for name, value in target.state_dict().items()}
     assert all(torch.equal(value, saved[name]) for name, value in again.state_dict().items())
     assert again.sizes == target.sizes
     assert not any(p.requires_grad for p in again.parameters())
-    loaded, twice = everything(again, x), everything(targets.load(tmp_path), x)
+    loaded, twice = everything(again, x), everything(targets.load(tmp_path / "it"), x)
     single = everything(again, x[1:2])
     for name in target.sizes:
         assert torch.equal(loaded[name], twice[name])
@@ -250,7 +270,7 @@ def test_gradients_reach_the_images_and_no_weight(kind):
 def test_ids_are_the_codes_with_the_largest_logits():
     """For every target that gives both."""
     both = [kind for kind in KINDS if {"ids", "logits"} <= MODULES[kind].PRODUCES]
-    assert "vqkd" in both
+    assert {"kmeans", "vqkd"} <= set(both)
     for kind in both:
         found = made(kind)[0](images(), "ids", "logits")
         assert torch.equal(found["logits"].argmax(-1), found["ids"])

@@ -23,6 +23,9 @@ from typing import Any, Literal
 # Beyond reason: no encoder is so wide, so deep, or sees so large an image.
 MOST_WIDTH, MOST_DEPTH, MOST_PIXELS = 2**16, 1000, 4096
 
+# What a self-distillation needs at least, see SelfDistillation.doubt
+LEAST_STEPS, IMAGES_PER_PROTOTYPE = 2500, 20
+
 # --- settings that are shared -------------------------------------------------------------------
 
 
@@ -130,6 +133,47 @@ class Decoder(Settings):
 
 
 @dataclass(frozen=True)
+class BeitStart(Settings):
+    """How an encoder of style "beit" starts (stages/encoders/vit.py); a Swin starts as its own."""
+
+    # of its blocks and patch embedding: as published, made for a width of 768; MAE's; or as
+    # published with 0.02 * sqrt(768 / width) in the place of 0.02
+    init: Literal["published", "xavier", "width"] = "xavier"
+    layer_scale: float = 0.1  # of a ViT
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[0, inf)", "layer_scale", most=1000)
+
+
+@dataclass(frozen=True)
+class BeitEncoder(BeitStart):
+    """How it starts, and how its tables of relative positions are trained; a Swin's, too."""
+
+    rel_pos_rate: float = 20.0  # factor of their learning rate
+    rel_pos_decay: bool = False  # whether they are decayed
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[0, inf)", "rel_pos_rate", most=1000)
+
+
+@dataclass(frozen=True)
+class Codes(Settings):
+    """A tokenizer's codes, and when they are not fit to be predicted (kit/parts/codes.py)."""
+
+    codes: int = 512
+    min_usage: float = 0.2  # of the codes, over the validation images; below, the stage fails
+    min_perplexity: float = 0.05  # as a share of the codes
+    gate: bool = True  # codes no better than chance (kit/parts/tokens.py) fail the stage
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[2, inf)", "codes")
+        within(self, "[0, 1]", "min_usage", "min_perplexity")
+
+
+@dataclass(frozen=True)
 class SelfDistillation(Optimiser):
     """DINO's student, teacher, head and crops (kit/parts/selfdistil.py), and its optimiser."""
 
@@ -142,6 +186,9 @@ class SelfDistillation(Optimiser):
     teacher_temp: float = 0.04
     teacher_temp_end: float | None = None  # reached linearly; None: constant
     teacher_temp_warmup: float = 0.1  # share of the training until teacher_temp_end
+    # against one prototype for all: a running mean, or DINOv2's Sinkhorn-Knopp over each batch,
+    # which then cannot be cut into micro batches
+    centring: Literal["centre", "sinkhorn"] = "centre"
     centre_momentum: float = 0.9
     # of the teacher; rises to 1 as a cosine. Trainings with few steps per epoch need a lower one
     momentum: float = 0.99
@@ -170,6 +217,24 @@ class SelfDistillation(Optimiser):
     weight_decay_end: float | None = 0.4
     clip: float | None = 3.0
     clip_mode: Literal["global", "tensor"] = "tensor"
+
+    def doubt(self, steps: int, batch_size: int) -> str | None:
+        """Why a training of so many steps will hardly leave the uniform distribution, if it will.
+
+        docs/results.md has the trainings behind these numbers. With 256 to 2,048 prototypes
+        and batches of 32 none of up to 2,040 steps got far from uniform, one of 5,610 did. The
+        largest number of prototypes for which somebody reports success had 29 images each (65,536
+        prototypes, 14,800 steps of 128).
+        """
+        least = max(LEAST_STEPS, ceil(IMAGES_PER_PROTOTYPE * self.prototypes / batch_size))
+        if steps >= least:
+            return None
+        fewer = ["fewer prototypes"] if least > LEAST_STEPS else []
+        return (
+            f"{steps:,} steps of {batch_size} images for {self.prototypes:,} prototypes; such "
+            f"teachers stayed near uniform below about {least:,} steps: use "
+            f"{' or '.join([*fewer, 'more epochs'])}"
+        )
 
     @property
     def views_per_image(self) -> float:

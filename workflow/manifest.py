@@ -63,6 +63,22 @@ class Manifest:
         return max(self.wall_s, self.summary.get("train_s") or 0)
 
     @property
+    def line(self) -> str:
+        """What a person is told of it: the numbers of its summary, time and memory; or that it was
+        taken over.
+        """
+        plain = {k: v for k, v in self.summary.items() if not isinstance(v, (dict, list))}
+        shown = [
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+            for k, v in plain.items()
+            if len(str(v).split()) == 1
+        ]
+        spent = f"({self.wall_s:.1f} s, {self.peak_memory_mb:.0f} MB)"
+        if self.taken_over:
+            spent = f"(taken over: same content as {self.taken_over[:12]}; {self.wall_s:.1f} s then)"
+        return " ".join([f"{self.job}:", *shown, spent])
+
+    @property
     def above(self) -> list[str]:
         """The jobs that it was made from."""
         return [given["job"] for given in self.inputs.values()]

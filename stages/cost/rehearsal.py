@@ -45,6 +45,7 @@ WORK = {"target": target.build, "pretrain": pretrain.pretrain, "transfer": trans
 FEW = 64  # images at first, of a job without a batch size
 LEAST = 8  # images of val and of test, where there are so many
 MOST = 64  # times as many images or epochs as at first
+QUICK = 5  # batches in the second run of a quick rehearsal
 ENOUGH_S = 1.0  # by which a longer run must exceed the first, and by a quarter of that
 
 
@@ -74,11 +75,12 @@ class Cost:
 
 class Rehearsal:
     """Of one job. made: {id: folder} of what jobs make in rehearsals, this one's too; folder: a
-    temporary one.
+    temporary one; quick: a coarse one, see `coarse`.
     """
 
-    def __init__(self, plan, job, made: dict[str, Path], folder: Path):
+    def __init__(self, plan, job, made: dict[str, Path], folder: Path, quick: bool = False):
         self.plan, self.job, self.made, self.folder = plan, job, made, folder
+        self.quick = quick
         threads = machine.threads(plan.compute["threads"], machine.cores())
         if job.stage == "data":  # it reads with more than Snakemake counts
             threads = plan.compute["threads"] or min(machine.cores(), 8)
@@ -92,6 +94,8 @@ class Rehearsal:
         few = max(1, batch // self.world)
         first, summary = self.timed(few, 1)
         trained = "steps" in summary
+        if self.quick:
+            return self.coarse(few, first, summary)
         if not trained and self.job.stage != "transfer":
             epochs = 1  # of a training that there is not
         again = first if first > 10 * ENOUGH_S else self.timed(few, 1)[0]
@@ -103,6 +107,24 @@ class Rehearsal:
         if trained:
             return Cost(seen, seen * summary["flops_per_image"], seconds)
         return Cost(0 if self.job.stage == "pretrain" else sum(self.counts.values()), None, seconds)
+
+    def coarse(self, few: int, first: float, summary: dict) -> Cost:
+        """The cost from the first run, and of a training from two more of a few steps each.
+
+        What is done once for each image counts as done in each epoch of a training. A job that
+        trains nothing is taken to need as much for every image as for the first ones, which is too
+        much where a part of its time is fixed. FLOPs and images are exact.
+        """
+        how, train = settings(self.job.params), self.counts["train"]
+        if "steps" not in summary:
+            cost = Cost(0 if self.job.stage == "pretrain" else sum(self.counts.values()))
+            return replace(cost, seconds=first * max(1.0, train / few))
+        batch = min(how.get("batch_size", FEW), train)
+        seen = train // batch * batch * how.get("epochs", 1)
+        again, more = self.timed(few, 1)[0], min(train, QUICK * few)
+        each = (self.timed(more, 1)[0] - again) / (more - few) if more > few else again / few
+        seconds = first + max(0.0, each) * max(0.0, seen / self.world - few)
+        return Cost(seen, seen * summary["flops_per_image"], seconds)
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -138,7 +160,8 @@ class Rehearsal:
         how = settings(params)
         if "batch_size" in how:
             steps = how.get("epochs", 1) * self.counts["train"] // how["batch_size"]
-            compute["compile"] = compiled.wanted(compute["compile"], self.clock.device, steps)
+            wanted = compiled.wanted(compute["compile"], self.clock.device, steps)
+            compute["compile"] = wanted and not self.quick  # compiling alone would take a minute
             how["batch_size"] //= self.world  # of one process
         if "epochs" in how:
             how["epochs"] = epochs

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 import time
+from dataclasses import asdict
 
 from stages.cost.rehearsal import Cost
-from stages.kit.durations import duration
-from workflow import machine
+from workflow import expected, machine
+from workflow.durations import duration
 
 # Of this process until here, nearly all for imports. Every job begins so; no manifest counts it.
 START_S = time.process_time()
@@ -36,15 +36,15 @@ def text(plan, costs: dict[str, Cost]) -> str:
         f"time: of each job alone, on {cores} core(s) for its {cores} thread(s); of all, one after "
         "the other"
     )
-    if (together := slots(plan)) > 1:
+    if (together := expected.slots(plan)) > 1:
         spent = duration(schedule(plan, costs, together))
         lines.append(f"with {together} jobs at a time, as Snakemake runs them here: {spent}")
     both = [(costs[id].seconds, s) for id, s in took.items() if s and not costs[id].missing]
     if both:
-        expected, real = map(sum, zip(*both, strict=True))
+        ours, real = map(sum, zip(*both, strict=True))
         lines.append(
-            f"of {len(both)} finished jobs, without their start: {duration(expected)} expected, "
-            f"{duration(real)} taken, ratio {expected / real:.2f}"
+            f"of {len(both)} finished jobs, without their start: {duration(ours)} expected, "
+            f"{duration(real)} taken, ratio {ours / real:.2f}"
         )
     return "\n".join(lines)
 
@@ -56,23 +56,13 @@ def total(costs: dict[str, Cost]) -> tuple[float, float, float, int]:
     return seconds, flops, max((c.memory_mb for c in known), default=0), len(costs) - len(known)
 
 
-def slots(plan) -> int:
-    """How many jobs Snakemake runs at a time here, with `--cores all`."""
-    if machine.gpus(plan.compute["device"]):
-        return max(1, machine.gpus_here() // plan.compute["processes"])
-    cores = machine.cores()
-    return max(1, cores // machine.threads(plan.compute["threads"], cores))
-
-
 def schedule(plan, costs: dict[str, Cost], slots: int) -> float:
     """Seconds until the last job ends if `slots` run at a time, each once its inputs are there."""
-    waiting, running, done, now = dict(plan.jobs), [], set(), 0.0
-    while waiting or running:
-        ready = [id for id, job in waiting.items() if done.issuperset(job.inputs.values())]
-        for id in ready[: slots - len(running)]:
-            del waiting[id]
-            spent = 0 if costs[id].missing else START_S + costs[id].seconds
-            heapq.heappush(running, (now + spent, id))
-        now, id = heapq.heappop(running)
-        done.add(id)
-    return now
+    seconds = {id: 0.0 if c.missing else START_S + c.seconds for id, c in costs.items()}
+    return expected.remaining(plan, seconds, (), slots)
+
+
+def record(plan, costs: dict[str, Cost]) -> dict:
+    """The costs as workflow/expected.py reads them."""
+    prints = {id: {"fingerprint": plan.jobs[id].fingerprint} for id in costs}
+    return {"start_s": START_S, "jobs": {id: prints[id] | asdict(c) for id, c in costs.items()}}

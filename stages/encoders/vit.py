@@ -7,8 +7,12 @@ the method:
 - "sincos": MAE's (arXiv 2111.06377), fixed sin-cos positions, zero for the prefix, xavier weights;
 - "beit": BEiT's (arXiv 2106.08254, 2208.06366), timm's Beit with one table of relative positions
   that all blocks share and no absolute ones, weights cut at one deviation of 0.02, what block n
-  adds divided by sqrt(2 n), layer scale. With `args: {use_abs_pos_emb: true}` it has absolute ones,
-  too. They start as the class token does, and neither is decayed (`encoders.embeddings`).
+  adds divided by sqrt(2 n), layer scale. A method may ask for other weights (`init`, see `start`).
+
+With `absolute_positions` a "beit" has learnt absolute positions, too. They start as the class token
+does, and neither is decayed (`encoders.embeddings`). The other styles have them anyway, so that one
+entry makes encoders of different methods alike. `args: {use_abs_pos_emb: true}` does the same, but
+fits no other style: timm's ViT does not know it.
 
 Tokens are ordered prefix (class token, registers) first, then patches row by row.
 """
@@ -24,7 +28,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from stages.kit.nets import timm_model
-from stages.kit.nets.init import scale_by_depth, sincos_init, trunc_init
+from stages.kit.nets.init import (
+    beit_init,
+    beit_std,
+    scale_by_depth,
+    sincos_init,
+    trunc_init,
+    xavier_patches,
+)
 from stages.kit.nets.masks import take
 from stages.kit.nets.patches import patchify, project
 from workflow import checks
@@ -39,6 +50,7 @@ BEIT = "beitv2_base_patch16_224"
 class Config(checks.Encoder):
     depth: int = 12  # blocks
     num_heads: int = 3
+    absolute_positions: bool = False  # learnt ones in style "beit", which has none of its own
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,6 +75,7 @@ def create(spec, style: str = "timm", *, drop_path=0.0, layer_scale=None, **kw) 
         args = {
             "use_shared_rel_pos_bias": True,
             "use_rel_pos_bias": False,
+            "use_abs_pos_emb": model.absolute_positions,
             "init_values": 0.1,
         } | args
     sizes = {"depth": model.depth, "num_heads": model.num_heads, "embed_dim": model.embed_dim}
@@ -76,6 +89,20 @@ def create(spec, style: str = "timm", *, drop_path=0.0, layer_scale=None, **kw) 
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
     return encoder
+
+
+def start(encoder: Beit, init: str) -> None:
+    """Draws the weights of a Beit's blocks and patch embedding again, as checks.BeitStart says.
+
+    Published weights were made for a width of 768. At 128 their blocks, behind a layer scale of
+    0.1, add 2 % of what they get; MAE's add 131 %. init: "xavier" or "width".
+    """
+    beit_init(encoder.blocks, encoder.embed_dim, init)
+    if init == "xavier":
+        xavier_patches(encoder.patch_embed.proj)
+    else:
+        std = beit_std(encoder.embed_dim)
+        trunc_init(encoder.patch_embed, std, std)
 
 
 # --- forward passes --------------------------------------------------------------------------

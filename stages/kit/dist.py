@@ -84,6 +84,13 @@ def minimum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def maximum(tensor: torch.Tensor) -> torch.Tensor:
+    """Maximum over ranks, in place."""
+    if world() > 1:
+        _reduce(tensor, td.ReduceOp.MAX)
+    return tensor
+
+
 def _reduce(tensor: torch.Tensor, operation) -> None:
     """All-reduce in place; a view that is not contiguous goes through a copy, as gloo would mix up
     its elements.

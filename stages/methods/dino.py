@@ -36,6 +36,7 @@ PUBLISHED = {
     "bottleneck": 256,
     "norm_last": False,
     "freeze_last_layer": 1.0,
+    "centring": "centre",
     "teacher_temp": 0.04,
     "teacher_temp_end": 0.07,
     "teacher_temp_warmup": 0.1,

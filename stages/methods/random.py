@@ -2,9 +2,9 @@
 
 By default it is MAE's encoder at initialisation: a ViT with xavier weights and fixed sin-cos
 positions (arXiv 2111.06377), or a Swin with its own initial weights (arXiv 2103.14030). With
-`style: beit` it is that of BEiT v2 and SimMIM, which has no absolute positions and starts far
-lower: compare those two methods with this one. Nothing is trained, so this file has no views and
-no loss.
+`style: beit` it is that of BEiT v2 and SimMIM: compare those two methods with this one, and give it
+the `init` and `layer_scale` that they have, which other styles ignore. Unless the model has
+`absolute_positions`, it has none. Nothing is trained, so this file has no views and no loss.
 
 With `depth` it is the first blocks only; 0 leaves projected patches and positions, which is dBOT's
 first teacher of large students (arXiv 2209.03917).
@@ -27,14 +27,13 @@ TRAINS = False
 
 
 @dataclass(frozen=True)
-class Config(checks.Settings):
+class Config(checks.BeitStart):
     depth: int | None = None  # blocks; None: all of model.depth
     style: Literal["sincos", "beit"] = "sincos"  # of a ViT: its positions and initial weights
-    layer_scale: float = 0.1  # of style beit
 
     def __post_init__(self):
         super().__post_init__()
-        checks.within(self, "[0, inf)", "layer_scale", "depth")
+        checks.within(self, "[0, inf)", "depth")
 
     def check(self, image_size: int, model) -> None:
         plain = isinstance(model.depth, int)  # one stage
@@ -53,8 +52,9 @@ class Config(checks.Settings):
 class Method(nn.Module):
     def __init__(self, config: Config, spec, target=None):
         super().__init__()
-        scale = config.layer_scale if config.style == "beit" else None
-        self.encoder = encoders.create(spec, config.style, layer_scale=scale)
+        beit = config.style == "beit"
+        how = {"init": config.init, "layer_scale": config.layer_scale} if beit else {}
+        self.encoder = encoders.create(spec, config.style, **how)
         if config.depth is not None:
             whole = self.encoder.state_dict()
             self.encoder = encoders.create(spec, config.style, depth=config.depth)

@@ -8,6 +8,11 @@ hidden pixels.
 Follows microsoft/SimMIM, the target normalised by a sliding window microsoft/Swin-Transformer. Its
 ViT is BEiT's: one relative-position table shared by all blocks, layer scale 0.1, no absolute
 positions; its class token is carried along without a loss of its own. Departures:
+- three defaults, since the published ones learn little at small width in few steps; PUBLISHED has
+  those. Tables of relative positions have 20 times the rate (`rel_pos_rate`) and are not decayed
+  (`rel_pos_decay`), a Swin's, too. A ViT's blocks and patch embedding start as MAE's (`init:
+  xavier`); a Swin keeps its own initial weights whatever `init` says. Why: methods/beitv2.py, whose
+  encoder is the same;
 - masks are pure functions of seed, step and sample; the official ones come from the loader's numpy
   generators;
 - ceil(mask_ratio * units) is taken in exact arithmetic instead of floats;
@@ -49,6 +54,9 @@ PUBLISHED = {
     "batch_size": 2048,
     "mask_ratio": 0.6,
     "mask_unit": 32,
+    "init": "published",
+    "rel_pos_rate": 1.0,
+    "rel_pos_decay": True,
     "crop_min": 0.67,
     "lr": 0.0002,
     "lr_per": 512,
@@ -63,13 +71,12 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.SizedCrop):
+class Config(checks.Optimiser, checks.SizedCrop, checks.BeitEncoder):
     mask_ratio: float = 0.6  # share of the units that is hidden, rounded up
     mask_unit: int | None = None  # side of a unit in pixels; None: a quarter of the image's
     masked_only: bool = True  # loss over hidden pixels; False: over all
     local_norm: int | None = None  # side of the window that normalises the target; None: raw pixels
     final_norm: bool = True  # the encoder's last norm stands before the head
-    layer_scale: float = 0.1  # of a ViT
     drop_path: float = 0.0
     crop_min: float = 0.67
     lr_per: int | None = 512
@@ -81,7 +88,6 @@ class Config(checks.Optimiser, checks.SizedCrop):
         checks.within(self, "(0, 1)", "mask_ratio")
         checks.within(self, "[1, inf)", "mask_unit")
         checks.within(self, "[0, 1)", "drop_path")
-        checks.within(self, "[0, inf)", "layer_scale")
         if self.local_norm is not None and (self.local_norm < 3 or self.local_norm % 2 == 0):
             raise ValueError(
                 f"local_norm: found {self.local_norm}, expected an odd number of pixels from 3"
@@ -113,9 +119,8 @@ class Method(nn.Module):
         self.units = spec.image_size // unit  # per side
         self.cell = unit // self.patch  # patches per side of a unit
         self.count = checks.unit_count(self.units**2, config.mask_ratio)
-        self.encoder = encoders.create(
-            spec, "beit", drop_path=config.drop_path, layer_scale=config.layer_scale
-        )
+        how = {"init": config.init, "layer_scale": config.layer_scale}
+        self.encoder = encoders.create(spec, "beit", drop_path=config.drop_path, **how)
         self.encoder.norm.requires_grad_(config.final_norm)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.embed_dim))
         # the head has torch's initial weights
@@ -125,13 +130,19 @@ class Method(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-cut, b=cut)
 
     def no_weight_decay(self) -> set[str]:
-        """Besides one-dimensional parameters. As run officially, a ViT's mask token and all
-        relative-position tables are decayed; a Swin's mask token is not, nor are a ViT's class
-        token and its absolute positions, where it has any.
+        """Besides one-dimensional parameters. As run officially, a ViT's mask token is decayed, a
+        Swin's is not, nor are a ViT's class token and its absolute positions, where it has any.
+        Tables of relative positions, which are decayed officially, are with `rel_pos_decay`.
         """
-        if self.staged:
-            return {"mask_token"}
-        return {f"encoder.{name}" for name in encoders.embeddings(self.encoder)}
+        names = set() if self.staged else encoders.embeddings(self.encoder)
+        if not self.config.rel_pos_decay:
+            names |= encoders.relative_positions(self.encoder)
+        return {f"encoder.{name}" for name in names} | ({"mask_token"} if self.staged else set())
+
+    def rates(self) -> dict[str, float]:
+        """Factors of learning rates: of the tables of relative positions."""
+        tables = encoders.relative_positions(self.encoder)
+        return {f"encoder.{name}": self.config.rel_pos_rate for name in tables}
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
         """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean absolute error of (hidden) normalised

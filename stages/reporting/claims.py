@@ -72,6 +72,7 @@ def warnings(
         *_images_seen(racing, costs),
         *_different(racing, jobs),
         *_untrained(rows, racing, tasks, cells),
+        *_tokenizers(jobs),
         *_machines(jobs),
     ]
 
@@ -161,6 +162,14 @@ def _untrained(
                 f"{', '.join(low)}: at or below the untrained encoder's {task.show(floor)} "
                 f"{task.unit}. Trained too short, badly tuned, or not suited to these images.",
             )
+
+
+def _tokenizers(jobs: Jobs) -> Iterator[Remark]:
+    """What the stage noted of targets without failing them."""
+    for id, folder in jobs.folders.items():
+        if id.startswith("target/"):
+            for note in results.read(folder / "health.json").get("notes", []):
+                yield f"The tokenizer {id.removeprefix('target/')}", note
 
 
 def _machines(jobs: Jobs) -> Iterator[Remark]:

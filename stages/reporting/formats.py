@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.kit.durations import duration
+from workflow.durations import duration
 
 NOTHING = "–"
 

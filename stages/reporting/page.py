@@ -7,8 +7,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages.reporting import charts, claims, colours, lineage, pictures, results, stats
+from stages.reporting import charts, claims, colours, lineage, pictures, results, stats, tokens
 from stages.reporting.results import Cell, Jobs, Row, Task
+from stages.reporting.sentence import sentence
 
 TARGETS = 2  # the colour of targets' charts
 
@@ -31,6 +32,7 @@ def gather(params: dict, folders: Mapping[str, Path]) -> dict:
         **{name: svg for id in targets for name, svg in target_charts(id, jobs).items()},
     }
     count = max(len(rows), len(colours.LIGHT))
+    encoders = {name: results.encoder(row, jobs) for name, row in rows.items()}
     return {
         "experiment": params["experiment"],
         "rows": rows,
@@ -38,7 +40,8 @@ def gather(params: dict, folders: Mapping[str, Path]) -> dict:
         "cells": cells,
         "verdicts": verdicts,
         "costs": costs,
-        "encoders": {name: results.encoder(row, jobs) for name, row in rows.items()},
+        "encoders": encoders,
+        "sentence": sentence(rows, tasks, cells, encoders),
         "headline": claims.headline(tasks, verdicts),
         "racing": racing,
         "contrasted": params["contrasts"],
@@ -211,7 +214,9 @@ def target(id: str, jobs: Jobs) -> dict:
         "kind": about.get("kind", manifest.params["target"]["kind"]),
         "labels": bool(about.get("labels")),
         "numbers": {key: value for key, value in health.items() if is_number(value)},
+        "tokens": tokens.said(health.get("tokens", {})),
         "problems": health.get("problems", []),
+        "notes": health.get("notes", []),
         "seconds": manifest.seconds,
         "images": manifest.summary.get("images_seen"),
         "pictures": pictures.pictures(folder),

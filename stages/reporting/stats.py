@@ -139,7 +139,9 @@ class Contrast:
         return above or below
 
 
-def contrast(of: Sequence[Scores], against: Sequence[Scores]) -> Contrast | None:
+def contrast(
+    of: Sequence[Scores], against: Sequence[Scores], level: float = LEVEL
+) -> Contrast | None:
     """Mean score of the runs `of` minus that of the runs `against`, paired by seed and by image;
     None without a common seed.
 
@@ -150,7 +152,8 @@ def contrast(of: Sequence[Scores], against: Sequence[Scores]) -> Contrast | None
     if not common:
         return None
     seeds = t_interval(
-        [_mean(s.scores[k] for s in of) - _mean(s.scores[k] for s in against) for k in common]
+        [_mean(s.scores[k] for s in of) - _mean(s.scores[k] for s in against) for k in common],
+        level,
     )
     sides = [
         [scores.images[k] for scores in side for k in common if k in scores.images]
@@ -162,7 +165,8 @@ def contrast(of: Sequence[Scores], against: Sequence[Scores]) -> Contrast | None
     )
     if not complete or len({len(images) for found in sides for images in found}) != 1:
         return Contrast(seeds, None)
-    return Contrast(seeds, t_interval(np.mean(sides[0], axis=0) - np.mean(sides[1], axis=0)))
+    change = np.mean(sides[0], axis=0) - np.mean(sides[1], axis=0)
+    return Contrast(seeds, t_interval(change, level))
 
 
 def _mean(values) -> float:

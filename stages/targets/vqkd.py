@@ -40,8 +40,7 @@ from stages.kit.data.views import View
 from stages.kit.eager import eager
 from stages.kit.nets import encoders
 from stages.kit.nets.init import scale_by_depth
-from stages.kit.nets.patches import patchify
-from stages.kit.nets.pictures import colour_codes, contact_sheet
+from stages.kit.parts import codes
 from stages.kit.parts import health as measure
 from stages.kit.parts.quantize import Codebook, Learner
 from workflow import checks
@@ -70,8 +69,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.Crop):
-    codes: int = 512
+class Config(checks.Optimiser, checks.Crop, checks.Codes):
     code_dim: int = 16
     encoder_depth: int | None = None  # blocks; None: as many as the student
     decoder_depth: int = 1  # deeper rebuilds better and uses fewer codes (ablation in the paper)
@@ -80,8 +78,6 @@ class Config(checks.Optimiser, checks.Crop):
     kmeans_after: float = 0.2  # share of the training before k-means, without quantisation
     vectors_per_code: int = 10  # that k-means waits for
     reseed: int = 0  # steps without a hit after which a code restarts; 0: never, as published
-    min_usage: float = 0.2  # of the codes, over the validation images; below, the stage fails
-    min_perplexity: float = 0.05  # as a share of the codes
     lr: float = 1e-3
     min_lr: float = 1e-5
     warmup: float = 0.1
@@ -90,11 +86,11 @@ class Config(checks.Optimiser, checks.Crop):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.within(self, "[2, inf)", "codes", "code_dim")
+        checks.within(self, "[2, inf)", "code_dim")
         checks.within(self, "[1, inf)", "decoder_depth", "vectors_per_code", "encoder_depth")
         checks.within(self, "[0, inf)", "reseed")
         checks.within(self, "[0, 1)", "decay")
-        checks.within(self, "[0, 1]", "min_usage", "min_perplexity", "kmeans_after")
+        checks.within(self, "[0, 1]", "kmeans_after")
 
 
 def views(config: Config, spec) -> dict[str, View]:
@@ -106,7 +102,7 @@ class Target(targets.Target):
 
     def __init__(self, config: Config, spec):
         super().__init__()
-        self.spec, self.codes = spec, config.codes
+        self.spec = spec
         self.sizes = {"ids": config.codes, "logits": config.codes}
         depth = spec.model.depth if config.encoder_depth is None else config.encoder_depth
         self.encoder = _transformer(spec, depth=depth)
@@ -247,62 +243,21 @@ def _normal(layer: nn.Linear) -> None:
 
 def health(target: Target, images, config: Config) -> dict:
     """Over the validation images: usage (share of the codes that were hit), perplexity, counts."""
-    counts = torch.zeros(target.codes, dtype=torch.int64)
-    for batch in images:
-        ids = target(batch, "ids")["ids"].flatten().cpu()
-        counts += torch.bincount(ids, minlength=target.codes)
-    used, spread = measure.usage(counts), float(measure.perplexity(counts))
-    possible = min(target.codes, int(counts.sum()))
     advice = (
         "Fewer codes or a smaller code_dim, decoder_depth 1, more or more varied images and longer "
         "training all raise it; so may `reseed` (steps; not published)."
     )
-    problems = []
-    if used < config.min_usage:
-        problems.append(
-            f"the codebook has collapsed: {used:.1%} of {possible} codes are used, expected at "
-            f"least {config.min_usage:.0%} (min_usage). {advice}"
-        )
-    if spread < config.min_perplexity * possible:
-        problems.append(
-            f"a few codes take almost all patches: perplexity {spread:.1f} of {possible}, expected "
-            f"at least {config.min_perplexity * possible:.1f} (min_perplexity "
-            f"{config.min_perplexity:g}). {advice}"
-        )
+    found = codes.health(target, images, config, advice)
     cosine = float(target.reconstruction)
     if not math.isfinite(cosine):
-        problems.append(f"the reconstruction is not finite ({cosine}); lower lr")
-    return {
-        "usage": used,
-        "perplexity": spread,
-        "codes": target.codes,
-        "tokens": int(counts.sum()),
-        "train_reconstruction_cosine": cosine,
-        "counts": counts.tolist(),
-        "problems": problems,
-    }
+        found["problems"].append(f"the reconstruction is not finite ({cosine}); lower lr")
+    return found | {"train_reconstruction_cosine": cosine}
 
 
 @torch.no_grad()
 def pictures(target: Target, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """code_map: images | their codes, a colour each. codebook: the codes that are used most here,
-    each with a row of the patches that are nearest to it.
-    """
+    """code_map and codebook of kit/parts/codes.py; near is a large cosine."""
     u = target.encode(images)
     ids = target.codebook.assign(u)
-    patch = target.spec.patch
-    maps = colour_codes(ids, images.shape[-1])
-    cosine = (u * target.codebook.vectors[ids]).sum(dim=-1).flatten()
-    patches = patchify(images, patch).unflatten(2, (patch, patch, 3))
-    patches = patches.flatten(0, 1).permute(0, 3, 1, 2)
-    counts = torch.bincount(ids.flatten(), minlength=target.codes)
-    rows = []
-    for code in counts.argsort(descending=True, stable=True)[:12].tolist():
-        mine = (ids.flatten() == code).nonzero()[:, 0]
-        best = mine[cosine[mine].argsort(descending=True, stable=True)][:12]
-        blank = torch.ones(12 - len(best), *patches.shape[1:], device=patches.device)
-        rows.append(torch.cat([patches[best], blank]))
-    return {
-        "code_map": contact_sheet([images, maps]),
-        "codebook": contact_sheet(list(torch.stack(rows, 1)), side=32),
-    }
+    cosine = (u * target.codebook.vectors[ids]).sum(dim=-1)
+    return codes.pictures(images, ids, cosine, target.spec.stride)

@@ -18,9 +18,10 @@ from pathlib import Path
 from workflow.manifest import Manifest
 from workflow.params import Experiment, Params, messages, read
 from workflow.plan import digest
+from workflow.plan.doubts import doubts
 from workflow.plan.job import Job
 from workflow.plan.jobs import jobs
-from workflow.plan.lacks import lacks
+from workflow.plan.lacks import lacks, splits
 from workflow.plugins import ROOT, ParamsError, nearest
 
 __all__ = ["Job", "Plan", "load"]
@@ -35,6 +36,7 @@ class Plan:
         self.experiment: str = experiment.params.experiment
         self.compute: dict = experiment.params.compute.model_dump()
         self.runs = experiment.runs
+        self._experiment = experiment
         self.jobs: dict[str, Job] = {}
         files = digest.Files(root)
         for job in jobs(experiment, results, params_file, root, files):
@@ -42,13 +44,24 @@ class Plan:
             inputs = {role: self.jobs[id].fingerprint for role, id in job.inputs.items()}
             fingerprint = digest.of_job(job.stage, job.params, job.places, hashes, inputs)
             self.jobs[job.id] = replace(job, fingerprint=fingerprint, hashes=hashes)
-        made = {
-            job.name: job.output
-            for job in self.jobs.values()
-            if job.stage == "data" and self.fresh(job.id)
-        }
-        if problems := lacks(experiment, made):
+        if problems := lacks(experiment, self._made()):
             raise ParamsError(messages.listing(str(params_file), problems))
+
+    def doubts(self, made: dict[str, Path] | None = None) -> list[str]:
+        """What is still to run, but will hardly succeed; one sentence each.
+
+        made: name of a data set -> its folder; None: those that are up to date.
+        """
+        found = {
+            name: splits(folder).get("train", {}).get("count", 0)
+            for name, folder in (self._made() if made is None else made).items()
+        }
+        return doubts(self._experiment, found, {id for id in self.jobs if not self.fresh(id)})
+
+    def _made(self) -> dict[str, Path]:
+        """The folders of the data sets that are up to date, by name."""
+        data = (job for job in self.jobs.values() if job.stage == "data")
+        return {job.name: job.output for job in data if self.fresh(job.id)}
 
     def job(self, id: str) -> Job:
         """The job called `id`; ParamsError with the nearest name if there is none."""
@@ -65,17 +78,26 @@ class Plan:
         """The manifest in a job's output folder; None if there is none."""
         return Manifest.read(self.job(id).manifest)
 
-    def finished(self, id: str, **made) -> Manifest:
-        """The manifest that says that a job was done by this plan; `made`: what else it holds."""
-        job = self.job(id)
-        inputs = {
+    def given(self, id: str) -> dict[str, dict[str, str]]:
+        """What a job is made from, as its manifest says it: role -> job, fingerprint, content."""
+        return {
             role: {
                 "job": above,
                 "fingerprint": self.jobs[above].fingerprint,
                 "content": self.content(above),
             }
-            for role, above in job.inputs.items()
+            for role, above in self.job(id).inputs.items()
         }
+
+    def finished(self, id: str, given: dict | None = None, **made) -> Manifest:
+        """The manifest that says that a job was done by this plan; `made`: what else it holds.
+
+        given: what `given` said when the job began. What differs since is of unknown content.
+        """
+        job, inputs = self.job(id), self.given(id)
+        for role, now in inputs.items():
+            if given is not None and given[role] != now:
+                now["content"] = ""
         return Manifest(
             job=id,
             stage=job.stage,

@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.check and (why := outside(plan)):
         print(why, file=sys.stderr)
         return 1
+    for text in plan.doubts():
+        print(f"warning: {text}", file=sys.stderr)
     ours = (args.params, args.results) == DEFAULT
     if ours:
         set_aside(plan)

@@ -17,8 +17,8 @@ def lacks(experiment: Experiment, made: dict[str, Path]) -> list[str]:
 
     made: name of a data set -> its folder, of those that are up to date.
     """
-    splits = {name: found for name, folder in made.items() if (found := _splits(folder))}
-    found = [text for run in experiment.runs.values() for text in _of_run(run, splits)]
+    known = {name: found for name, folder in made.items() if (found := splits(folder))}
+    found = [text for run in experiment.runs.values() for text in _of_run(run, known)]
     return list(dict.fromkeys(found))
 
 
@@ -41,7 +41,8 @@ def _of_run(run: Student, splits: dict[str, dict]) -> Iterator[str]:
                 )
 
 
-def _splits(folder: Path) -> dict:
+def splits(folder: Path) -> dict:
+    """What data.json in the folder of a data set says of its splits; {} if that is not known."""
     try:
         found = json.loads((folder / "data.json").read_text(encoding="utf-8"))["splits"]
         return found if isinstance(found, dict) else {}

@@ -32,6 +32,8 @@ if workflow.is_main_process:
     OWNED = own(Path(".snakemake"))  # held until this process ends
     reconcile(plan)
     set_aside(plan)
+    for text in plan.doubts():
+        print(f"warning: {text}", file=sys.stderr)
     if DEFAULT:
         follow(plan)
     if workflow.nodes is not None:  # a cluster

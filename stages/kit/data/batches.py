@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from stages.kit.data.loader import Batches
 from stages.kit.spec import Spec
 
 SHOWN = 8  # validation images in the pictures
+MOST = 256  # images at a time, of those that are only looked at
 
 
 def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> Batches:
@@ -45,8 +47,21 @@ def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> 
     )
 
 
+def training_images(run, module, config, spec: Spec, data: Path, seed: int) -> Iterator:
+    """Every training image once, in a random order, as "view" of the plug-in's `views` shows it.
+
+    Batches (b,3,H,W) in [0,1] on the run's device; the same on every process.
+    """
+    split = store.Split.open(data, "train")
+    size = min(run.job.params["train"]["batch_size"], MOST, len(split))
+    views, workers = module.views(config, spec), run.compute["workers"]
+    batches = Batches(split, views, size, seed, workers=workers, drop_last=False)
+    for (batch,) in batches.stream(0, batches.steps_per_epoch):
+        yield batch["view"].to(run.device)
+
+
 class Subset:
-    """Some rows of a split, as the loader reads one: for training on labelled images alone."""
+    """Some rows of a split, as the loader reads one."""
 
     images = None  # so that the loader asks for one image at a time
 
@@ -58,6 +73,9 @@ class Subset:
 
     def decode(self, i: int) -> np.ndarray:
         return self.split.decode(self.rows[i])
+
+    def square(self, indices, size: int, crop: float = 1.0) -> torch.Tensor:
+        return self.split.square([self.rows[i] for i in indices], size, crop)
 
 
 def held_out(data: Path) -> store.Split:

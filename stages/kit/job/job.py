@@ -30,6 +30,7 @@ from stages.kit.job.process import barrier, rank, set_threads, terminable, threa
 from stages.kit.job.provenance import environment, git_state, peak_mb
 from stages.kit.job.takeover import facts, restored
 from stages.kit.job.track import tracked
+from workflow import progress
 from workflow.engines import dvc
 from workflow.files import JobError, disk_full, is_full, sha256, write_atomic, write_json
 from workflow.manifest import Manifest
@@ -45,7 +46,8 @@ class Run:
 
     out: the output folder; work: the folder for checkpoints; compute: the section of params.yaml;
     summary: a few numbers for the manifest and for the line that is printed at the end; content:
-    {path: hash} of the outputs -> what of them the jobs below may read, as JSON.
+    {path: hash} of the outputs -> what of them the jobs below may read, as JSON; given: its inputs
+    as they were when it began.
     """
 
     job: Job
@@ -55,6 +57,7 @@ class Run:
     compute: dict
     summary: dict = field(default_factory=dict)
     content: Callable[[dict[str, str]], object] = dict
+    given: dict = field(default_factory=dict)
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @cached_property
@@ -106,6 +109,7 @@ def running(job: Job, plan: Plan):
             with _told_if_full(run.work):
                 _clear(job.output)
                 run.work.mkdir(parents=True, exist_ok=True)
+            held.enter_context(progress.shown(run.work, job.id))
         barrier()
         set_threads(run.compute["threads"])
         if main:
@@ -122,7 +126,6 @@ def take_over(job: Job, plan: Plan) -> bool:
 
     Else its output folder is as it was, or empty. One process does it, before others are started.
     """
-    clock = time.monotonic()
     if world() > 1:
         return False
     with contextlib.ExitStack() as held:
@@ -139,15 +142,16 @@ def take_over(job: Job, plan: Plan) -> bool:
                 return False
             run.work.mkdir(parents=True, exist_ok=True)
             with tracked(run):
-                _done(run, plan.finished(job.id, **facts(old)))
-    spent = f"({time.monotonic() - clock:.1f} s)"
-    print(f"{job.id}: taken over: same content as {old.fingerprint[:12]} {spent}", flush=True)
+                manifest = plan.finished(job.id, run.given, **facts(old))
+                _done(run, manifest)
+    print(manifest.line, flush=True)
     return True
 
 
 def _run(job: Job, plan: Plan, held: contextlib.ExitStack) -> Run:
     work = plan.results.parent / "work" / job.fingerprint
-    return Run(job, plan, job.output, work, dict(plan.compute), _held=held)
+    given = plan.given(job.id)
+    return Run(job, plan, job.output, work, dict(plan.compute), given=given, _held=held)
 
 
 def _finish(run: Run, began: datetime, wall: float) -> None:
@@ -157,6 +161,7 @@ def _finish(run: Run, began: datetime, wall: float) -> None:
     outputs = {path.relative_to(out).as_posix(): sha256(path) for path in files}
     manifest = run.plan.finished(
         job.id,
+        run.given,
         outputs=outputs,
         content=of_value(run.content(outputs)),
         environment=environment(),
@@ -169,10 +174,7 @@ def _finish(run: Run, began: datetime, wall: float) -> None:
         created=began.isoformat(timespec="seconds"),
     )
     _done(run, manifest)
-    numbers = {k: v for k, v in run.summary.items() if not isinstance(v, (dict, list))}
-    shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items()]
-    spent = f"({wall:.1f} s, {manifest.peak_memory_mb} MB)"
-    print(" ".join([f"{job.id}:", *shown, spent]), flush=True)
+    print(manifest.line, flush=True)
 
 
 def _done(run: Run, manifest: Manifest) -> None:

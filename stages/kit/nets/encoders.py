@@ -32,13 +32,20 @@ from workflow import plugins
 
 
 def create(
-    spec, style: str = "timm", *, drop_path: float = 0.0, layer_scale=None, **kw
+    spec,
+    style: str = "timm",
+    *,
+    drop_path: float = 0.0,
+    layer_scale=None,
+    init: str = "published",
+    **kw,
 ) -> nn.Module:
     """A fresh encoder without a head for `spec` (kit/spec.py).
 
     style: "timm", "sincos" or "beit", see stages/encoders. drop_path rises linearly over the blocks
-    to this; layer_scale None: the style's own. `kw` goes to timm. ValueError names the key of
-    `model` at fault.
+    to this; layer_scale None: the style's own. init: of style "beit" alone, see checks.BeitStart;
+    a family without `start` has one kind of weights. `kw` goes to timm. ValueError names the key
+    of `model` at fault.
     """
     if style not in spec.model.styles:
         expected = " or ".join(map(repr, spec.model.styles))
@@ -46,6 +53,8 @@ def create(
     family = plugins.module("encoder", spec.kind)
     encoder = family.create(spec, style, drop_path=drop_path, layer_scale=layer_scale, **kw)
     encoder.family = spec.kind
+    if style == "beit" and init != "published" and hasattr(family, "start"):
+        family.start(encoder, init)
     return encoder
 
 
@@ -159,6 +168,14 @@ def embeddings(encoder: nn.Module) -> set[str]:
     """
     names = ("cls_token", "pos_embed")
     return {name for name in names if getattr(encoder, name, None) is not None}
+
+
+def relative_positions(encoder: nn.Module) -> set[str]:
+    """Names of the encoder's tables of relative positions: a Beit's, which its blocks share or have
+    each, or one in each block of a Swin. A SwinV2 has none: a network computes its positions.
+    """
+    table = "relative_position_bias_table"
+    return {name for name, _ in encoder.named_parameters() if name.split(".")[-1] == table}
 
 
 def features(

@@ -35,6 +35,32 @@ def trunc_init(module: nn.Module, std: float = 0.02, cut: float = 0.02) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+def beit_init(blocks: nn.Module, width: int, how: str, first: int = 1) -> None:
+    """Weights of BEiT's blocks, of which the first is number `first`, for encoders of any `width`.
+
+    The published deviation 0.02, cut there, was made for 768 channels. how "width": deviation and
+    cut are 0.02 * sqrt(768 / width), so that a layer's outputs have the size that they have there;
+    outputs are divided by sqrt(2 n), as published. "xavier": MAE's, which follow the width by
+    themselves and are not divided.
+    """
+    if how == "xavier":
+        xavier_init(blocks)
+        return
+    trunc_init(blocks, beit_std(width), beit_std(width))
+    scale_by_depth(blocks, first)
+
+
+def beit_std(width: int) -> float:
+    """BEiT's deviation of 0.02 at 768 channels, for another width."""
+    return 0.02 * math.sqrt(768 / width)
+
+
+def xavier_patches(projection: nn.Conv2d) -> None:
+    """Xavier-uniform weights of a patch embedding, as the linear layer that it is."""
+    weight = projection.weight
+    nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+
+
 @torch.no_grad()
 def scale_by_depth(blocks, first: int = 1) -> None:
     """Divides both output projections of block n, counted from `first`, by sqrt(2 n), as BEiT's
@@ -48,8 +74,7 @@ def scale_by_depth(blocks, first: int = 1) -> None:
 def sincos_init(encoder: nn.Module) -> None:
     """Gives a timm ViT MAE's initial weights and fixed sin-cos positions, zero for the prefix."""
     xavier_init(encoder.blocks)
-    projection = encoder.patch_embed.proj.weight  # as the linear layer that it is
-    nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
+    xavier_patches(encoder.patch_embed.proj)
     for token in (encoder.cls_token, encoder.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)

@@ -31,6 +31,8 @@ class Target(nn.Module):
     """
 
     render = None  # or a method (features (B,N,D), images) -> pictures (B,3,H,W) in [0,1]
+    # or another target (Frozen) that it looks through. It moves along, and is saved beside it.
+    upstream = None
 
     def __init__(self):
         super().__init__()
@@ -39,6 +41,11 @@ class Target(nn.Module):
 
     def train(self, mode: bool = True) -> Target:
         return super().train(False)
+
+    def _apply(self, fn, recurse: bool = True) -> Target:  # what `to` calls
+        if self.upstream is not None:
+            self.upstream.open._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def look(self, images: torch.Tensor, wanted: set[str], norm: bool, layers: tuple) -> dict:
         """`forward` without its checks; it may give more than is wanted."""

@@ -31,8 +31,9 @@ from stages.kit.nets import encoders
 from stages.kit.nets.masks import hidden_ids, take
 from stages.kit.nets.pictures import colour_codes, contact_sheet, paint, windows
 from stages.kit.parts.collapse import Watch
-from stages.kit.parts.prototypes import Centre, cross_entropy
+from stages.kit.parts.prototypes import cross_entropy
 from stages.kit.parts.selfdistil import SelfDistillation, feature_columns
+from stages.kit.parts.sinkhorn import centring
 
 
 class MaskedSelfDistillation(SelfDistillation):
@@ -45,7 +46,7 @@ class MaskedSelfDistillation(SelfDistillation):
         super().__init__(config, spec, patch_layer=not config.shared_head)
         self.most = most
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.embed_dim))  # the student's
-        self.patch_centre = Centre(config.prototypes, config.centre_momentum)
+        self.patch_centre = centring(config)
         watched = (config.prototypes, config.min_information, "assignments of patches")
         self.patch_watch = Watch(*watched)
         # a layer that no loss trains need not depend on the image
@@ -96,14 +97,15 @@ class MaskedSelfDistillation(SelfDistillation):
         the least that it can be, the teacher's mean entropy at hidden patches).
 
         The loss is the cross entropy at hidden patches, averaged within each view, then over all
-        views; a view without any counts as 0. All patches count for the centre.
+        views; a view without any counts as 0. All patches count for the centre, with Sinkhorn the
+        hidden ones.
         """
         self.patch_centre.count(teacher)
         ids = hidden_ids(mask, self.most)  # hidden ones first; others, if any, weigh nothing
         hidden = mask.gather(1, ids).float()
         weight = hidden / hidden.sum(dim=1, keepdim=True).clamp(min=1) / len(mask)
         temperature = progress.scheduled(partial(self.temperature, end="patch_temp_end"))
-        assigned = self.patch_centre.sharpen(take(teacher, ids), temperature)
+        assigned = self.patch_centre.assign(take(teacher, ids), temperature, hidden)
         self.patch_watch.count(assigned)
         student = self.student.patch_logits(take(tokens, ids))
         loss = cross_entropy(student, assigned, self.config.student_temp)  # (V,n)

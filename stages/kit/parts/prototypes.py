@@ -93,6 +93,15 @@ class Centre(nn.Module):
             self.value.lerp_(sums[:-1] / sums[-1], 1 - self.momentum)
             self._sum = None
 
+    def assign(
+        self, logits: Tensor, temperature: float | Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """The teacher's distributions for a batch in training; here those of `sharpen`.
+
+        weight: which rows count, where the batch itself is looked at (kit/parts/sinkhorn.py).
+        """
+        return self.sharpen(logits, temperature)
+
     def sharpen(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
         """The teacher's distribution softmax((logits - centre) / temperature), without gradient."""
         return ((logits.detach().float() - self.value) / temperature).softmax(dim=-1)

@@ -35,7 +35,8 @@ from stages.kit.nets import ema, encoders
 from stages.kit.nets.pictures import principal_colours
 from stages.kit.nets.target import Target, UnitRange
 from stages.kit.parts.collapse import Watch
-from stages.kit.parts.prototypes import Centre, Head, Prototypes, multi_view_loss
+from stages.kit.parts.prototypes import Head, Prototypes, multi_view_loss
+from stages.kit.parts.sinkhorn import REASON, centring
 from stages.kit.train import schedule
 
 GLOBAL = ("global1", "global2")  # the large views
@@ -105,7 +106,7 @@ class MomentumTeacher(Network, Target):
     def __init__(self, config, spec, patch_layer: bool = False):
         super().__init__(config, spec, patch_layer)
         self._in_range = UnitRange("teacher")
-        self.centre = Centre(config.prototypes, config.centre_momentum)
+        self.centre = centring(config)
         width, heads = self.encoder.embed_dim, self.encoder.blocks[-1].attn.num_heads
         self.sizes = {"patch": width, "cls": width, "attention": heads}
         self.requires_grad_(False).eval()
@@ -140,6 +141,8 @@ class SelfDistillation(nn.Module):
         self.teacher = MomentumTeacher(config, spec, patch_layer)
         self.teacher.follow(self.student, momentum=0.0)  # starts as a copy
         self.watch = Watch(config.prototypes, config.min_information, "assignments of class tokens")
+        if config.centring == "sinkhorn":
+            self.whole_batch = REASON
 
     @property
     def encoder(self) -> nn.Module:
@@ -169,7 +172,7 @@ class SelfDistillation(nn.Module):
         The loss is over these and the local views of the batch. The teacher's logits are counted
         for the centre, which moves after the step.
         """
-        assigned = self.teacher.centre.sharpen(teacher, progress.scheduled(self.temperature))
+        assigned = self.teacher.centre.assign(teacher, progress.scheduled(self.temperature))
         self.teacher.centre.count(teacher)
         self.watch.count(assigned)
         local = [batch[name] for name in batch if name.startswith("local") and "." not in name]

@@ -1,22 +1,25 @@
 """What a person sees of a running training: a bar on a terminal, else a line every ten seconds,
-both on stderr.
+both on stderr, and a record for `python -m workflow.watch`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
-from stages.kit.durations import duration
+from workflow import progress
+from workflow.durations import duration
 
 INTERVAL = 10.0  # seconds between lines when stderr is a file
+NOTED = 2.0  # seconds between records
 
 
 class Display:
     """Shows step, loss, images/s, time left, and FLOP/s (with the share of the device's matrix rate
-    where that is known).
+    where that is known). `work`: the job's work folder, for the record.
     """
 
     def __init__(
@@ -27,11 +30,13 @@ class Display:
         images_per_step: int,
         peak: float | None,
         shown: bool = True,
+        work: Path | None = None,
     ):
         self.label, self.steps, self.images = label, steps, images_per_step
-        self.peak, self.shown = peak, shown
+        self.peak, self.shown, self.work = peak, shown, work
         self.flops_per_image = 0.0
-        self._window = (time.perf_counter(), start)
+        self._window = self._noted = (time.perf_counter(), start)
+        self._rate: float | None = None
         self.bar = None
         if shown and sys.stderr.isatty():
             self.bar = tqdm(
@@ -48,6 +53,7 @@ class Display:
         if not self.shown:
             return
         now = time.perf_counter()
+        self._note(done, loss, now)
         since, first = self._window
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
@@ -61,6 +67,17 @@ class Display:
                 facts.append(f"{duration((self.steps - done) / rate)} left")
             print(f"{self.label}: " + ", ".join(facts), file=sys.stderr, flush=True)
             self._window = (now, done)
+
+    def _note(self, done: int, loss: float | None, now: float) -> None:
+        since, first = self._noted
+        if self.work is None or (now - since < NOTED and done < self.steps):
+            return
+        rate = max(done - first, 1e-9) / max(now - since, 1e-9)  # steps/s
+        if self._rate is not None:  # a few seconds alone would let the time left jump
+            rate = 0.8 * self._rate + 0.2 * rate
+        facts = {"step": done, "steps": self.steps, "images_per_s": rate * self.images}
+        progress.note(self.work, **facts, left_s=(self.steps - done) / rate, loss=loss)
+        self._noted, self._rate = (now, done), rate
 
     def close(self) -> None:
         if self.bar is not None:

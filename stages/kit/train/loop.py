@@ -90,8 +90,9 @@ class _Fit:
     def steps_from(self, start: int, stepper: nn.Module, signals: Signals) -> None:
         """All steps from `start` to the end."""
         recipe, every = self.recipe, max(1, -(-self.recipe.steps // ROWS))
+        work = Path(self.run.work)
         display = Display(
-            self.run.job.id, recipe.steps, start, recipe.batch_size, self.peak, dist.is_main()
+            self.run.job.id, recipe.steps, start, recipe.batch_size, self.peak, dist.is_main(), work
         )
         stream = self.batches.stream(start, recipe.steps)
         with contextlib.closing(stream), contextlib.closing(display):

@@ -7,24 +7,30 @@ import re
 import torch
 from torch import nn
 
+from workflow.plugins import did_you_mean
+
 
 def groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """One group with weight decay, one without (biases, norms, other 1-d tensors, names in
     `module.no_weight_decay()`): [{"params", "weight_decay", "lr_scale": 1.0}, ...].
 
-    Frozen parameters are left out, and so is an empty group. A parameter with two names is taken
-    once, under its first name.
+    `module.rates()`, if there is one, gives {name: factor of its learning rate}; those parameters
+    have groups of their own, behind these two. AdamW decays a parameter by its own rate times
+    `weight_decay`. Frozen parameters are left out, and so is an empty group. A parameter with two
+    names is taken once, under its first name. ValueError for a rate of a parameter that is not
+    there.
     """
-    exempt = _exempt(module)
-    decayed, plain = [], []
+    exempt, rates = _exempt(module), _rates(module)
+    found: dict[tuple[float, bool], list] = {(1.0, False): [], (1.0, True): []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
-    found = [
-        {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
+            plain = parameter.ndim <= 1 or name in exempt
+            found.setdefault((rates.get(name, 1.0), plain), []).append(parameter)
+    return [
+        {"params": some, "weight_decay": 0.0 if plain else weight_decay, "lr_scale": rate}
+        for (rate, plain), some in found.items()
+        if some
     ]
-    return [group for group in found if group["params"]]
 
 
 def layer_decay_groups(
@@ -138,3 +144,15 @@ def clip(parameters: list[nn.Parameter], limit: float | None, mode: str = "globa
 
 def _exempt(module: nn.Module) -> set[str]:
     return set(module.no_weight_decay()) if hasattr(module, "no_weight_decay") else set()
+
+
+def _rates(module: nn.Module) -> dict[str, float]:
+    """Factors of `module.rates()` by the parameters' names, all of which exist."""
+    rates = dict(module.rates()) if hasattr(module, "rates") else {}
+    known = {name for name, _ in module.named_parameters()}
+    if unknown := sorted(rates.keys() - known):
+        raise ValueError(
+            f"rates: found {unknown[0]!r}, expected the name of a parameter"
+            f"{did_you_mean(unknown[0], sorted(known))}"
+        )
+    return rates
