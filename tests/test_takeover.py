@@ -14,8 +14,10 @@ from conftest import tiny_content, write_params
 from PIL import Image
 
 from stages import data, pretrain, transfer
+from stages.kit.data import store
 from stages.kit.job import job as jobs
 from stages.kit.job.job import running, take_over, write_atomic
+from stages.tasks import Trial
 from tests.lab import PARAMS, Lab
 from tests.plans import editable, edited, plan_of
 from workflow.plan import kept, load
@@ -124,6 +126,25 @@ def test_other_content_above_is_never_taken_over(made, tmp_path):
     newer = plan_of(tmp_path, data__seed=2)
     kept.set_aside(newer)
     assert not take_over(newer.jobs[MAE], newer), "its data set has not been made yet"
+
+
+def test_what_was_read_while_it_was_replaced_is_never_taken_over(tmp_path):
+    before, after = plan_of(tmp_path), plan_of(tmp_path, data__seed=1)
+    make(before, DATA)
+    with running(before.jobs[MAE], before) as run:
+        write_atomic(run.out / "value", "of the first")
+        make(before, DATA, text="another")
+    make(after, DATA, text="another")
+    assert before.manifest(MAE).inputs["data"]["content"] == ""
+    assert not take_over(after.jobs[MAE], after)
+
+
+def test_tasks_see_no_fact_that_changes_without_them(trained, capsys):
+    folder, run = trained
+    run(capsys.readouterr)
+    trial = Trial("t", folder, folder / "results/data/main", None, None, 0, None)
+    facts = json.loads((trial.data / "data.json").read_text())
+    assert set(facts) - set(trial.info) == set(store.TOLD)
 
 
 def test_other_code_is_never_taken_over(tmp_path):

@@ -75,7 +75,8 @@ class Manifest:
         ]
         spent = f"({self.wall_s:.1f} s, {self.peak_memory_mb:.0f} MB)"
         if self.taken_over:
-            spent = f"(taken over: same content as {self.taken_over[:12]}; {self.wall_s:.1f} s then)"
+            first = f"same content as {self.taken_over[:12]}"
+            spent = f"(taken over: {first}; {self.wall_s:.1f} s then)"
         return " ".join([f"{self.job}:", *shown, spent])
 
     @property

@@ -11,14 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from stages.kit.data.near import confirmed, near_duplicates
-from stages.kit.data.store import SPLITS, Split, info
+from stages.kit.data.store import SPLITS, Split, info, learnt
 from stages.kit.data.tally import Tally, duplicates
 
-# Facts of which the report and messages tell, and which no training or task reads.
-TOLD = (
-    *("source", "ignored", "auto_range", "duplicates", "near_duplicates", "levels", "darkest"),
-    *("brightest", "quarantine", "converted", "upscaled", "warnings"),
-)
 EMPTY = 0.5  # a range of which less is used is said to be empty
 DIM = 0.15  # of all grey levels
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -212,9 +207,9 @@ def content(out: Path, outputs: dict[str, str]) -> list:
     reads the parquet files, which hold their names and original bytes.
     """
     facts = info(out)
-    learnt = {name: value for name, value in facts.items() if name not in TOLD}
     passed = (".json", ".jsonl", *((".parquet",) if facts["mode"] == "memmap" else ()))
-    return [learnt, {path: hash for path, hash in outputs.items() if not path.endswith(passed)}]
+    files = {path: hash for path, hash in outputs.items() if not path.endswith(passed)}
+    return [learnt(facts), files]
 
 
 def summary(facts: dict, images_per_s: float) -> dict:
