@@ -28,6 +28,7 @@ from stages.kit.job.device import choose_device, locked
 from stages.kit.job.orphan import left_behind, sign
 from stages.kit.job.process import barrier, rank, set_threads, terminable, threads, world
 from stages.kit.job.provenance import environment, git_state, peak_mb
+from stages.kit.job.shelter import remove, sheltered
 from stages.kit.job.takeover import facts, restored
 from stages.kit.job.track import tracked
 from workflow import progress
@@ -106,6 +107,7 @@ def running(job: Job, plan: Plan):
         held.enter_context(terminable())
         if main:
             held.enter_context(_alone(job, plan))
+            held.enter_context(sheltered(run.work))
             with _told_if_full(run.work):
                 _clear(job.output)
                 run.work.mkdir(parents=True, exist_ok=True)
@@ -132,6 +134,7 @@ def take_over(job: Job, plan: Plan) -> bool:
         run = _run(job, plan, held)
         held.enter_context(terminable())
         held.enter_context(_alone(job, plan))
+        held.enter_context(sheltered(run.work))
         kept.keep(job, plan)  # where no engine has asked the plan before
         old = kept.same(job, plan)
         if old is None:
@@ -182,7 +185,7 @@ def _done(run: Run, manifest: Manifest) -> None:
     write_atomic(run.job.manifest, manifest.text())
     dvc.note(run.job, run.plan)
     kept.forget(run.job, run.plan)
-    shutil.rmtree(run.work, ignore_errors=True)
+    remove(run.work)
 
 
 def _clear(folder: Path) -> None:
