@@ -74,6 +74,7 @@ def make(run) -> None:
     params, threads = run.job.params, run.compute["threads"]
     run.content = partial(content, run.out)
     run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
+    run.refused = lacking(run)
     doubts = run.plan.doubts({run.job.name: run.out})
     for text in doubts:
         print(f"warning: {text}", file=sys.stderr)
@@ -82,6 +83,27 @@ def make(run) -> None:
             code = sys.stdout.encoding or "utf-8"
             line = f"{run.job.id}: warning: {text}".encode(code, "backslashreplace").decode(code)
             print(line, flush=True)
+
+
+def lacking(run) -> str:
+    """What of the plan will fail for want of labels, masks or boxes in the new data set, or ""."""
+    problems = run.plan.lacks({run.job.name: run.out})
+    if not problems:
+        return ""
+    facts = store.info(run.out)
+    counts = ", ".join(
+        f"{about['count']} in {split}, {about['labels']} of them labelled"
+        + "".join(f", with {field}" for field in about["fields"])
+        for split, about in facts["splits"].items()
+    )
+    return "\n".join(
+        [
+            f"{run.job.id}: {facts['source']} was read ({counts}), and then the plan fails:",
+            *(f"  - {problem}" for problem in problems),
+            f"Its images are not read again once {run.plan.params_file} asks for what they have. "
+            "Labels come from one folder per class or a column (data.label_column).",
+        ]
+    )
 
 
 def apart(one, other) -> bool:

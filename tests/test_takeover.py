@@ -65,7 +65,7 @@ def test_what_would_come_out_the_same_is_taken_over_down_the_chain(made, capsys)
     assert said in capsys.readouterr().out
     assert (after.jobs[MAE].output / "encoder/weights").read_text() == "weights x"
     assert (after.jobs[MAE].output / "encoder/weights").stat().st_nlink == 1
-    assert not any((after.results / kept.FOLDER).rglob("weights"))
+    assert not any((after.aside("")).rglob("weights"))
     assert explain(after, MAE) == f"{MAE} is up to date."
 
 
@@ -330,7 +330,7 @@ def engine(request, tmp_path_factory):
     def run() -> set[str]:
         command(*words)
         assert it.right() and it.pending() == set() and it.changed() <= {"watch/files"}
-        assert not any((it.folder / "results" / kept.FOLDER).rglob("manifest.json"))
+        assert not any((it.folder / "results/.kept").rglob("manifest.json"))
         return set(it.ran())
 
     return it, images, run

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from workflow.manifest import Manifest
+from workflow.manifest import FILE, Manifest
 from workflow.params import Experiment, Params, messages, read
 from workflow.plan import digest
 from workflow.plan.doubts import doubts
@@ -44,13 +44,20 @@ class Plan:
             inputs = {role: self.jobs[id].fingerprint for role, id in job.inputs.items()}
             fingerprint = digest.of_job(job.stage, job.params, job.places, hashes, inputs)
             self.jobs[job.id] = replace(job, fingerprint=fingerprint, hashes=hashes)
-        if problems := lacks(experiment, self._made()):
+        if problems := self.lacks():
             raise ParamsError(messages.listing(str(params_file), problems))
+
+    def lacks(self, made: dict[str, Path] | None = None) -> list[str]:
+        """What will fail for want of labels, masks or boxes in data sets; one sentence each.
+
+        made: name of a data set -> its folder; None: those that are known.
+        """
+        return lacks(self._experiment, self._made() if made is None else made)
 
     def doubts(self, made: dict[str, Path] | None = None) -> list[str]:
         """What is still to run, but will hardly succeed; one sentence each.
 
-        made: name of a data set -> its folder; None: those that are up to date.
+        made: name of a data set -> its folder; None: those that are known.
         """
         found = {
             name: splits(folder).get("train", {}).get("count", 0)
@@ -59,9 +66,20 @@ class Plan:
         return doubts(self._experiment, found, {id for id in self.jobs if not self.fresh(id)})
 
     def _made(self) -> dict[str, Path]:
-        """The folders of the data sets that are up to date, by name."""
-        data = (job for job in self.jobs.values() if job.stage == "data")
-        return {job.name: job.output for job in data if self.fresh(job.id)}
+        """The folders of the data sets that are up to date, or that were refused, by name."""
+        data = [job for job in self.jobs.values() if job.stage == "data"]
+        asides = {job.name: self.aside(job.id) for job in data}
+        refused = {
+            job.name: asides[job.name]
+            for job in data
+            if (old := Manifest.read(asides[job.name] / FILE))
+            and old.fingerprint == job.fingerprint
+        }
+        return refused | {job.name: job.output for job in data if self.fresh(job.id)}
+
+    def aside(self, id: str) -> Path:
+        """Where finished outputs of a job are kept that are not, or not for long, its output."""
+        return self.results / ".kept" / id
 
     def job(self, id: str) -> Job:
         """The job called `id`; ParamsError with the nearest name if there is none."""

@@ -9,6 +9,9 @@ Engines delete outputs before they start a job. So the plan, which each engine a
 outputs of every stale job into `results/.kept/<job>/`, with the manifest last. Links take no room
 until the outputs are replaced. The folder goes when its job is fresh again: there is never more
 than one per job. No engine knows it, and nobody believes it: who takes it over compares all hashes.
+
+A data set on which a later job would fail fails its own job, after all its images were read. It is
+set aside, too. When the plan asks for what it has, its job takes it over, and reads no image again.
 """
 
 from __future__ import annotations
@@ -24,14 +27,14 @@ from workflow.manifest import FILE, Manifest
 from workflow.plan import Job, Plan
 from workflow.plan.user_files import without_places
 
-FOLDER = ".kept"
-# A data set is the content that is asked for. The report shows the fingerprints themselves.
+# A data set is the content that is asked for: only one that was refused is kept, for the identical
+# job. The report shows the fingerprints themselves.
 STAGES = ("target", "pretrain", "transfer")
 
 
 def place(job: Job, plan: Plan) -> Path:
     """Where the outputs of a job are set aside."""
-    return plan.results / FOLDER / job.id
+    return plan.aside(job.id)
 
 
 def manifest(job: Job, plan: Plan) -> Manifest | None:
@@ -42,7 +45,8 @@ def manifest(job: Job, plan: Plan) -> Manifest | None:
 def set_aside(plan: Plan) -> None:
     """Link the outputs of the stale jobs; forget those of the fresh ones."""
     for job in plan.jobs.values():
-        if plan.fresh(job.id):
+        useless = job.stage not in STAGES and not _refused(job, manifest(job, plan))
+        if plan.fresh(job.id) or useless:
             forget(job, plan)
         else:
             keep(job, plan)
@@ -69,6 +73,16 @@ def keep(job: Job, plan: Plan) -> None:
         write_atomic(folder / FILE, made.text(), sync=False)
     except (OSError, RuntimeError):  # the job computes, as it would without
         forget(job, plan)
+
+
+def refuse(job: Job, plan: Plan, made: Manifest) -> None:
+    """Move the outputs of a job that is not allowed to finish, with the manifest of `made`."""
+    folder = place(job, plan)
+    forget(job, plan)
+    for path in made.outputs:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(job.output / path, folder / path)
+    write_atomic(folder / FILE, made.text())
 
 
 def forget(job: Job, plan: Plan) -> None:
@@ -98,12 +112,17 @@ def same(job: Job, plan: Plan, old: Manifest | None = None) -> Manifest | None:
 def alike(job: Job, old: Manifest) -> bool:
     """Whether an output was made by the job but for the content of its inputs, which it knew."""
     return (
-        job.stage in STAGES
+        (job.stage in STAGES or _refused(job, old))
         and (old.job, old.stage, old.code) == (job.id, job.stage, job.hashes)
         and _asked(old.params, job) == _asked(job.params, job)
         and {role: given.get("job") for role, given in old.inputs.items()} == job.inputs
         and all(given.get("content") for given in old.inputs.values())
     )
+
+
+def _refused(job: Job, old: Manifest | None) -> bool:
+    """Whether a data set is that of the job, and was set aside since something else would fail."""
+    return job.stage == "data" and old is not None and old.fingerprint == job.fingerprint
 
 
 def _asked(params: dict, job: Job) -> dict | None:

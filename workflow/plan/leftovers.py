@@ -18,7 +18,7 @@ def leftovers(plan: Plan) -> list[Path]:
     known = {job.output for job in plan.jobs.values()}
     known |= {kept.place(job, plan) for job in plan.jobs.values()}
     found = {m.parent for place in PLACES for m in plan.results.glob(f"{place}/{FILE}")}
-    aside = plan.results / kept.FOLDER
+    aside = plan.aside("")
     found |= {folder for place in PLACES for folder in aside.glob(place) if folder.is_dir()}
     return sorted(found - known)
 

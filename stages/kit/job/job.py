@@ -38,7 +38,16 @@ from workflow.manifest import Manifest
 from workflow.plan import Job, Plan, kept
 from workflow.plan.digest import of_value
 
-__all__ = ["JobError", "Run", "running", "sha256", "take_over", "write_atomic", "write_json"]
+__all__ = [
+    "JobError",
+    "Run",
+    "alone",
+    "running",
+    "sha256",
+    "take_over",
+    "write_atomic",
+    "write_json",
+]
 
 
 @dataclass
@@ -48,7 +57,8 @@ class Run:
     out: the output folder; work: the folder for checkpoints; compute: the section of params.yaml;
     summary: a few numbers for the manifest and for the line that is printed at the end; content:
     {path: hash} of the outputs -> what of them the jobs below may read, as JSON; given: its inputs
-    as they were when it began.
+    as they were when it began; refused: why the job must not finish, although all its outputs are
+    written: they are set aside (workflow/plan/kept.py).
     """
 
     job: Job
@@ -59,6 +69,7 @@ class Run:
     summary: dict = field(default_factory=dict)
     content: Callable[[dict[str, str]], object] = dict
     given: dict = field(default_factory=dict)
+    refused: str = ""
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @cached_property
@@ -92,8 +103,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def running(job: Job, plan: Plan):
+def running(job: Job, plan: Plan, mine: bool = False):
     """Run a job of a plan: yields its Run, and on a normal end writes the manifest.
+
+    mine: this process is `alone` with the job already.
 
     Under torchrun only rank 0 touches the output folder; the others wait until it is clean. An
     exception passes through, as do SIGTERM and SIGINT (as SystemExit 143 and 130); then there is no
@@ -106,7 +119,8 @@ def running(job: Job, plan: Plan):
         run = _run(job, plan, held)
         held.enter_context(terminable())
         if main:
-            held.enter_context(_alone(job, plan))
+            if not mine:
+                held.enter_context(alone(job, plan))
             held.enter_context(sheltered(run.work))
             with _told_if_full(run.work):
                 _clear(job.output)
@@ -126,14 +140,10 @@ def running(job: Job, plan: Plan):
 def take_over(job: Job, plan: Plan) -> bool:
     """Finish a job with what it made before, if it would make the same again; True if it did.
 
-    Else its output folder is as it was, or empty. One process does it, before others are started.
+    Else its output folder is as it was, or empty. The process has to be `alone` with the job.
     """
-    if world() > 1:
-        return False
     with contextlib.ExitStack() as held:
         run = _run(job, plan, held)
-        held.enter_context(terminable())
-        held.enter_context(_alone(job, plan))
         held.enter_context(sheltered(run.work))
         kept.keep(job, plan)  # where no engine has asked the plan before
         old = kept.same(job, plan)
@@ -176,6 +186,9 @@ def _finish(run: Run, began: datetime, wall: float) -> None:
         summary=run.summary,
         created=began.isoformat(timespec="seconds"),
     )
+    if run.refused:
+        kept.refuse(job, run.plan, manifest)
+        raise JobError(run.refused)
     _done(run, manifest)
     print(manifest.line, flush=True)
 
@@ -215,7 +228,7 @@ def _told_if_full(path: Path, empty: bool = False):
 
 
 @contextlib.contextmanager
-def _alone(job: Job, plan: Plan):
+def alone(job: Job, plan: Plan):
     """One process per job and results folder; the lock ends with the process, however that ends.
 
     A process that its engine has left behind, since the engine was killed, is waited for. If it
