@@ -162,7 +162,7 @@ def build(
             continue
         for text in pixels.said:
             complained.append(f"{printable(sample.name)}: {text}")
-            print(f"{printable(sample.name)}: libtiff: {text}", file=sys.stderr)
+            print(complained[-1], file=sys.stderr)
         mask = sample.mask if "masks" in fields[split] else None
         boxes = sample.boxes if "boxes" in fields[split] else ()
         writers[split].add(
@@ -191,7 +191,7 @@ def build(
     facts["warnings"] = [*told, *chosen.warnings, *complaints(facts)]
     if complained:
         facts["warnings"].append(
-            f"libtiff complained {len(complained)} times, first: {complained[0]}"
+            f"Pillow or libtiff complained {len(complained)} times, first: {complained[0]}"
         )
     write_json(out / "data.json", facts)
     for text in spoken(facts):
