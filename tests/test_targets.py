@@ -24,6 +24,7 @@ from stages.kit.train.loop import Recipe
 from stages.targets import pretrained
 from tests import tiny
 from workflow import checks, plugins
+from workflow.plan.weights import fault
 
 KINDS = plugins.names("target")
 MODULES = {kind: tiny.module(kind, "target") for kind in KINDS}
