@@ -2,7 +2,8 @@
 
 Each stage writes a value made of its parameters, its code and its inputs' values, so that a wrong
 or stale result shows, and notes in ran.log that it ran. A data set is what its source holds: the
-images that are not empty, whatever reads them. Its folder has a space in its name.
+images that are not empty, whatever reads them; it is refused while there is a file `refuse`. Its
+folder has a space in its name.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def work(run):
     inputs = [(run.input(role) / "value").read_text() for role in run.job.inputs]
     write_atomic(run.out / "value", value(run.job, inputs))
     write_atomic(run.out / "deep/er", "er")
+    if run.job.stage == "data" and os.path.exists("refuse"):
+        run.refused = "a task would fail"
     if run.job.stage == "report":
         for name in ("index.html", "summary.md", "summary.csv"):
             write_atomic(run.out / name, "<html></html>")

@@ -113,6 +113,7 @@ BAD = {
     checks.Encoder: {"patch_size": [0], "embed_dim": [0], "mlp_ratio": [0.0]},
 }
 TYPED = {
+    "centring",
     "optimizer",
     "clip_mode",
     "schedule",

@@ -110,7 +110,8 @@ def test_a_collapsed_teacher_stops_the_methods_training(monkeypatch):
     spec = tiny.spec(embed_dim=16, depth=1)
     for break_it, name in (("weight", "uniform over"), ("centre", "one prototype")):
         torch.manual_seed(0)
-        model = dino.Method(dino.Config(prototypes=K, hidden=8, bottleneck=4, n_local=0), spec)
+        sizes = dict(prototypes=K, hidden=8, bottleneck=4, n_local=0)
+        model = dino.Method(dino.Config(**sizes, centring="centre", teacher_temp=0.04), spec)
         if break_it == "weight":
             model.teacher.head.last_layer.weight[:] = 1.0
         else:

@@ -379,7 +379,7 @@ def test_no_plug_in_is_named():
 
 def test_total_adds_what_is_known_and_counts_what_is_not():
     costs = {"a": Cost(1, 5.0, 10.0, 300), "b": Cost(2, None, 2.5, 900), "c": Cost(missing="why")}
-    assert table.total(costs) == pytest.approx((12.5 + 2 * table.START_S, 5.0, 900, 1))
+    assert table.total(costs) == (pytest.approx(12.5 + 2 * table.START_S), 5.0, 900, 1)
 
 
 def test_threads_and_slots_are_those_of_snakemake(plan, monkeypatch):

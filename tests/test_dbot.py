@@ -49,7 +49,9 @@ def batch(rows=6, size=16):
 
 def teacher(spec, depth=None, seed=3) -> Frozen:
     torch.manual_seed(seed)
-    return Frozen(EncoderTarget(untrained.Method(untrained.Config(depth), spec).encoder, spec))
+    return Frozen(
+        EncoderTarget(untrained.Method(untrained.Config(depth=depth), spec).encoder, spec)
+    )
 
 
 def build(config=SMALL, shape=None, target=None, seed=0):

@@ -19,10 +19,17 @@ from stages.kit.parts.prototypes import Centre, Head, cross_entropy, multi_view_
 from stages.kit.train import optim
 from stages.kit.train.loop import Recipe
 from stages.methods import dino as method
+from stages.methods import ibot
 from stages.targets import dino
 from tests import tiny
 
-SMALL = dict(prototypes=32, hidden=16, bottleneck=8, n_local=2)
+# the paper's centre and temperature, whatever the defaults
+SMALL = dict(
+    prototypes=32, hidden=16, bottleneck=8, n_local=2, centring="centre", teacher_temp=0.04
+)
+# whose defaults are of short runs, so that PUBLISHED must have them
+TUNED = {"prototypes", "centring", "teacher_temp", "teacher_temp_end", "momentum", "drop_path"}
+TUNED |= {"n_local", "lr", "lr_per", "warmup"}
 
 
 def spec(image_size: int = 16, **model):
@@ -302,6 +309,14 @@ def test_settings_of_method_and_target_agree():
     assert {name: ours[name] for name in ours if name != "min_rank"} == theirs
 
 
+@pytest.mark.parametrize("module", [dino, method, ibot])
+def test_the_published_recipe_keeps_nothing_of_the_tuned_defaults(module):
+    more = {"patch_temp_end"} if module is ibot else set()
+    assert module.PUBLISHED.keys() >= TUNED | more
+    values = [module.PUBLISHED[key] for key in ("centring", "teacher_temp", "momentum", "lr_per")]
+    assert values == ["centre", 0.04, 0.996, 256]
+
+
 def test_a_step_learns_from_so_many_large_crops():
     """The published 10 local crops of 96 of 224 pixels: 3.84 times a single view, the authors count
     4 times the epochs.
@@ -379,7 +394,7 @@ def test_views_of_the_paper_and_of_tiny_images():
         and v.blur_sigma == (0.1, 2.0)
         for v in found.values()
     )
-    small = dino.views(dino.Config(), spec(32))
+    small = dino.views(dino.Config(n_local=4), spec(32))
     assert [v.size for v in small.values()] == [32, 32, 16, 16, 16, 16] and not any(
         v.blur for v in small.values()
     )

@@ -13,7 +13,7 @@ from workflow import checks, plugins
 from workflow.plan import load
 from workflow.plan.__main__ import main
 
-WARNED = "targets.teacher: {} steps of 16 images for 2,048 prototypes"
+WARNED = "targets.teacher: {} steps of 16 images for 256 prototypes"
 IMAGENET = 1_281_167
 
 
@@ -34,18 +34,23 @@ def plan_of(folder, images: int | None = None, **changes):
 
 
 @pytest.mark.parametrize(
-    "steps, batch, prototypes, few",
+    "centring, steps, batch, prototypes, few",
     [
-        (450, 32, 2048, True),  # a teacher at chance
-        (2040, 32, 1024, True),  # iBOT at 64 pixels: near uniform
-        (5610, 64, 1024, False),  # iBOT at 32 pixels: learns
-        (19_600, 512, 1024, False),  # as others report success
-        (14_800, 128, 65_536, False),
-        (5610, 64, 65_536, True),
+        ("centre", 450, 32, 2048, True),  # a teacher at chance
+        ("centre", 2040, 32, 1024, True),  # iBOT at 64 pixels: near uniform
+        ("centre", 1512, 32, 256, True),  # hardly above the untrained encoder
+        ("sinkhorn", 1512, 32, 256, False),  # the same, learns
+        ("sinkhorn", 225, 32, 256, False),  # the shortest that learned
+        ("sinkhorn", 225, 32, 2048, True),
+        ("centre", 5610, 64, 1024, False),  # iBOT at 32 pixels: learns
+        ("centre", 19_600, 512, 1024, False),  # as others report success
+        ("centre", 14_800, 128, 65_536, False),
+        ("centre", 5610, 64, 65_536, True),
     ],
 )
-def test_the_rule_fits_the_trainings_that_it_comes_from(steps, batch, prototypes, few):
-    found = checks.SelfDistillation(prototypes=prototypes).doubt(steps, batch)
+def test_the_rule_fits_the_trainings_that_it_comes_from(centring, steps, batch, prototypes, few):
+    config = checks.SelfDistillation(prototypes=prototypes, centring=centring)
+    found = config.doubt(steps, batch)
     assert (found is not None) == few
     if few:
         assert f"{steps:,} steps of {batch} images for {prototypes:,} prototypes" in found
@@ -53,8 +58,12 @@ def test_the_rule_fits_the_trainings_that_it_comes_from(steps, batch, prototypes
 
 
 def test_fewer_prototypes_are_advised_where_they_help():
-    many, some = (checks.SelfDistillation(prototypes=p).doubt(2000, 16) for p in (65_536, 1024))
+    many, some = (
+        checks.SelfDistillation(prototypes=p, centring="centre").doubt(2000, 16)
+        for p in (65_536, 1024)
+    )
     assert "fewer prototypes" in many and "fewer prototypes" not in some
+    assert "centring: sinkhorn" in some and "sinkhorn" not in many  # it alone would not be enough
 
 
 def test_no_published_recipe_is_doubted():

@@ -28,7 +28,18 @@ from stages.methods import ibot
 from tests import tiny
 from workflow import checks, params
 
-SMALL = dict(prototypes=24, hidden=16, bottleneck=8, n_local=2, drop_path=0.0)
+# the paper's centre and temperature, whatever the defaults
+SMALL = dict(
+    prototypes=24,
+    hidden=16,
+    bottleneck=8,
+    n_local=2,
+    drop_path=0.0,
+    centring="centre",
+    teacher_temp=0.04,
+    teacher_temp_end=0.06,
+    patch_temp_end=0.06,
+)
 
 
 def spec(image_size: int = 16, **model):
@@ -461,12 +472,11 @@ def test_the_preset_is_the_published_recipe():
 def test_schedules_of_the_published_recipe():
     """800 epochs, of which 30 warm the temperatures up and 10 the rate."""
     config = ibot.Config(
-        **SMALL,
-        teacher_temp=0.04,
-        teacher_temp_end=0.07,
-        patch_temp_end=0.07,
+        **SMALL | {"teacher_temp_end": 0.07, "patch_temp_end": 0.07},
         teacher_temp_warmup=30 / 800,
         momentum=0.996,
+        lr=5e-4,
+        lr_per=256,
         warmup=10 / 800,
         freeze_last_layer=1,
     )

@@ -22,7 +22,7 @@ from warm import context
 WORKERS = (0, 2)  # loader threads, in turn from one start to the next
 # a checkpoint after every step
 TRAIN = {"epochs": 2, "batch_size": 16, "micro_batch": 8, "save_minutes": 1e-9}
-SMALL = {"prototypes": 32, "hidden": 16, "bottleneck": 8, "n_local": 1}
+SMALL = {"prototypes": 32, "hidden": 16, "bottleneck": 8, "n_local": 1, "centring": "centre"}
 CODES = {"codes": 8, "code_dim": 4, "vectors_per_code": 4}
 TARGETS = {
     "teacher": {"kind": "dino", **SMALL, "min_rank": 0.0, "min_information": 0.0},

@@ -165,10 +165,8 @@ def test_colours_of_16_bits_in_tiff_files(order):
 @pytest.mark.parametrize("span", [None, (0, 4095)])
 def test_mangled_colours_are_broken_at_worst(span):
     draw = np.random.default_rng(1)
-    files = [png16(draw.integers(0, 4096, (20, 20, n))) for n in (2, 3)] + [
-        tiff16(np.zeros((8, 8, 3)), "<")
-    ]
-    files += [hurt("tiff_lzw"), hurt("jpeg")]
+    files = [png16(draw.integers(0, 4096, (20, 20, n))) for n in (2, 3)]
+    files += [tiff16(np.zeros((8, 8, 3)), "<"), hurt("tiff_lzw"), hurt("jpeg")]
     for k in range(400):
         data = bytearray(files[k % len(files)])
         for place in draw.integers(0, len(data), 4).tolist():

@@ -315,6 +315,18 @@ def test_one_seed_is_not_ranked(tmp_path):
     assert all(r["low"] == "" for r in rows_of(run))
 
 
+@pytest.mark.parametrize("factor, told", [(1.2, False), (1.3, True), (None, True)])
+def test_more_images_are_no_unfair_advantage_at_equal_cost(tmp_path, factor, told):
+    """Of runs that see twice the images, at FLOPs that make both cost the same, or nearly so."""
+    runs = {"long": (facts("mae"), 0.5), "short": (facts("mae"), 0.5)}
+    run = fabricate(tmp_path, runs, tasks=("knn",))
+    for seed in (0, 1, 2):
+        flops = FLOPS / 2 * factor if factor else None
+        summary = {"images_seen": 2 * IMAGES_SEEN, "flops_per_image": flops}
+        edit(run, f"pretrain/long-s{seed}", summary=summary)
+    assert ("Different numbers of images seen" in warnings_of(run)) == told
+
+
 def test_unfair_comparisons_are_named(tmp_path):
     runs = dict(RUNS)
     runs["taught"] = (facts("beitv2", "clip", label_targets=["clip"]), 0.9)

@@ -15,7 +15,9 @@ from stages.methods import dino, ibot
 from tests import tiny
 
 TEMPERATURE = 0.04
-SMALL = dict(prototypes=24, hidden=16, bottleneck=8, n_local=2, drop_path=0.0)
+SMALL = dict(
+    prototypes=24, hidden=16, bottleneck=8, n_local=2, drop_path=0.0, teacher_temp=TEMPERATURE
+)
 
 
 def logits(rows: int = 12, prototypes: int = 7, seed: int = 0) -> torch.Tensor:

@@ -365,3 +365,16 @@ def test_engines_run_again_what_comes_out_otherwise_and_nothing_else(engine):
     (images / "d.png").write_bytes(b"")
     (it.folder / "results/pretrain/mae-s0/value").write_text("tampered")
     assert run() == {DATA, MAE, "report"}, "the task took over, since the weights are the same"
+
+
+@pytest.mark.parametrize("name", ["snakemake", "dvc"])
+def test_engines_read_a_data_set_that_was_refused_only_once(name, tmp_path):
+    it = Lab.create(tmp_path / "a lab", PARAMS)
+    command, words = getattr(it, name), ("repro", "-q") if name == "dvc" else ()
+    (it.folder / "refuse").touch()
+    command(*words, good=False)
+    assert it.ran() == [DATA] and not it.plan().fresh(DATA)
+    (it.folder / "refuse").unlink()
+    command(*words)
+    assert set(it.ran()) == set(it.plan().jobs) - {DATA}
+    assert it.right() and it.pending() == set() and it.changed() <= {"watch/files"}

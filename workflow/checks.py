@@ -23,8 +23,8 @@ from typing import Any, Literal
 # Beyond reason: no encoder is so wide, so deep, or sees so large an image.
 MOST_WIDTH, MOST_DEPTH, MOST_PIXELS = 2**16, 1000, 4096
 
-# What a self-distillation needs at least, see SelfDistillation.doubt
-LEAST_STEPS, IMAGES_PER_PROTOTYPE = 2500, 20
+# What a self-distillation needs at least by its centring, see SelfDistillation.doubt
+LEAST_STEPS, IMAGES_PER_PROTOTYPE = {"centre": 2500, "sinkhorn": 200}, 20
 
 # --- settings that are shared -------------------------------------------------------------------
 
@@ -175,25 +175,30 @@ class Codes(Settings):
 
 @dataclass(frozen=True)
 class SelfDistillation(Optimiser):
-    """DINO's student, teacher, head and crops (kit/parts/selfdistil.py), and its optimiser."""
+    """DINO's student, teacher, head and crops (kit/parts/selfdistil.py), and its optimiser.
 
-    prototypes: int = 2048
+    Where defaults differ from the papers' they are those of the short trainings that learned most,
+    by docs/results-dino.md: 600 to 1,500 steps of 32 images of 32 pixels. Longer trainings can have
+    more prototypes and a higher momentum.
+    """
+
+    prototypes: int = 256
     hidden: int = 512  # width of the head
     bottleneck: int = 128  # width before the prototypes
     norm_last: bool = True  # the last layer's gains stay at 1
     freeze_last_layer: float = 1.0  # epochs in which the last layer rests
     student_temp: float = 0.1
-    teacher_temp: float = 0.04
+    teacher_temp: float = 0.03
     teacher_temp_end: float | None = None  # reached linearly; None: constant
     teacher_temp_warmup: float = 0.1  # share of the training until teacher_temp_end
     # against one prototype for all: a running mean, or DINOv2's Sinkhorn-Knopp over each batch,
     # which then cannot be cut into micro batches
-    centring: Literal["centre", "sinkhorn"] = "centre"
+    centring: Literal["centre", "sinkhorn"] = "sinkhorn"
     centre_momentum: float = 0.9
-    # of the teacher; rises to 1 as a cosine. Trainings with few steps per epoch need a lower one
-    momentum: float = 0.99
-    drop_path: float = 0.1  # of the student
-    n_local: int = 4  # local crops
+    # of the teacher; rises to 1 as a cosine. Trainings of many steps need a higher one
+    momentum: float = 0.95
+    drop_path: float = 0.0  # of the student
+    n_local: int = 6  # local crops
     local_size: float = 0.5  # side of a local crop, share of the image's, rounded to whole patches
     global_scale: tuple[float, float] = (0.4, 1.0)  # share of the area
     local_scale: tuple[float, float] = (0.1, 0.4)
@@ -209,31 +214,34 @@ class SelfDistillation(Optimiser):
     # least mutual information of prototypes and images, as a share of ln(prototypes); a training
     # that stays below it for long is stopped
     min_information: float = 0.01
-    lr: float = 5e-4
-    lr_per: int | None = 256
+    lr: float = 2e-3
     min_lr: float = 1e-6
-    warmup: float = 0.1
+    warmup: float = 0.15
     weight_decay: float = 0.04
     weight_decay_end: float | None = 0.4
     clip: float | None = 3.0
     clip_mode: Literal["global", "tensor"] = "tensor"
 
     def doubt(self, steps: int, batch_size: int) -> str | None:
-        """Why a training of so many steps will hardly leave the uniform distribution, if it will.
+        """Why a training of so many steps will hardly learn, if it hardly will.
 
-        docs/results.md has the trainings behind these numbers. With 256 to 2,048 prototypes
-        and batches of 32 none of up to 2,040 steps got far from uniform, one of 5,610 did. The
-        largest number of prototypes for which somebody reports success had 29 images each (65,536
-        prototypes, 14,800 steps of 128).
+        docs/results.md and docs/results-dino.md have the trainings behind these numbers. With a
+        centre, 256 to 2,048 prototypes and batches of 32, those of up to 2,040 steps gained little
+        over the untrained encoder, one of 5,610 did; with Sinkhorn one of 225 did and no shorter
+        one was tried. The largest number of prototypes for which somebody reports success had 29
+        images each (65,536 prototypes, 14,800 steps of 128).
         """
-        least = max(LEAST_STEPS, ceil(IMAGES_PER_PROTOTYPE * self.prototypes / batch_size))
+        enough, shared = LEAST_STEPS[self.centring], IMAGES_PER_PROTOTYPE * self.prototypes
+        least = max(enough, ceil(shared / batch_size))
         if steps >= least:
             return None
-        fewer = ["fewer prototypes"] if least > LEAST_STEPS else []
+        fewer = ["fewer prototypes"] if least > enough else []
+        helps = self.centring == "centre" and steps * batch_size >= shared
+        other = ["centring: sinkhorn"] if helps and steps >= LEAST_STEPS["sinkhorn"] else []
         return (
             f"{steps:,} steps of {batch_size} images for {self.prototypes:,} prototypes; such "
-            f"teachers stayed near uniform below about {least:,} steps: use "
-            f"{' or '.join([*fewer, 'more epochs'])}"
+            f"teachers are not known to learn much below about {least:,} steps: use "
+            f"{' or '.join([*fewer, *other, 'more epochs'])}"
         )
 
     @property
@@ -261,9 +269,7 @@ class MaskedSelfDistillation(SelfDistillation):
     cls_weight: float = 1.0  # of the loss between class tokens, DINO's
     patch_weight: float = 1.0  # of the loss at hidden patches
     shared_head: bool = True  # False: patches have prototypes of their own
-    prototypes: int = 1024
-    teacher_temp_end: float | None = 0.06
-    patch_temp_end: float | None = 0.06  # for patches, which also start at teacher_temp
+    patch_temp_end: float | None = None  # for patches, which also start at teacher_temp
 
     def __post_init__(self):
         super().__post_init__()

@@ -6,9 +6,10 @@ sharpened distribution for another crop. Nothing is masked: this is the baseline
 teacher's encoder is what is exported, as the official code evaluates it.
 
 The training, and its departures from facebookresearch/dino, are in kit/parts/selfdistil.py, which
-the target of the same name shares. Defaults are for small images; PUBLISHED is the recipe for
-ImageNet and ViT-S/16. A step sees two large and n_local small crops of each image: compare it with
-single-view methods by the crops seen, or by cost.
+the target of the same name shares. Defaults are for small images and short runs, which learned most
+with them (docs/results-dino.md); PUBLISHED is the recipe for ImageNet and ViT-S/16. A step sees two
+large and n_local small crops of each image: compare it with single-view methods by the crops seen,
+or by cost.
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ losses (kit/parts/ibot.py, which AttMask's line of methods shares), and these:
 - masks are pure functions of seed and step, where the official ones come from the loader's
   generators; a view with a ratio r hides at most r of its patches, by the same rule;
 - Swin is not supported.
-Defaults are for small images; PUBLISHED is the recipe for ImageNet and ViT-S/16. A step sees two
-large and n_local small crops of each image: compare it with single-view methods by the crops seen,
-or by cost.
+Defaults are for small images and short runs; they are DINO's, of which alone several were compared
+(docs/results-dino.md). PUBLISHED is the recipe for ImageNet and ViT-S/16. A step sees two large and
+n_local small crops of each image: compare it with single-view methods by the crops seen, or by
+cost.
 """
 
 from __future__ import annotations

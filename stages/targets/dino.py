@@ -6,8 +6,8 @@ distribution for another crop. The average (the teacher) is what is kept. It giv
 and its class token, always after the final norm, and the attention of its class token.
 
 The training, and its departures from facebookresearch/dino, are in kit/parts/selfdistil.py, which
-the method of the same name shares. Defaults are for small images; PUBLISHED is the recipe for
-ImageNet and ViT-S/16.
+the method of the same name shares. Defaults are for small images and short runs, which learned most
+with them (docs/results-dino.md); PUBLISHED is the recipe for ImageNet and ViT-S/16.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 A student and its exponential moving average, the teacher, see different crops of an image and map
 each to a distribution over learnt prototypes; the student must match the teacher's centred and
 sharpened distribution for another crop. The target and the method `dino` are this module with
-settings of their own, and kit/parts/ibot.py builds on it; `config` is a checks.SelfDistillation.
+settings of their own, and kit/parts/ibot.py builds on it; `config` is a checks.SelfDistillation. By
+default Sinkhorn-Knopp (kit/parts/sinkhorn.py) does what DINO's centre does in the published recipe.
 
 Follows facebookresearch/dino. Departures:
 - the rate reaches its peak in the step after the warm-up, officially in the warm-up's last one

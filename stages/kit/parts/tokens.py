@@ -33,10 +33,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
-from sklearn.linear_model import RidgeClassifierCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -223,6 +219,8 @@ def probes_of(
     of the teachers; {} without two classes among labelled training images, or without a labelled
     validation image.
     """
+    from scipy.stats import binomtest  # here, as it is slow to import
+
     splits = store.info(data)["splits"]
     if not {"train", "val"} <= set(splits):
         return {}
@@ -271,6 +269,10 @@ def described(target, teachers: dict, split, size: int, device, batch_size: int)
 
 def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, wanted: np.ndarray) -> int:
     """How many of the rows `test` a linear classifier gets right that was fitted to `train`."""
+    from sklearn.linear_model import RidgeClassifierCV  # here, as they are slow to import
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     with threadpool_limits(1):
         model = make_pipeline(StandardScaler(), RidgeClassifierCV(ALPHAS)).fit(train, labels)
         return int((model.predict(test) == wanted).sum())
