@@ -95,7 +95,9 @@ def test_what_is_no_script_of_this_environment_stays(tmp_path):
     (folder / "mine").write_bytes(b"#!/a/.venv/bin/python3.11\nprint(1)\n")
     (folder / "mine").chmod(0o750)
     (folder / "link").symlink_to("mine")
-    assert relocate(tmp_path / ".venv") == [folder / "mine"]
+    (tmp_path / "linked").symlink_to(".venv")
+    assert relocate(tmp_path / "linked") == [tmp_path / "linked/bin/mine"]
+    assert relocate(tmp_path / ".venv") == []
     assert {name: (folder / name).read_bytes() for name in kept} == kept
     assert (folder / "mine").stat().st_mode & 0o777 == 0o750 and (folder / "link").is_symlink()
 

@@ -12,6 +12,7 @@ import pytest
 from stages.kit.job import track
 from stages.kit.job.job import running, take_over, write_atomic
 from stages.kit.job.track import home
+from tests.lab import PARAMS, Lab
 from tests.plans import plan_of
 
 DATA = "data/main"
@@ -85,3 +86,23 @@ def test_a_project_that_is_no_temporary_workspace_keeps_its_own(tmp_path):
     with running(plan.jobs[DATA], plan) as run:
         assert not run.work.is_symlink() and run.work.parent == tmp_path / "work"
     assert home(tmp_path) == tmp_path and not (tmp_path / "work" / run.work.name).exists()
+
+
+def test_dvc_itself(tmp_path):
+    """The real thing: a job of `dvc exp run --temp` dies, its workspace goes, another continues."""
+    it = Lab.create(tmp_path / "a lab", PARAMS)
+    it.dvc("repro", "-q")
+    it.ran()
+    change = ("exp", "run", "-q", "--temp", "-S", "methods.mae.mask_ratio=0.5")
+    die = 'write_atomic(run.work / "checkpoint", "7")\nos.kill(os.getpid(), 9)\n'
+    (it.folder / "meanwhile.py").write_text(die)
+    it.save("a job that dies")
+    it.dvc(*change, good=False)
+    assert not list((it.folder / ".dvc/tmp/exps").glob("*/results")), "the workspace has vanished"
+    [place] = (it.folder / "work").glob("exp-*")
+    assert (place / "checkpoint").read_text() == "7"
+
+    (it.folder / "meanwhile.py").write_text('assert (run.work / "checkpoint").exists()\n')
+    it.save("a job that has to find it")
+    it.dvc(*change, "-n", "half")
+    assert "half" in it.dvc("exp", "list") and not place.exists()

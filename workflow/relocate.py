@@ -57,8 +57,8 @@ def relocate(venv: Path) -> list[Path]:
 
 
 def _script(old: bytes, venv: Path) -> bytes:
-    found = PLAIN.match(old) or LONG.match(old)
-    if found is None or Path(os.fsdecode(found["python"]).strip('"')).parts[-3] != venv.name:
+    found, names = PLAIN.match(old) or LONG.match(old), {venv.name, venv.resolve().name}
+    if found is None or Path(os.fsdecode(found["python"]).strip('"')).parts[-3] not in names:
         return old
     new = HEADER + old[found.end() :]
     try:
@@ -69,7 +69,7 @@ def _script(old: bytes, venv: Path) -> bytes:
 
 
 def _activated(name: str, old: bytes, venv: Path) -> bytes:
-    place = os.path.abspath(venv)
+    place = os.path.realpath(venv)
     quoted = {
         "activate": f'"$({HERE} && pwd || printf %s {shlex.quote(place)})"',
         "activate.csh": shlex.quote(place).replace("!", "\\!"),
