@@ -36,6 +36,11 @@ for _name, _kind in itertools.product(NAMES, SPECS):
 for _name in NAMES:
     if issubclass(MODULES[_name].Config, checks.BeitStart):
         CASES[f"{_name}-positions"] = (_name, tiny.spec(absolute_positions=True))
+# settings of which each makes another method of it
+SETTINGS = {}
+for _name in NAMES:
+    if hasattr(MODULES[_name].Config, "centring"):
+        CASES[f"{_name}-centre"], SETTINGS[f"{_name}-centre"] = (_name, SPEC), {"centring": "centre"}
 SWEPT = [case for case, (name, _) in CASES.items() if name in TRAINED]
 progress = tiny.progress
 
@@ -47,7 +52,7 @@ def build(case, seed=0):
     target = tiny.target(spec, *sorted(module.TARGET)) if module.TARGET else None
     if target:
         target.open.requires_grad_(True)
-    return tiny.method(name, spec, target, seed), target and target.open
+    return tiny.method(name, spec, target, seed, **SETTINGS.get(case, {})), target and target.open
 
 
 def batch(case, rows=8):
@@ -84,7 +89,7 @@ def test_the_folder_is_found():
     assert {"mae", "beitv2", "random", "supervised"} <= set(NAMES)
     assert {"mae-convvit", "dmjd-convvit", "simmim-swin", "random-swin"} <= set(CASES)
     assert {"supervised-swin", "supervised-convvit"} <= set(SWEPT)
-    assert {"beitv2-positions", "simmim-positions"} <= set(SWEPT)
+    assert {"beitv2-positions", "simmim-positions", "dino-centre", "ibot-centre"} <= set(SWEPT)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -183,7 +188,7 @@ def test_the_same_seed_gives_the_same_bits(name):
 @pytest.mark.parametrize("name", SWEPT)
 def test_a_sample_does_not_depend_on_who_is_beside_it(name, monkeypatch):
     """Masks are drawn per row, so a step's global batch can be cut anywhere: halves have the
-    whole's loss.
+    whole's loss. A method whose images are compared with each other says so, and is never cut.
     """
     draw, drawn = Progress.uniform, []
     monkeypatch.setattr(
@@ -198,7 +203,8 @@ def test_a_sample_does_not_depend_on_who_is_beside_it(name, monkeypatch):
             for half in (torch.tensor([0, 3, 4, 6]), torch.tensor([5, 7, 1, 2]))
         ]
         swapped = method(rows(batch(name), torch.arange(8).flip(0)), progress())["loss"].item()
-    assert sum(halves) / 2 == pytest.approx(whole, rel=1e-5)
+    same = sum(halves) / 2 == pytest.approx(whole, rel=1e-5)
+    assert same is not hasattr(method, "whole_batch")
     if drawn:
         assert swapped != pytest.approx(
             whole, rel=1e-5
