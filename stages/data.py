@@ -172,7 +172,8 @@ def build(
     labels = {split: writer.close() for split, writer in writers.items()}
     write_atomic(out / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in broken))
     if not len(labels["train"]):
-        raise SourceError(f"data.source: {data['source']} has no usable image in train")
+        why = f" ({len(broken)} cannot be used, first {_shown(broken[0])})" if broken else ""
+        raise SourceError(f"data.source: {_name(source)} has no usable image in train{why}")
 
     facts = {
         "source": _name(source),
@@ -325,6 +326,10 @@ def _prepared(sample: Sample, listing: Listing, size: int, how: Range) -> Pixels
         return error
 
 
+def _shown(row: dict) -> str:
+    return f"{printable(row['name'])} ({row['reason']}: {row['detail']})"
+
+
 def _check_quarantine(broken: list[dict], total: int, limit: float, work: Path) -> None:
     """Stop as soon as it is certain that more than the limit of all images is broken."""
     if len(broken) <= limit * total:
@@ -332,9 +337,7 @@ def _check_quarantine(broken: list[dict], total: int, limit: float, work: Path) 
     write_atomic(work / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in broken))
     counts = Counter(row["reason"] for row in broken).most_common()
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts)
-    first = "; ".join(
-        f"{printable(row['name'])} ({row['reason']}: {row['detail']})" for row in broken[:3]
-    )
+    first = "; ".join(_shown(row) for row in broken[:3])
     raise SourceError(
         f"data.quarantine_limit: {len(broken)} of {total} images cannot be used ({reasons}), "
         f"allowed are {limit:.1%}. First: {first}. The list is in {work / 'quarantine.jsonl'}. "

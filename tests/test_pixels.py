@@ -212,6 +212,8 @@ def test_the_limit_of_pixels_is_a_setting(tmp_path):
         path.write_bytes(encode(picture(i, 60, 60)))
     with pytest.raises(SourceError, match=r"60 x 60 \(PNG\), at most 100; data.max_pixels"):
         build(tmp_path / "in", tmp_path / "a", max_pixels=100)
+    with pytest.raises(SourceError, match=r"no usable image in train \(3 cannot .* 60 x 60"):
+        build(tmp_path / "in", tmp_path / "a", max_pixels=100, quarantine_limit=1.0)
     for k, most in enumerate((3600, 200_000_000)):
         assert build(tmp_path / "in", tmp_path / f"b{k}", max_pixels=most)[0]["quarantined"] == 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 
 import numpy as np
@@ -118,3 +120,20 @@ def test_what_was_tampered_with_is_read_again(tmp_path, unread):
     path.write_bytes(content)
     assert lab.read() == 0 and plan.fresh("data/main")
     assert (tmp_path / "results/data/main/train/images.npy").read_bytes() != bytes(content)
+
+
+def test_a_data_set_on_another_disk_is_set_aside_as_well(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def cross(source, to, **_):
+        if "/.kept/" in str(to):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", cross)
+    monkeypatch.setattr(os, "link", cross)
+    lab = Lab(tmp_path, "knn")
+    with pytest.raises(JobError, match="tasks.knn needs labels"):
+        lab.read()
+    lab.write(wanted=False)
+    assert lab.read() == 0 and lab.plan().manifest("data/main").outputs

@@ -81,7 +81,7 @@ def refuse(job: Job, plan: Plan, made: Manifest) -> None:
     forget(job, plan)
     for path in made.outputs:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(job.output / path, folder / path)
+        shutil.move(job.output / path, folder / path)  # also to another disk, by a link
     write_atomic(folder / FILE, made.text())
 
 
