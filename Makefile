@@ -2,8 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
-# The commands of both engines say plain `python`: it has to be this one. Scripts beside it, such as
-# `snakemake`, hold the place where they were installed; a checkout that was moved runs modules.
+# The commands of both engines say plain `python`: it has to be this one.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 CORES ?= all
 
@@ -12,6 +11,7 @@ help:
 	@sed -n '1s/^# //p' Makefile
 
 install: $(STAMP)
+	@$(VENV)/bin/python -m workflow.relocate $(VENV)
 
 $(STAMP):
 	@found=; for python in python3.11 python3.12 python3.13 python3.14 python3; do \

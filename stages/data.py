@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,14 @@ from tqdm import tqdm
 
 from stages.kit.data import store
 from stages.kit.data.decode import MAX_PIXELS, Broken, Pixels, Range, prepare, raw_levels
-from stages.kit.data.facts import complaints, gather, name_duplicates, spoken, summary
+from stages.kit.data.facts import (
+    complaints,
+    content,
+    gather,
+    name_duplicates,
+    spoken,
+    summary,
+)
 from stages.kit.data.store import SPLITS
 from stages.kit.data.tally import Tally
 from stages.kit.data.threads import ordered_map
@@ -64,7 +72,9 @@ def make(run) -> None:
     if process.rank():
         return  # under torchrun one process reads and writes
     params, threads = run.job.params, run.compute["threads"]
+    run.content = partial(content, run.out)
     run.summary |= build(params["data"], params["source"], run.out, run.work, threads)
+    run.refused = lacking(run)
     doubts = run.plan.doubts({run.job.name: run.out})
     for text in doubts:
         print(f"warning: {text}", file=sys.stderr)
@@ -73,6 +83,27 @@ def make(run) -> None:
             code = sys.stdout.encoding or "utf-8"
             line = f"{run.job.id}: warning: {text}".encode(code, "backslashreplace").decode(code)
             print(line, flush=True)
+
+
+def lacking(run) -> str:
+    """What of the plan will fail for want of labels, masks or boxes in the new data set, or ""."""
+    problems = run.plan.lacks({run.job.name: run.out})
+    if not problems:
+        return ""
+    facts = store.info(run.out)
+    counts = ", ".join(
+        f"{about['count']} in {split}, {about['labels']} of them labelled"
+        + "".join(f", with {field}" for field in about["fields"])
+        for split, about in facts["splits"].items()
+    )
+    return "\n".join(
+        [
+            f"{run.job.id}: {facts['source']} was read ({counts}), and then the plan fails:",
+            *(f"  - {problem}" for problem in problems),
+            f"Its images are not read again once {run.plan.params_file} asks for what they have. "
+            "Labels come from one folder per class or a column (data.label_column).",
+        ]
+    )
 
 
 def apart(one, other) -> bool:
@@ -131,7 +162,7 @@ def build(
             continue
         for text in pixels.said:
             complained.append(f"{printable(sample.name)}: {text}")
-            print(f"{printable(sample.name)}: libtiff: {text}", file=sys.stderr)
+            print(complained[-1], file=sys.stderr)
         mask = sample.mask if "masks" in fields[split] else None
         boxes = sample.boxes if "boxes" in fields[split] else ()
         writers[split].add(
@@ -141,7 +172,8 @@ def build(
     labels = {split: writer.close() for split, writer in writers.items()}
     write_atomic(out / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in broken))
     if not len(labels["train"]):
-        raise SourceError(f"data.source: {data['source']} has no usable image in train")
+        why = f" ({len(broken)} cannot be used, first {_shown(broken[0])})" if broken else ""
+        raise SourceError(f"data.source: {_name(source)} has no usable image in train{why}")
 
     facts = {
         "source": _name(source),
@@ -160,7 +192,7 @@ def build(
     facts["warnings"] = [*told, *chosen.warnings, *complaints(facts)]
     if complained:
         facts["warnings"].append(
-            f"libtiff complained {len(complained)} times, first: {complained[0]}"
+            f"Pillow or libtiff complained {len(complained)} times, first: {complained[0]}"
         )
     write_json(out / "data.json", facts)
     for text in spoken(facts):
@@ -294,6 +326,10 @@ def _prepared(sample: Sample, listing: Listing, size: int, how: Range) -> Pixels
         return error
 
 
+def _shown(row: dict) -> str:
+    return f"{printable(row['name'])} ({row['reason']}: {row['detail']})"
+
+
 def _check_quarantine(broken: list[dict], total: int, limit: float, work: Path) -> None:
     """Stop as soon as it is certain that more than the limit of all images is broken."""
     if len(broken) <= limit * total:
@@ -301,9 +337,7 @@ def _check_quarantine(broken: list[dict], total: int, limit: float, work: Path) 
     write_atomic(work / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in broken))
     counts = Counter(row["reason"] for row in broken).most_common()
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts)
-    first = "; ".join(
-        f"{printable(row['name'])} ({row['reason']}: {row['detail']})" for row in broken[:3]
-    )
+    first = "; ".join(_shown(row) for row in broken[:3])
     raise SourceError(
         f"data.quarantine_limit: {len(broken)} of {total} images cannot be used ({reasons}), "
         f"allowed are {limit:.1%}. First: {first}. The list is in {work / 'quarantine.jsonl'}. "

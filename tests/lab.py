@@ -1,13 +1,16 @@
 """A copy of the project whose stages do trivial work, with both real engines in it.
 
 Each stage writes a value made of its parameters, its code and its inputs' values, so that a wrong
-or stale result shows, and notes in ran.log that it ran. Its folder has a space in its name.
+or stale result shows, and notes in ran.log that it ran. A data set is what its source holds: the
+images that are not empty, whatever reads them; it is refused while there is a file `refuse`. Its
+folder has a space in its name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -25,6 +28,7 @@ BIN = Path(sys.executable).parent
 
 STAGE = """
 import hashlib, json, os
+from pathlib import Path
 from stages.kit import {kit}
 from stages.kit.job.command import command
 from workflow.files import write_atomic
@@ -34,17 +38,33 @@ def work(run):
         os.rename("meanwhile.py", "done.py")
         exec(open("done.py").read())
     inputs = [(run.input(role) / "value").read_text() for role in run.job.inputs]
-    known = json.dumps([run.job.params, run.job.hashes, inputs], sort_keys=True)
-    write_atomic(run.out / "value", hashlib.sha256(known.encode()).hexdigest())
+    write_atomic(run.out / "value", value(run.job, inputs))
+    write_atomic(run.out / "deep/er", "er")
+    if run.job.stage == "data" and os.path.exists("refuse"):
+        run.refused = "a task would fail"
     if run.job.stage == "report":
         for name in ("index.html", "summary.md", "summary.csv"):
             write_atomic(run.out / name, "<html></html>")
     with open("ran.log", "a") as log:
         log.write(run.job.id + "\\n")
 
+{value}
 if __name__ == "__main__":
     raise SystemExit(command("{stage}", "A stage.", work, None))
 """
+
+
+def value(job, inputs: list[str]) -> str:
+    """What the job makes of the values of its inputs."""
+    known = [job.params, job.hashes, inputs]
+    if job.stage == "data":
+        source = job.params["source"]
+        files = sorted(Path(source["argument"]).glob("*")) if source["argument"] else []
+        known = [job.params["data"], source["config"]]
+        known += [[path.name, path.read_bytes().hex()] for path in files if path.stat().st_size]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 KIT = {"data": "keyed", "report": "keyed"}  # which file of the kit a stage imports; others: train
 PLUGIN = """
 from dataclasses import dataclass
@@ -124,7 +144,8 @@ class Lab:
         files |= {f"stages/{name}.py": plugin(name) for name in PLUGINS}
         for stage in ("data", "target", "pretrain", "transfer", "report"):
             kit = KIT.get(stage, "train")
-            files[f"stages/{stage}.py"] = STAGE.replace("{kit}", kit).replace("{stage}", stage)
+            text = STAGE.replace("{kit}", kit).replace("{stage}", stage)
+            files[f"stages/{stage}.py"] = text.replace("{value}", inspect.getsource(value))
         for package in ("", "kit/", "reporting/"):
             files[f"stages/{package}__init__.py"] = ""
         for path, text in files.items():
@@ -265,8 +286,7 @@ class Lab:
         values: dict[str, str] = {}
         for job in self.plan().jobs.values():
             inputs = [values[id] for id in job.inputs.values()]
-            known = json.dumps([job.params, job.hashes, inputs], sort_keys=True)
-            values[job.id] = hashlib.sha256(known.encode()).hexdigest()
+            values[job.id] = value(job, inputs)
             path = self.folder / job.output / "value"
             if not path.exists() or path.read_text() != values[job.id]:
                 return False

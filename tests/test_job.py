@@ -113,7 +113,9 @@ def test_inputs_come_from_finished_jobs_only(plan):
         assert run.input("data") == plan.jobs["data/main"].output
         with pytest.raises(KeyError):
             run.input("target")
-    made = {"job": "data/main", "fingerprint": plan.jobs["data/main"].fingerprint}
+    above = plan.manifest("data/main")
+    made = {"job": "data/main", "fingerprint": above.fingerprint, "content": above.content}
+    assert len(above.content) == 64
     assert plan.manifest("pretrain/mae-s0").inputs == {"data": made}
 
 

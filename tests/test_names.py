@@ -54,6 +54,9 @@ def sizes(found) -> dict[str, int]:
         ("my.dev.v2", "val"),
         ("seg_test", "test"),
         ("2019 training", "train"),
+        ("imagesTr", "train"),
+        ("imagesTs", "test"),
+        ("labelsTr", None),
         ("trainval", "?"),
         ("train_test", "?"),
         ("pretrained", None),
@@ -203,12 +206,22 @@ def test_more_images_outside_than_inside_of_classes(tmp_path, folders):
 
 @pytest.mark.parametrize(
     "name",
-    ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", ".thumbnails"],
+    [
+        *("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"),
+        *(".thumbnails", "@__thumb", "_gsdata_", "My.photolibrary", "THMBNL"),
+    ],
 )
 def test_folders_of_systems_are_no_data(tmp_path, name):
     made(tmp_path, {"a": 2, "b": 2, name: 3, f"a/{name}/x": 2})
     found = read(tmp_path)
     assert found.classes == ["a", "b"] and sizes(found) == {"train": 4} and not found.warnings
+
+
+@pytest.mark.parametrize("name", ["Thumbnails", "thumbs", "ehthumbs", "preview", "Trash"])
+def test_folders_that_programs_or_people_make_are_told(tmp_path, name):
+    found = read(made(tmp_path, {"a": 2, "b": 2, name: 3}))
+    assert sizes(found) == {"train": 7} and f"the folders {name} are read" in found.warnings[0]
+    assert read(tmp_path, {"ignore": [name]}).classes == ["a", "b"]
 
 
 def test_files_that_are_no_images_are_counted_on_the_terminal(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from test_data import DATA, build, encode, picture
 
 from stages import data as stage
+from stages.kit.data import pillow
 from stages.kit.data.decode import Broken, Range, decode, decode_all
 from stages.kit.data.libtiff import heard
 from stages.kit.data.near import look, near_duplicates
@@ -92,10 +94,10 @@ def test_other_images_that_are_nearly_black_are_told(tmp_path, kind):
 
 
 def png16(values: np.ndarray) -> bytes:
-    """A PNG file with 16 bits in each of 3 or 4 channels."""
+    """A PNG file with 16 bits in each of 2 to 4 channels: grey, colours; the last may be alpha."""
     height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    kind = {3: 2, 4: 6}[channels]
+    kind = {2: 4, 3: 2, 4: 6}[channels]
     found = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
     for name, part in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
@@ -104,7 +106,7 @@ def png16(values: np.ndarray) -> bytes:
     return found
 
 
-@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("channels", [2, 3, 4])
 @pytest.mark.parametrize("span", [None, [0, 4095], "auto"])
 def test_colours_of_16_bits(tmp_path, channels, span):
     draw = np.random.default_rng(0)
@@ -124,6 +126,17 @@ def test_colours_of_16_bits(tmp_path, channels, span):
     else:
         assert np.ptp(Split.open(tmp_path / "out", "train").images) > 200
     assert said(facts, "auto has found") == (span == "auto")
+
+
+def test_grey_of_16_bits_lies_over_white_where_it_is_transparent():
+    draw = np.random.default_rng(0)
+    values = draw.integers(0, 65536, (7, 5, 2))
+    found = decode_all(png16(values), Range((100.0, 60000.0)))
+    grey = np.rint(((values[..., 0] - 100) / 59900).clip(0, 1) * 255)
+    alpha = np.rint(values[..., 1] / 257.0)
+    expected = grey * alpha / 255 + 255 - alpha
+    assert np.abs(found.pixels - expected[..., None]).max() <= 1
+    assert found.notes == ("alpha", "16-bit colour") and found.levels[1] > 60000
 
 
 def tiff16(values: np.ndarray, order: str) -> bytes:
@@ -152,8 +165,8 @@ def test_colours_of_16_bits_in_tiff_files(order):
 @pytest.mark.parametrize("span", [None, (0, 4095)])
 def test_mangled_colours_are_broken_at_worst(span):
     draw = np.random.default_rng(1)
-    files = [png16(draw.integers(0, 4096, (20, 20, 3))), tiff16(np.zeros((8, 8, 3)), "<")]
-    files += [hurt("tiff_lzw"), hurt("jpeg")]
+    files = [png16(draw.integers(0, 4096, (20, 20, n))) for n in (2, 3)]
+    files += [tiff16(np.zeros((8, 8, 3)), "<"), hurt("tiff_lzw"), hurt("jpeg")]
     for k in range(400):
         data = bytearray(files[k % len(files)])
         for place in draw.integers(0, len(data), 4).tolist():
@@ -199,6 +212,8 @@ def test_the_limit_of_pixels_is_a_setting(tmp_path):
         path.write_bytes(encode(picture(i, 60, 60)))
     with pytest.raises(SourceError, match=r"60 x 60 \(PNG\), at most 100; data.max_pixels"):
         build(tmp_path / "in", tmp_path / "a", max_pixels=100)
+    with pytest.raises(SourceError, match=r"no usable image in train \(3 cannot .* 60 x 60"):
+        build(tmp_path / "in", tmp_path / "a", max_pixels=100, quarantine_limit=1.0)
     for k, most in enumerate((3600, 200_000_000)):
         assert build(tmp_path / "in", tmp_path / f"b{k}", max_pixels=most)[0]["quarantined"] == 0
 
@@ -266,13 +281,49 @@ def test_what_libtiff_says_is_printed_with_the_name(tmp_path, capfd):
     (tmp_path / "in" / "a" / "odd.tif").write_bytes(hurt("jpeg"))
     (tmp_path / "in" / "b" / "hurt.tif").write_bytes(hurt("tiff_lzw"))
     _, facts = build(tmp_path / "in", tmp_path / "out")
-    assert said(facts, "libtiff complained 1 times, first: a/odd.tif: ")
+    assert said(facts, "Pillow or libtiff complained 1 times, first: a/odd.tif: libtiff: ")
     assert "a/odd.tif: libtiff: " in capfd.readouterr().err
     assert said(
         {"warnings": stage.spoken(facts)}, "1 images cannot be used (1 damaged); quarantine"
     )
     (row,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
     assert row["name"] == "b/hurt.tif" and "libtiff: " in row["detail"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Pillow
+
+
+def odd(number: int) -> bytes:
+    """A photo whose EXIF data names bytes that are not there."""
+    entry = struct.pack("<HHII", 271, 2, 64, 999)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    return encode(picture(number), "JPEG", exif=exif)
+
+
+def test_what_pillow_warns_of_is_kept_for_its_file(recwarn):
+    found = decode_all(odd(0), Range())
+    (text,) = found.said
+    assert text.startswith("Pillow: ") and "tag 271" in text
+    assert decode_all(odd(1), Range()).said == (text,), "of the second file as well"
+    assert decode_all(encode(picture(0), "JPEG"), Range()).said == ()
+    assert not recwarn.list
+    with pillow.heard() as heard_here:
+        warnings.warn("of another library", stacklevel=1)
+    assert heard_here == []
+    assert [str(w.message) for w in recwarn.list] == ["of another library"]
+
+
+def test_what_pillow_warns_of_is_printed_with_the_name(tmp_path, capfd):
+    for i in range(8):
+        path = tmp_path / "in" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(odd(i) if i < 3 else encode(picture(i), "JPEG"))
+    _, facts = build(tmp_path / "in", tmp_path / "out")
+    assert said(facts, "Pillow or libtiff complained 3 times, first: a/0.jpg: Pillow: ")
+    printed = capfd.readouterr().err
+    assert all(f"{name}: Pillow: " in printed for name in ("a/0.jpg", "b/1.jpg", "a/2.jpg"))
+    assert "UserWarning" not in printed and facts["quarantine"]["count"] == 0
 
 
 # --------------------------------------------------------------------------------------------------

@@ -232,11 +232,11 @@ def test_tasks_and_methods_without_labels_are_named_before_pretraining(tmp_path)
         with_data(tmp_path / "b", train=split(), val=split(), test=split())
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
         "tasks.knn needs labels; data set 'main' has none: name another data set in "
-        "tasks.knn.data, or remove the task",
+        "tasks.knn.data, or remove the task (or tasks: {knn: null} in a run)",
         "tasks.linear needs labels; data set 'main' has none: name another data set in "
-        "tasks.linear.data, or remove the task",
+        "tasks.linear.data, or remove the task (or tasks: {linear: null} in a run)",
         "tasks.finetune needs labels; data set 'main' has none: name another data set in "
-        "tasks.finetune.data, or remove the task",
+        "tasks.finetune.data, or remove the task (or tasks: {finetune: null} in a run)",
         "grid.runs.supervised.method: supervised needs labels, expected a data set that has them "
         "(found 'main', whose train split has none)",
     ]

@@ -24,6 +24,7 @@ from stages.kit.train.loop import Recipe
 from stages.targets import pretrained
 from tests import tiny
 from workflow import checks, plugins
+from workflow.plan.weights import fault
 
 KINDS = plugins.names("target")
 MODULES = {kind: tiny.module(kind, "target") for kind in KINDS}
@@ -646,6 +647,7 @@ def test_files_that_are_no_weights_are_named_in_one_line(tmp_path, name, content
     kw = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=7)
     weights = _folder(tmp_path, "vit_tiny_patch16_224", **kw)
     folder = Path(weights.removeprefix("local:"))
+    assert fault(folder) == "", "the plan takes what timm has written"
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError) as error:
         pretrained.Target(pretrained.Config(weights=weights), SPEC).prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -57,6 +58,75 @@ def test_the_files_of_a_source_are_part_of_the_fingerprint(tmp_path):
         )
 
 
+def tensors(content: bytes, header: dict | None = None) -> bytes:
+    """A safetensors file of one tensor."""
+    about = {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}
+    text = json.dumps({"x": about} if header is None else header).encode()
+    return len(text).to_bytes(8, "little") + text + content
+
+
+GOOD = b'{"architecture": "x", "pretrained_cfg": {}}'
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+NO_WEIGHTS = {  # None: there is no such file; config.json is good unless it is given
+    "nothing": ({"config.json": None}, "found nothing; expected config.json and model.safetensors"),
+    "a pickle beside": (
+        {"config.json": GOOD, "pytorch_model.bin": b"x"},
+        "found config.json and pytorch_model.bin; expected config.json and model.safetensors",
+    ),
+    "no config": (
+        {"config.json": None, "model.safetensors": tensors(b"x")},
+        "found model.safetensors; expected",
+    ),
+    "no JSON": ({"config.json": b"{"}, "config.json: found JSON text, expected the config.json"),
+    "a list": ({"config.json": b"[]"}, "config.json: found a list, expected the config.json"),
+    "config pointer": ({"config.json": LFS}, "config.json: found a pointer of Git LFS"),
+    "web page": ({"config.json": b" <!DOCTYPE html>"}, "config.json: found a web page"),
+    "transformers": (
+        {"config.json": b'{"architectures": ["ViTModel"]}'},
+        "found no architecture (it is that of ViTModel in transformers), expected the config.json",
+    ),
+    "no statistics": ({"config.json": b'{"architecture": "x"}'}, "found no pretrained_cfg"),
+    "empty": ({"model.safetensors": b""}, "model.safetensors: found an empty file"),
+    "pointer": ({"model.safetensors": LFS}, "found a pointer of Git LFS, not the file itself"),
+    "page": ({"model.safetensors": b"<html>" * 99}, "model.safetensors: found a web page"),
+    "zip": ({"model.safetensors": b"PK\3\4" * 99}, "found a ZIP archive, such as torch.save"),
+    "pickle": ({"model.safetensors": b"\x80\2}q" * 99}, "found a pickle, such as torch.save"),
+    "noise": ({"model.safetensors": b"\xff" * 99}, r"found a file that starts with b'\xff"),
+    "cut in the header": (
+        {"model.safetensors": tensors(b"abc")[:40]},
+        "found 40 bytes and a header of 60, so it is cut off",
+    ),
+    "cut": ({"model.safetensors": tensors(b"abc")[:-1]}, "found 2 bytes of 3, so it is cut off"),
+    "no tensor": ({"model.safetensors": tensors(b"", {})}, "found no tensor in it"),
+    "another header": ({"model.safetensors": tensors(b"", {"x": 3})}, "found a header that is"),
+    "a folder": ({"model.safetensors/x": b""}, "found a folder model.safetensors; expected"),
+    "a file": (b"x", "weights is a file that starts with b'x', no folder; expected config.json"),
+}
+
+
+@pytest.mark.parametrize("files, says", NO_WEIGHTS.values(), ids=NO_WEIGHTS)
+def test_weights_that_are_none_are_one_line_before_anything_runs(tmp_path, files, says):
+    folder = tmp_path / "weights"
+    if isinstance(files, bytes):
+        folder.write_bytes(files)
+        files = {"config.json": None}
+    for name, content in ({"config.json": GOOD} | files).items():
+        if content is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    if not folder.exists():
+        folder.mkdir()
+    targets = {"weights": {"kind": "pretrained", "weights": f"local:{folder}"}}
+    content = tiny_content(methods__dbot={}, targets=targets)
+    content["grid"]["runs"] = {"dbot": {"method": "dbot", "target": "weights"}}
+    with pytest.raises(ParamsError) as error:
+        load(write_params(tmp_path, content), tmp_path / "results")
+    first, line = str(error.value).split("\n")
+    assert first == f"{tmp_path / 'params.yaml'}:"
+    assert line.startswith(f"  targets.weights.weights: {folder}") and says in line
+    assert len(line) < 2 * len(str(folder)) + 300
+
+
 def test_weights_in_a_folder_are_part_of_the_fingerprint(tmp_path):
     folder = tmp_path / "weights"
     targets = {"weights": {"kind": "pretrained", "weights": f"local:{folder}"}}
@@ -70,12 +140,12 @@ def test_weights_in_a_folder_are_part_of_the_fingerprint(tmp_path):
     with pytest.raises(ParamsError, match="targets.weights.weights: .*weights does not exist"):
         plan()
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"one")
+    (folder / "config.json").write_text('{"architecture": "x", "pretrained_cfg": {}}')
+    (folder / "model.safetensors").write_bytes(tensors(b"one"))
     first = plan()
     assert not changed(first, plan())
     finish(first)
-    (folder / "model.safetensors").write_bytes(b"two")  # of the same size
+    (folder / "model.safetensors").write_bytes(tensors(b"two"))  # of the same size
     second = plan()
     assert {i for i in changed(first, second) if "mae" not in i} == changed(first, second)
     assert {"target/weights", "pretrain/dbot-s0", "report"} < changed(first, second)

@@ -26,8 +26,10 @@ class Manifest:
     fingerprint: str = ""
     params: dict[str, Any] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)  # path -> sha256
-    inputs: dict[str, dict[str, str]] = field(default_factory=dict)  # role -> job, fingerprint
+    # role -> job, fingerprint, content
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)  # path in the output folder -> sha256
+    content: str = ""  # digest of what a job that is made from it may read
     environment: dict[str, Any] = field(default_factory=dict)  # versions and hardware
     git: dict[str, Any] | None = None  # commit, dirty
     wall_s: float = 0.0  # of the last start
@@ -36,6 +38,7 @@ class Manifest:
     threads: int = 0
     summary: dict[str, Any] = field(default_factory=dict)  # what the stage says of its result
     created: str = ""  # when the job began, ISO 8601
+    taken_over: str = ""  # the fingerprint that the outputs were computed under, if another
 
     @classmethod
     def read(cls, path: str | Path) -> Manifest | None:
@@ -61,7 +64,9 @@ class Manifest:
 
     @property
     def line(self) -> str:
-        """What a person is told of it: the numbers of its summary, time and memory."""
+        """What a person is told of it: the numbers of its summary, time and memory; or that it was
+        taken over.
+        """
         plain = {k: v for k, v in self.summary.items() if not isinstance(v, (dict, list))}
         shown = [
             f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
@@ -69,6 +74,9 @@ class Manifest:
             if len(str(v).split()) == 1
         ]
         spent = f"({self.wall_s:.1f} s, {self.peak_memory_mb:.0f} MB)"
+        if self.taken_over:
+            first = f"same content as {self.taken_over[:12]}"
+            spent = f"(taken over: {first}; {self.wall_s:.1f} s then)"
         return " ".join([f"{self.job}:", *shown, spent])
 
     @property

@@ -17,6 +17,7 @@ from workflow.messages import did_you_mean
 ROLES = ("train", "val", "test", "unlabelled", "ignore")
 UNCLEAR = "?"  # the role of a name that holds two splits, such as trainval
 LOOSE = ALIASES | {"evaluation": "val", "development": "val", "tests": "test"}
+MEDICAL = {"imagestr": "train", "imagests": "test"}  # of the Medical Segmentation Decathlon
 SUFFIXES = ("set", "sets", "data", "split", "images", "imgs", "img")
 # Words that count folders rather than name what is in them; `canon` is of cameras.
 PARTS = ("part", "fold", "batch", "chunk", "shard", "folder", "dir", "subset", "canon", "split")
@@ -42,7 +43,7 @@ def some(names: Iterable[str]) -> str:
 
 def guess(name: str) -> str | None:
     """The split that stands anywhere in a name, UNCLEAR for several, None for none."""
-    found = set()
+    found = {MEDICAL[name.lower()]} if name.lower() in MEDICAL else set()
     for word in _words(name):
         split = LOOSE.get(word) or next(
             (LOOSE[word.removesuffix(s)] for s in SUFFIXES if word.removesuffix(s) in LOOSE), None

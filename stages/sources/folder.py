@@ -43,9 +43,13 @@ SKIPS = (
     ".*", "__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "RECYCLER", "RECYCLED",
     "System Volume Information", "lost+found", "#snapshot", "~snapshot", "@tmp", "@sharebin",
     "__pycache__", "found.000", "$Extend", "Network Trash Folder", "Temporary Items", "*.lrdata",
-    "*.lrcat-data", "*.photoslibrary", "*.aplibrary", "*.cocatalogdb",
+    "*.lrcat-data", "*.photoslibrary", "*.photolibrary", "*.migratedphotolibrary", "*.aplibrary",
+    "*.cocatalogdb", "@__thumb", "@SynoEAStream", "@SynoResource", "#SynoRecycle", "@sharesnap",
+    "@Recently-Snapshot", "_gsdata_", "$WINDOWS.~BT", "WindowsImageBackup", "THMBNL",
 )  # fmt: skip
 SKIPPED = re.compile("|".join(map(translate, SKIPS)), re.IGNORECASE)
+# What programs call their small copies and people their classes: read, with a warning.
+COPIES = re.compile(r"(eh)?thumb(nail)?s?|previews?|trash|cache|backup", re.IGNORECASE)
 # Files that nobody takes for images; of all others that are not read there is a warning.
 LISTS = {".csv", ".tsv", ".jsonl"}  # where images have no labels, these may be meant to give them
 PLAIN = {".txt", ".md", ".rst", ".json", ".xml", ".yaml", ".yml", ".html"}
@@ -258,6 +262,11 @@ def _labelled(
         warnings.append(
             f"{argument}: the folders {some(classes)} are read as classes; "
             "data.options.labels: false takes all images as unlabelled"
+        )
+    if copies := [name for name in classes if COPIES.fullmatch(name)]:
+        warnings.append(
+            f"{argument}: the folders {some(copies)} are read as classes, although programs make "
+            f"such; data.splits: {{ignore: [{copies[0]}]}} leaves them out"
         )
     number = {raw: classes.index(name) for raw, name in form.items() if name in set(classes)}
     if labelled and group == config.class_level:

@@ -52,8 +52,8 @@ class Trial:
 
     @property
     def info(self) -> dict:
-        """The facts of the task's data set (data.json)."""
-        return store.info(self.data)
+        """The facts of the task's data set (data.json) that its results may depend on."""
+        return store.learnt(store.info(self.data))
 
     def error(self, text: str, key: str = "") -> JobError:
         """An error for the user that names the task, and a setting of it."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from workflow.manifest import Manifest
+from workflow.manifest import FILE, Manifest
 from workflow.params import Experiment, Params, messages, read
 from workflow.plan import digest
 from workflow.plan.doubts import doubts
@@ -44,13 +44,20 @@ class Plan:
             inputs = {role: self.jobs[id].fingerprint for role, id in job.inputs.items()}
             fingerprint = digest.of_job(job.stage, job.params, job.places, hashes, inputs)
             self.jobs[job.id] = replace(job, fingerprint=fingerprint, hashes=hashes)
-        if problems := lacks(experiment, self._made()):
+        if problems := self.lacks():
             raise ParamsError(messages.listing(str(params_file), problems))
+
+    def lacks(self, made: dict[str, Path] | None = None) -> list[str]:
+        """What will fail for want of labels, masks or boxes in data sets; one sentence each.
+
+        made: name of a data set -> its folder; None: those that are known.
+        """
+        return lacks(self._experiment, self._made() if made is None else made)
 
     def doubts(self, made: dict[str, Path] | None = None) -> list[str]:
         """What is still to run, but will hardly succeed; one sentence each.
 
-        made: name of a data set -> its folder; None: those that are up to date.
+        made: name of a data set -> its folder; None: those that are known.
         """
         found = {
             name: splits(folder).get("train", {}).get("count", 0)
@@ -59,9 +66,20 @@ class Plan:
         return doubts(self._experiment, found, {id for id in self.jobs if not self.fresh(id)})
 
     def _made(self) -> dict[str, Path]:
-        """The folders of the data sets that are up to date, by name."""
-        data = (job for job in self.jobs.values() if job.stage == "data")
-        return {job.name: job.output for job in data if self.fresh(job.id)}
+        """The folders of the data sets that are up to date, or that were refused, by name."""
+        data = [job for job in self.jobs.values() if job.stage == "data"]
+        asides = {job.name: self.aside(job.id) for job in data}
+        refused = {
+            job.name: asides[job.name]
+            for job in data
+            if (old := Manifest.read(asides[job.name] / FILE))
+            and old.fingerprint == job.fingerprint
+        }
+        return refused | {job.name: job.output for job in data if self.fresh(job.id)}
+
+    def aside(self, id: str) -> Path:
+        """Where finished outputs of a job are kept that are not, or not for long, its output."""
+        return self.results / ".kept" / id
 
     def job(self, id: str) -> Job:
         """The job called `id`; ParamsError with the nearest name if there is none."""
@@ -78,13 +96,26 @@ class Plan:
         """The manifest in a job's output folder; None if there is none."""
         return Manifest.read(self.job(id).manifest)
 
-    def finished(self, id: str, **made) -> Manifest:
-        """The manifest that says that a job was done by this plan; `made`: what else it holds."""
-        job = self.job(id)
-        inputs = {
-            role: {"job": above, "fingerprint": self.jobs[above].fingerprint}
-            for role, above in job.inputs.items()
+    def given(self, id: str) -> dict[str, dict[str, str]]:
+        """What a job is made from, as its manifest says it: role -> job, fingerprint, content."""
+        return {
+            role: {
+                "job": above,
+                "fingerprint": self.jobs[above].fingerprint,
+                "content": self.content(above),
+            }
+            for role, above in self.job(id).inputs.items()
         }
+
+    def finished(self, id: str, given: dict | None = None, **made) -> Manifest:
+        """The manifest that says that a job was done by this plan; `made`: what else it holds.
+
+        given: what `given` said when the job began. What differs since is of unknown content.
+        """
+        job, inputs = self.job(id), self.given(id)
+        for role, now in inputs.items():
+            if given is not None and given[role] != now:
+                now["content"] = ""
         return Manifest(
             job=id,
             stage=job.stage,
@@ -95,6 +126,10 @@ class Plan:
             inputs=inputs,
             **made,
         )
+
+    def content(self, id: str) -> str:
+        """The digest of what a job has made, for those made from it; "" unless it is fresh."""
+        return self.manifest(id).content if self.fresh(id) else ""
 
     def missing(self, id: str) -> str | None:
         """The first file that the manifest lists and that is not there."""

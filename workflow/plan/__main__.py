@@ -11,6 +11,7 @@ from pathlib import Path
 from workflow.engines.dvc import RUNS, follow, outside
 from workflow.plan import Plan, load
 from workflow.plan.explain import explain
+from workflow.plan.kept import set_aside
 from workflow.plan.leftovers import leftovers, prune
 from workflow.plugins import ParamsError
 
@@ -39,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for text in plan.doubts():
         print(f"warning: {text}", file=sys.stderr)
-    changed = (args.params, args.results) == DEFAULT and follow(plan)
+    ours = (args.params, args.results) == DEFAULT
+    if ours:
+        set_aside(plan)
+    changed = ours and follow(plan)
     if args.check:
         if changed:
             print(f"{RUNS} did not list the jobs of {args.params}{_again()}", file=sys.stderr)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from workflow.manifest import Manifest
-from workflow.plan import Job, Plan
+from workflow.plan import Job, Plan, kept
 from workflow.plan.user_files import Place, changed_files
 
 SHOWN = 6  # causes in a sentence
@@ -18,7 +18,17 @@ def explain(plan: Plan, id: str) -> str:
     if not found:
         return f"{id} is up to date."
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return f"{id} would run because {'; '.join(found[:SHOWN])}{more}."
+    why = f"{'; '.join(found[:SHOWN])}{more}"
+    job, olds = plan.job(id), (plan.manifest(id), kept.manifest(plan.job(id), plan))
+    if any(old and kept.same(job, plan, old) for old in olds):
+        return (
+            f"{id} would take over what it made before, since its parameters, its code and the "
+            f"content of its inputs are the same; it is stale because {why}."
+        )
+    waits = any(not plan.fresh(above) for above in job.inputs.values())
+    if waits and any(old and kept.alike(job, old) for old in olds):
+        why += ", unless its inputs come out the same"
+    return f"{id} would run because {why}."
 
 
 def causes(plan: Plan, id: str) -> list[str]:

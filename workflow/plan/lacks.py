@@ -37,7 +37,8 @@ def _of_run(run: Student, splits: dict[str, dict]) -> Iterator[str]:
                 has = "none" if len(bare) == len(SPLITS) else f"none in {listed(bare)}"
                 yield (
                     f"tasks.{task.name} needs {need}; data set {data!r} has {has}: name another "
-                    f"data set in tasks.{task.name}.data, or remove the task"
+                    f"data set in tasks.{task.name}.data, or remove the task (or tasks: "
+                    f"{{{task.name}: null}} in a run)"
                 )
 
 

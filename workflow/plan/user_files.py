@@ -19,6 +19,7 @@ from workflow.manifest import Manifest
 from workflow.messages import ParamsError, did_you_mean, legible, shortened
 from workflow.params import DataSet, Settings
 from workflow.plan.listing import Memory, Names, changes, state
+from workflow.plan.weights import fault
 
 SCHEMES = ("local:", "file:")
 SHOWN = 3  # changed files in a message
@@ -27,11 +28,14 @@ SEEN = Path("work/seen")  # beside the results: what is remembered of the files
 
 @dataclass(frozen=True)
 class Named:
-    """A path that params.yaml names. `key`: where; `names`: what counts if it is a folder."""
+    """A path that params.yaml names. `key`: where; `names`: what counts if it is a folder;
+    `weights`: it has to be a folder of weights.
+    """
 
     key: str
     path: Path
     names: Names
+    weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,16 @@ def weights_state(settings: Settings, key: str, name: str, place: Place) -> dict
     `key`: where params.yaml declares the target. When files are gone, but the target was made from
     the same names, the digests of that time.
     """
-    paths = _paths(settings)
+    paths, weights = _paths(settings), set()
     for setting, value in settings.config.items():
         if isinstance(value, str) and value.startswith(SCHEMES):
             paths[setting] = value.partition(":")[2]
+            weights |= {setting} if value.startswith("local:") else set()
     names = Names(settings.plugin.literals["READS"], settings.plugin.literals["SKIPS"])
     named = {
-        setting: Named(settings.origin.get(setting, f"{key}.{setting}"), Path(path), names)
+        setting: Named(
+            settings.origin.get(setting, f"{key}.{setting}"), Path(path), names, setting in weights
+        )
         for setting, path in paths.items()
     }
     made = place.made(f"target/{name}")
@@ -109,6 +116,8 @@ def _states(
             path = about.path.expanduser()
             shown = shortened(legible(str(path)), 200)
             if path.exists():
+                if about.weights and (wrong := fault(path)):
+                    raise ParamsError(f"{place.params_file}:\n  {about.key}: {wrong}")
                 memory = Memory(place.seen, path, about.names)
                 found[name] = state(path, about.names, memory, recorded.get(name))
                 continue

@@ -6,6 +6,7 @@ from workflow.engines.dvc import follow, record
 from workflow.engines.snakemake import own, reconcile
 from workflow.machine import gpus, gpus_here, threads
 from workflow.plan import load
+from workflow.plan.kept import set_aside
 from workflow.plan.owner import check
 from workflow.plugins import ParamsError
 
@@ -30,6 +31,7 @@ except ParamsError as error:
 if workflow.is_main_process:
     OWNED = own(Path(".snakemake"))  # held until this process ends
     reconcile(plan)
+    set_aside(plan)
     for text in plan.doubts():
         print(f"warning: {text}", file=sys.stderr)
     if DEFAULT:

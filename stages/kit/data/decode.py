@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from stages.kit.data.libtiff import heard
+from stages.kit.data import libtiff, pillow
 from stages.kit.data.near import look
 
 MAX_PIXELS = 89_478_485  # unless another limit is given; Pillow's default: 256 MiB as RGB
@@ -33,6 +33,8 @@ MAX_PIXELS = 89_478_485  # unless another limit is given; Pillow's default: 256 
 LONGEST = 16
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
 EXTENSIONS |= {".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".mpo"}
+
+GREY_ALPHA = "LA;16B"  # Pillow's name of 16-bit grey with transparency in a PNG file
 
 Image.init()
 FORMATS = tuple(
@@ -96,7 +98,8 @@ class Range:
 @dataclass(frozen=True)
 class Decoded:
     """pixels: (H, W, 3) uint8; notes: the conversions that it needed; levels: the 0.1 and 99.9
-    percentiles of a 16-bit or float image, of any other None; said: what libtiff complained about.
+    percentiles of a 16-bit or float image, of any other None; said: what Pillow and libtiff
+    complained about.
     """
 
     pixels: np.ndarray
@@ -135,12 +138,16 @@ def raw_levels(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, np.ndarr
 
 
 def _opened(data: bytes, max_pixels: int, work: Callable) -> tuple:
-    """(what `work` makes of the opened image, what libtiff said meanwhile)."""
+    """(what `work` makes of the opened image, what Pillow and libtiff said meanwhile)."""
     if not data:
         raise Broken("empty", "0 bytes")
-    what, said = "", []
+    what, tiff, warned = "", [], []
     try:
-        with heard() as said, Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with (
+            libtiff.heard() as tiff,
+            pillow.heard() as warned,
+            Image.open(io.BytesIO(data), formats=FORMATS) as image,
+        ):
             width, height = image.size
             what = f"{image.format} of {width} x {height} pixels, mode {image.mode}"
             if width * height > max_pixels:
@@ -151,7 +158,7 @@ def _opened(data: bytes, max_pixels: int, work: Callable) -> tuple:
                 )
             if width * height == 0:
                 raise Broken("damaged", f"{width} x {height} pixels")
-            return work(image), tuple(said)
+            return work(image), _said(tiff, warned)
     except Broken as error:
         if error.reason != "damaged" or not what:
             raise
@@ -161,9 +168,13 @@ def _opened(data: bytes, max_pixels: int, work: Callable) -> tuple:
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged files
         text = str(error).replace("\n", " ")[:200]
         short = isinstance(error, EOFError) or "truncated" in text.lower()
-        more = "".join(f"; {part}" for part in (*(f"libtiff: {s}" for s in said), what) if part)
+        more = "".join(f"; {part}" for part in (*_said(tiff, warned), what) if part)
         reason = "truncated" if short else "damaged"
         raise Broken(reason, (text or type(error).__name__) + more) from None
+
+
+def _said(tiff: list[str], warned: list[str]) -> tuple[str, ...]:
+    return (*(f"libtiff: {text}" for text in tiff), *(f"Pillow: {text}" for text in warned))
 
 
 def _kind(data: bytes) -> str:
@@ -199,10 +210,16 @@ def _deep(data: bytes, image: Image.Image) -> tuple[np.ndarray, np.ndarray | Non
     """All bits of 16-bit colours: (H, W, 3) uint16, and the transparency (H, W) if there is any.
 
     Pillow keeps the upper byte of each value. Told that the bytes lie the other way round, it keeps
-    the lower one. None of an image that it cannot read so.
+    the lower one. Grey with transparency it does not know so: told that the four bytes of a pixel
+    are four channels, it keeps them all. None of an image that it cannot read so.
     """
     if not _is_deep(image) or image.mode not in ("RGB", "RGBA"):
         return None
+    if [tile.args for tile in image.tile] == [GREY_ALPHA]:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as other:
+            other.tile = [tile._replace(args="RGBA") for tile in other.tile]
+            both = np.asarray(other).view(">u2").astype(np.uint16)
+        return np.repeat(both[..., :1], 3, axis=2), both[..., 1]
     with Image.open(io.BytesIO(data), formats=FORMATS) as other:
         other.tile = [tile._replace(args=_swapped(tile.args)) for tile in other.tile]
         lower = np.asarray(other).astype(np.uint16)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.kit.data.near import confirmed, near_duplicates
-from stages.kit.data.store import SPLITS, Split
+from stages.kit.data.store import SPLITS, Split, info, learnt
 from stages.kit.data.tally import Tally, duplicates
 
 EMPTY = 0.5  # a range of which less is used is said to be empty
@@ -198,6 +198,18 @@ def _proposed(kind: str, low: float, high: float) -> str:
     if kind.startswith("16-bit") and low >= 0:
         return f"[0, {2 ** max(1, int(high).bit_length()) - 1}]"
     return f"[{low:g}, {high:g}]"
+
+
+def content(out: Path, outputs: dict[str, str]) -> list:
+    """What later stages may read of the data set in `out`: facts, and hashes of its files.
+
+    Not what the facts only tell, such as the images put aside. Where the images are mapped, nobody
+    reads the parquet files, which hold their names and original bytes.
+    """
+    facts = info(out)
+    passed = (".json", ".jsonl", *((".parquet",) if facts["mode"] == "memmap" else ()))
+    files = {path: hash for path, hash in outputs.items() if not path.endswith(passed)}
+    return [learnt(facts), files]
 
 
 def summary(facts: dict, images_per_s: float) -> dict:

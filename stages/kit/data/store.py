@@ -52,6 +52,11 @@ if TYPE_CHECKING:
     import torch
 
 SPLITS = ("train", "val", "test")
+# Facts of which the report and messages tell, and which no training or task reads.
+TOLD = (
+    *("source", "ignored", "auto_range", "duplicates", "near_duplicates", "levels", "darkest"),
+    *("brightest", "quarantine", "converted", "upscaled", "warnings"),
+)
 OPEN_SHARDS = 512  # at a time; a process may often open 1024 files
 
 
@@ -63,6 +68,11 @@ def info(data_dir: Path | str) -> dict:
             f"no data set in {data_dir} (data.json is missing): run `python -m stages.data` first"
         )
     return json.loads(path.read_text())
+
+
+def learnt(facts: dict) -> dict:
+    """Those facts that a result may depend on: a job is not run again where others change."""
+    return {name: value for name, value in facts.items() if name not in TOLD}
 
 
 class Split:

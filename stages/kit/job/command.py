@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 
-from stages.kit.job.job import Run, running
+from stages.kit.job.job import Run, alone, running, take_over
 from stages.kit.job.launch import spread
-from stages.kit.job.process import prepare
+from stages.kit.job.process import prepare, terminable, world
 from workflow.params.entries import FLAT
 from workflow.plan import load
 from workflow.plan.job import OPTIONS
@@ -23,7 +24,8 @@ HELP = {
 def command(stage: str, doc: str, work: Callable[[Run], None], argv: list[str] | None) -> int:
     """Run one job of a stage as its command line says; the exit status.
 
-    `doc` is the stage's docstring, `work` does the job. Of several processes each does so.
+    `doc` is the stage's docstring, `work` does the job. Of several processes each does so. A job
+    that would make again what it has made before takes that over.
     """
     prepare()
     parser = argparse.ArgumentParser(f"python -m stages.{stage}", description=doc.splitlines()[0])
@@ -37,7 +39,14 @@ def command(stage: str, doc: str, work: Callable[[Run], None], argv: list[str] |
     claim(plan)
     names = [getattr(args, option) for option in OPTIONS[stage]]
     job = plan.job("/".join([stage, *names]))
-    spread(plan, job, argv)
-    with running(job, plan) as run:
-        work(run)
+    with contextlib.ExitStack() as held:
+        one = world() == 1
+        if one:
+            held.enter_context(terminable())
+            held.enter_context(alone(job, plan))  # one lock for both: nobody comes between
+            if take_over(job, plan):
+                return 0
+        spread(plan, job, argv)
+        with running(job, plan, mine=one) as run:
+            work(run)
     return 0

@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -27,13 +28,26 @@ from stages.kit.job.device import choose_device, locked
 from stages.kit.job.orphan import left_behind, sign
 from stages.kit.job.process import barrier, rank, set_threads, terminable, threads, world
 from stages.kit.job.provenance import environment, git_state, peak_mb
+from stages.kit.job.shelter import remove, sheltered
+from stages.kit.job.takeover import facts, restored
 from stages.kit.job.track import tracked
 from workflow import progress
 from workflow.engines import dvc
 from workflow.files import JobError, disk_full, is_full, sha256, write_atomic, write_json
-from workflow.plan import Job, Plan
+from workflow.manifest import Manifest
+from workflow.plan import Job, Plan, kept
+from workflow.plan.digest import of_value
 
-__all__ = ["JobError", "Run", "running", "sha256", "write_atomic", "write_json"]
+__all__ = [
+    "JobError",
+    "Run",
+    "alone",
+    "running",
+    "sha256",
+    "take_over",
+    "write_atomic",
+    "write_json",
+]
 
 
 @dataclass
@@ -41,7 +55,10 @@ class Run:
     """A job that is running.
 
     out: the output folder; work: the folder for checkpoints; compute: the section of params.yaml;
-    summary: a few numbers for the manifest and for the line that is printed at the end.
+    summary: a few numbers for the manifest and for the line that is printed at the end; content:
+    {path: hash} of the outputs -> what of them the jobs below may read, as JSON; given: its inputs
+    as they were when it began; refused: why the job must not finish, although all its outputs are
+    written: they are set aside (workflow/plan/kept.py).
     """
 
     job: Job
@@ -50,6 +67,9 @@ class Run:
     work: Path
     compute: dict
     summary: dict = field(default_factory=dict)
+    content: Callable[[dict[str, str]], object] = dict
+    given: dict = field(default_factory=dict)
+    refused: str = ""
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @cached_property
@@ -83,8 +103,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def running(job: Job, plan: Plan):
+def running(job: Job, plan: Plan, mine: bool = False):
     """Run a job of a plan: yields its Run, and on a normal end writes the manifest.
+
+    mine: this process is `alone` with the job already.
 
     Under torchrun only rank 0 touches the output folder; the others wait until it is clean. An
     exception passes through, as do SIGTERM and SIGINT (as SystemExit 143 and 130); then there is no
@@ -93,16 +115,17 @@ def running(job: Job, plan: Plan):
     file stands under its final name.
     """
     main, began, clock = rank() == 0, datetime.now(UTC), time.monotonic()
-    work = plan.results.parent / "work" / job.fingerprint
     with contextlib.ExitStack() as held:
-        run = Run(job, plan, job.output, work, dict(plan.compute), _held=held)
+        run = _run(job, plan, held)
         held.enter_context(terminable())
         if main:
-            held.enter_context(_alone(job, plan))
-            with _told_if_full(work):
+            if not mine:
+                held.enter_context(alone(job, plan))
+            held.enter_context(sheltered(run.work))
+            with _told_if_full(run.work):
                 _clear(job.output)
-                work.mkdir(parents=True, exist_ok=True)
-            held.enter_context(progress.shown(work, job.id))
+                run.work.mkdir(parents=True, exist_ok=True)
+            held.enter_context(progress.shown(run.work, job.id))
         barrier()
         set_threads(run.compute["threads"])
         if main:
@@ -114,13 +137,46 @@ def running(job: Job, plan: Plan):
                 _finish(run, began, time.monotonic() - clock)
 
 
+def take_over(job: Job, plan: Plan) -> bool:
+    """Finish a job with what it made before, if it would make the same again; True if it did.
+
+    Else its output folder is as it was, or empty. The process has to be `alone` with the job.
+    """
+    with contextlib.ExitStack() as held:
+        run = _run(job, plan, held)
+        held.enter_context(sheltered(run.work))
+        kept.keep(job, plan)  # where no engine has asked the plan before
+        old = kept.same(job, plan)
+        if old is None:
+            return False
+        with _told_if_full(run.out, empty=True):
+            _clear(run.out)
+            if not restored(old, kept.place(job, plan), run.out):
+                return False
+            run.work.mkdir(parents=True, exist_ok=True)
+            with tracked(run):
+                manifest = plan.finished(job.id, run.given, **facts(old))
+                _done(run, manifest)
+    print(manifest.line, flush=True)
+    return True
+
+
+def _run(job: Job, plan: Plan, held: contextlib.ExitStack) -> Run:
+    work = plan.results.parent / "work" / job.fingerprint
+    given = plan.given(job.id)
+    return Run(job, plan, job.output, work, dict(plan.compute), given=given, _held=held)
+
+
 def _finish(run: Run, began: datetime, wall: float) -> None:
     """The last act: the manifest is written, the work folder goes, one line is printed."""
     job, out = run.job, run.out
     files = sorted(path for path in out.rglob("*") if path.is_file())
+    outputs = {path.relative_to(out).as_posix(): sha256(path) for path in files}
     manifest = run.plan.finished(
         job.id,
-        outputs={path.relative_to(out).as_posix(): sha256(path) for path in files},
+        run.given,
+        outputs=outputs,
+        content=of_value(run.content(outputs)),
         environment=environment(),
         git=git_state(run.plan.root),
         wall_s=round(wall, 3),
@@ -130,10 +186,19 @@ def _finish(run: Run, began: datetime, wall: float) -> None:
         summary=run.summary,
         created=began.isoformat(timespec="seconds"),
     )
-    write_atomic(job.manifest, manifest.text())
-    dvc.note(job, run.plan)
-    shutil.rmtree(run.work, ignore_errors=True)
+    if run.refused:
+        kept.refuse(job, run.plan, manifest)
+        raise JobError(run.refused)
+    _done(run, manifest)
     print(manifest.line, flush=True)
+
+
+def _done(run: Run, manifest: Manifest) -> None:
+    """The manifest is written; then what only helped until here goes."""
+    write_atomic(run.job.manifest, manifest.text())
+    dvc.note(run.job, run.plan)
+    kept.forget(run.job, run.plan)
+    remove(run.work)
 
 
 def _clear(folder: Path) -> None:
@@ -163,7 +228,7 @@ def _told_if_full(path: Path, empty: bool = False):
 
 
 @contextlib.contextmanager
-def _alone(job: Job, plan: Plan):
+def alone(job: Job, plan: Plan):
     """One process per job and results folder; the lock ends with the process, however that ends.
 
     A process that its engine has left behind, since the engine was killed, is waited for. If it

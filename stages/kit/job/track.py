@@ -59,8 +59,8 @@ def _open(run):
     off = os.environ.get("MIMLAB_TRACKING", "").lower() in ("off", "0", "false", "no")
     if off or not run.compute.get("tracking", True):
         return None
-    work = run.work.resolve()
-    project = home(work.parents[1])
+    project = home(run.work.parent.resolve().parent)
+    work = run.work.resolve()  # kit/job/shelter.py leads it out of a temporary workspace
     entry = project / "work" / "track" / f"{time.time_ns()}-{run.job.fingerprint[:16]}"
     entry.mkdir(parents=True)
     mark = work / "mlflow"
