@@ -63,8 +63,9 @@ def scores(found: dict) -> Iterable[tuple]:
             cell = found["cells"][name, task.id]
             if cell.interval:
                 span = cell.interval if cell.interval.low is not None else cell.images
-                ends = (span.low, span.high) if span else ("", "")
-                yield (task.id, name, cell.interval.mean, *ends)
+                ends = [max(0.0, span.low), min(1.0, span.high)] if span else []
+                low, high = [f"{end:.5g}" for end in ends] or ("", "")
+                yield task.id, name, f"{cell.interval.mean:.5g}", low, high
 
 
 def codes(jobs: Jobs) -> Iterable[tuple]:
@@ -72,7 +73,7 @@ def codes(jobs: Jobs) -> Iterable[tuple]:
     for id in jobs.folders:
         if id.startswith("target/"):
             for key, values in page.long_lists(id, jobs).items():
-                for code, value in thinned(list(enumerate(values))):
+                for code, value in thinned(list(enumerate(sorted(values, reverse=True)))):
                     yield id.removeprefix("target/"), key, code, value
 
 

@@ -2,7 +2,10 @@
 import warnings
 from pathlib import Path
 
+from workflow import expected
+from workflow.engines import exhibits
 from workflow.engines.dvc import follow, record
+from workflow.engines.resources import Resources
 from workflow.engines.snakemake import own, reconcile
 from workflow.machine import gpus, gpus_here, threads
 from workflow.plan import load
@@ -27,6 +30,7 @@ try:
 except ParamsError as error:
     raise WorkflowError(str(error)) from None
 
+cost = Resources(plan)
 if workflow.is_main_process:
     OWNED = own(Path(".snakemake"))  # held until this process ends
     reconcile(plan)
@@ -39,6 +43,11 @@ if workflow.is_main_process:
             warnings.warn(
                 "no GPU here, so that jobs on the cluster get none; compute.device: cuda asks for them"
             )
+        if unknown := cost.unknown():
+            warnings.warn(
+                f"the cost of {len(unknown)} jobs is not known, such as {unknown[0]}: they ask for the longest times; "
+                f"python -m stages.cost --params {PARAMS} --results {RESULTS} --json {expected.file(plan)} tells it"
+            )
     elif "gpu" not in workflow.global_resources:
         # Snakemake counts no GPUs by itself; --resources gpu=N lets jobs have fewer
         workflow.register_resource("gpu", max(1, gpus_here()))
@@ -50,6 +59,26 @@ THREADS = threads(plan.compute["threads"], workflow.cores if workflow.nodes is N
 def training_gpus(id):
     """How many GPUs a job takes: one for each of its processes, if any."""
     return gpus(plan.compute["device"]) * plan.processes(id)
+
+
+def asked(what, id):
+    """A resource of the jobs of a rule: `what` the job takes that `id` names with its wildcards."""
+    return lambda wildcards, attempt: what(id.format(**dict(wildcards.items())), attempt)
+
+
+def shown(path, id):
+    """An output that stands in Snakemake's report as the record of its job, by stage and method or task."""
+
+    def job(wildcards):
+        return id.format(**dict(wildcards.items()))
+
+    return report(
+        path,
+        caption="../report/record.rst",
+        category=exhibits.CATEGORIES[id.partition("/")[0]],
+        subcategory=lambda wildcards: exhibits.subcategory(plan, job(wildcards)),
+        labels=lambda wildcards: exhibits.labels(plan, job(wildcards)),
+    )
 
 
 wildcard_constraints:
