@@ -5,7 +5,7 @@ from pathlib import Path
 from workflow import expected
 from workflow.engines import exhibits
 from workflow.engines.dvc import follow, record
-from workflow.engines.resources import Resources
+from workflow.engines.limits import Limits
 from workflow.engines.snakemake import own, reconcile
 from workflow.machine import gpus, gpus_here, threads
 from workflow.plan import load
@@ -30,7 +30,7 @@ try:
 except ParamsError as error:
     raise WorkflowError(str(error)) from None
 
-cost = Resources(plan)
+limits = Limits(plan)
 if workflow.is_main_process:
     OWNED = own(Path(".snakemake"))  # held until this process ends
     reconcile(plan)
@@ -43,7 +43,7 @@ if workflow.is_main_process:
             warnings.warn(
                 "no GPU here, so that jobs on the cluster get none; compute.device: cuda asks for them"
             )
-        if unknown := cost.unknown():
+        if unknown := limits.unknown():
             warnings.warn(
                 f"the cost of {len(unknown)} jobs is not known, such as {unknown[0]}: they ask for the longest times; "
                 f"python -m stages.cost --params {PARAMS} --results {RESULTS} --json {expected.file(plan)} tells it"

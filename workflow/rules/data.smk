@@ -11,8 +11,8 @@ rule data:
         "../envs/mimlab.yaml"
     threads: 2
     resources:
-        mem_mb=asked(cost.memory, "data/{data}"),
-        runtime=asked(cost.minutes, "data/{data}"),
+        mem_mb=asked(limits.memory, "data/{data}"),
+        runtime=asked(limits.minutes, "data/{data}"),
     params:
         python=PYTHON,
         files=FILES,

@@ -13,8 +13,8 @@ rule pretrain:
     threads: THREADS
     resources:
         gpu=lambda wildcards: training_gpus(f"pretrain/{wildcards.run}"),
-        mem_mb=asked(cost.memory, "pretrain/{run}"),
-        runtime=asked(cost.minutes, "pretrain/{run}"),
+        mem_mb=asked(limits.memory, "pretrain/{run}"),
+        runtime=asked(limits.minutes, "pretrain/{run}"),
     params:
         python=PYTHON,
         files=FILES,

@@ -34,8 +34,8 @@ rule report:
         "../envs/mimlab.yaml"
     threads: 1
     resources:
-        mem_mb=asked(cost.memory, "report"),
-        runtime=asked(cost.minutes, "report"),
+        mem_mb=asked(limits.memory, "report"),
+        runtime=asked(limits.minutes, "report"),
     params:
         python=PYTHON,
         files=FILES,

@@ -13,8 +13,8 @@ rule target:
     threads: THREADS
     resources:
         gpu=lambda wildcards: training_gpus(f"target/{wildcards.target}"),
-        mem_mb=asked(cost.memory, "target/{target}"),
-        runtime=asked(cost.minutes, "target/{target}"),
+        mem_mb=asked(limits.memory, "target/{target}"),
+        runtime=asked(limits.minutes, "target/{target}"),
     params:
         python=PYTHON,
         files=FILES,

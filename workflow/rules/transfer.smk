@@ -12,8 +12,8 @@ rule transfer:
     threads: THREADS
     resources:
         gpu=lambda wildcards: training_gpus(f"transfer/{wildcards.run}/{wildcards.task}"),
-        mem_mb=asked(cost.memory, "transfer/{run}/{task}"),
-        runtime=asked(cost.minutes, "transfer/{run}/{task}"),
+        mem_mb=asked(limits.memory, "transfer/{run}/{task}"),
+        runtime=asked(limits.minutes, "transfer/{run}/{task}"),
     params:
         python=PYTHON,
         files=FILES,

@@ -29,7 +29,7 @@ MORE, LEAST_MB, IMAGE_MB = 1.5, 2000, 0.016
 UNKNOWN_MB, SIDE = 8000, 64  # where nothing is known: so much for each 64 px of an image's side
 
 
-class Resources:
+class Limits:
     """Of the jobs of a plan."""
 
     def __init__(self, plan: Plan):
