@@ -13,12 +13,12 @@ from pathlib import Path
 
 from workflow.plan import Plan
 
-CATEGORIES = {
-    "data": "Data",
-    "target": "Targets",
-    "pretrain": "Pretraining",
-    "transfer": "Tasks",
-    "report": "Report",
+CATEGORIES = {  # Snakemake sorts them
+    "report": "1. Report",
+    "data": "2. Data",
+    "target": "3. Targets",
+    "pretrain": "4. Pretraining",
+    "transfer": "5. Tasks",
 }
 FIGURES = {  # how the names of figures begin -> stage, what they show
     "loss": ("pretrain", "training loss"),
@@ -53,6 +53,19 @@ def exhibits(plan: Plan) -> list[Exhibit]:
     folder = plan.jobs["report"].output
     figures = [_figure(plan, path) for path in sorted(folder.glob("figures/*.svg"))]
     return figures + [_picture(plan, path) for path in sorted(folder.glob("pictures/*/*/*.png"))]
+
+
+def about(plan: Plan) -> dict[str, str]:
+    """What the first page of Snakemake's report says of this experiment."""
+    made = plan.manifest("report") if plan.fresh("report") else None
+    git = (made and made.git) or {}
+    return {
+        "experiment": plan.experiment,
+        "params": str(plan.params_file),
+        "headline": str(made.summary.get("headline", "")) if made else "",
+        "fingerprint": made.fingerprint if made else "",
+        "commit": f"{git.get('commit', '')}{', with changes' if git.get('dirty') else ''}",
+    }
 
 
 def _figure(plan: Plan, path: Path) -> Exhibit:

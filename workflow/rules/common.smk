@@ -31,6 +31,7 @@ except ParamsError as error:
     raise WorkflowError(str(error)) from None
 
 limits = Limits(plan)
+config["about"] = exhibits.about(plan)  # for workflow/report/workflow.rst
 if workflow.is_main_process:
     OWNED = own(Path(".snakemake"))  # held until this process ends
     reconcile(plan)
@@ -52,8 +53,10 @@ if workflow.is_main_process:
         # Snakemake counts no GPUs by itself; --resources gpu=N lets jobs have fewer
         workflow.register_resource("gpu", max(1, gpus_here()))
 
-# On a cluster Snakemake knows no number of cores (asking for it ends the run); the profile says how many a job gets.
-THREADS = threads(plan.compute["threads"], workflow.cores if workflow.nodes is None else 4)
+# On a cluster Snakemake knows no number of cores (asking for it ends the run), nor for --report, --dag and the like; on
+# a cluster the profile says how many a job gets.
+CORES = None if workflow.nodes is not None else workflow.global_resources["_cores"].value
+THREADS = threads(plan.compute["threads"], CORES or 4)
 
 
 def training_gpus(id):

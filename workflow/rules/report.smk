@@ -6,13 +6,15 @@ rule report:
         page=report(
             f"{RESULTS}/report/index.html",
             caption="../report/index.rst",
-            category="Report",
+            category=exhibits.CATEGORIES["report"],
+            subcategory="page",
             labels=exhibits.labelled("page"),
         ),
         summary=report(
             f"{RESULTS}/report/summary.md",
             caption="../report/summary.rst",
-            category="Report",
+            category=exhibits.CATEGORIES["report"],
+            subcategory="page",
             labels=exhibits.labelled("table"),
         ),
         table=f"{RESULTS}/report/summary.csv",
