@@ -82,12 +82,14 @@ def _figure(plan: Plan, path: Path) -> Exhibit:
 
 def _picture(plan: Plan, path: Path) -> Exhibit:
     stage, name = path.parts[-3:-1]
-    of = _method(plan, name) if stage == "pretrain" else name
-    return _exhibit(path, stage, of, path.stem.replace("_", " "), name)
+    what, run = path.stem.replace("_", " "), plan.runs.get(name)
+    if stage == "pretrain" and run:
+        return _exhibit(path, stage, run.method, what, name, str(run.seeds[0]))
+    return _exhibit(path, stage, name, what, name)
 
 
-def _exhibit(path: Path, stage: str, of: str, what: str, name: str) -> Exhibit:
-    return Exhibit(path, CATEGORIES[stage], of, labelled(what, name))
+def _exhibit(path: Path, stage: str, of: str, what: str, name: str, seed: str = ALL) -> Exhibit:
+    return Exhibit(path, CATEGORIES[stage], of, labelled(what, name, seed))
 
 
 def labelled(what: str, name: str = ALL, seed: str = ALL, score: str = "") -> dict[str, str]:
