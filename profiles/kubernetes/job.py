@@ -71,7 +71,7 @@ def status(args: argparse.Namespace) -> int:
     done = subprocess.run(asked, capture_output=True, text=True)
     if done.returncode:
         sys.stderr.write(done.stderr)
-    found = json.loads(done.stdout or "{}") if not done.returncode else {"status": {}}
+    found = json.loads(done.stdout.strip() or "{}") if not done.returncode else {"status": {}}
     ends = {
         c["type"] for c in found.get("status", {}).get("conditions", ()) if c["status"] == "True"
     }

@@ -49,8 +49,8 @@ class Limits:
             made = self.plan.manifest(id)
             if made and made.fingerprint == job.fingerprint and self._alike(made.device):
                 seconds, memory = most.get(kind(job), (0.0, 0.0))
-                now = (max(seconds, made.seconds), max(memory, made.peak_memory_mb))
-                most[kind(job)] = now
+                mine = self.plan.processes(id) * made.peak_memory_mb  # which is that of one
+                most[kind(job)] = (max(seconds, made.seconds), max(memory, mine))
         return most
 
     def _alike(self, device: str) -> bool:
