@@ -46,5 +46,5 @@ bench: install
 	@for file in benchmarks/[a-z]*.py; do echo "$$file"; python "$$file" || exit 1; done
 
 clean:
-	rm -rf results work logs mlruns mlflow.db .snakemake .pytest_cache .ruff_cache
+	rm -rf results work logs mlruns mlflow.db dvc_plots .snakemake .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -3,23 +3,24 @@
     python -m stages.report [--params params.yaml] [--results results]
 
 Writes results/report/: index.html (self-contained: no script, no network), summary.md, summary.csv,
-figures/*.svg. Equal inputs give equal bytes. Runs that trained without labels compete; the
-untrained encoder, those trained on labels and those whose teacher was are shown for reference and
-never ranked. What may be called best is decided in reporting/stats.py; what stands on the page in
-reporting/page.py.
+figures/*.svg; for DVC and Snakemake's own report metrics.json, plots/*.csv and pictures/. Equal
+inputs give equal bytes. Runs that trained without labels compete; the untrained encoder, those
+trained on labels and those whose teacher was are shown for reference and never ranked. What may be
+called best is decided in reporting/stats.py; what stands on the page in reporting/page.py.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import shutil
 from pathlib import Path
 
 import jinja2
 
 from stages.kit.job.command import command
-from stages.reporting import colours, formats, page
-from stages.reporting.results import Cell, Row, Task
+from stages.reporting import colours, formats, ledger, page
+from stages.reporting.results import Cell, Jobs, Row, Task
 from workflow.files import write_atomic
 
 COLUMNS = (  # of summary.csv
@@ -48,6 +49,13 @@ def write(run) -> None:
     for name in ("index.html", "summary.md"):
         write_atomic(run.out / name, templates().get_template(f"{name}.j2").render(found))
     write_atomic(run.out / "summary.csv", table(found))
+    jobs = Jobs(folders)
+    for name, text in ledger.files(found, jobs).items():
+        (run.out / name).parent.mkdir(exist_ok=True)
+        write_atomic(run.out / name, text)
+    for name, path in ledger.pictures(found["rows"].values(), jobs).items():
+        (run.out / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copyfile(path, run.out / name)
     counted = ("rows", "tasks", "warnings")
     run.summary.update(zip(("runs", "tasks", "warnings"), (len(found[k]) for k in counted)))
     run.summary["headline"] = found["sentence"].text

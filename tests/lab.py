@@ -114,6 +114,7 @@ COPIED = (
     "workflow",
     ".dvc/config",
     ".dvc/.gitignore",
+    ".dvc/plots",
 )
 GIT = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 

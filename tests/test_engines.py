@@ -546,14 +546,75 @@ def test_names_are_quoted_for_the_shell(lab, name):
     assert "results: found 'a{run}', expected a name without braces" in said
 
 
-def test_snakemakes_own_report_and_lint(lab):
+def test_snakemakes_own_report(lab):
+    """Categories by stage, then method, task or target; figures, pictures, the record of each job
+    with its score; and what was shown makes no job run again.
+    """
     it = lab("snakemake")
-    it.snakemake("--report", "x.zip")
-    names = zipfile.ZipFile(it.folder / "x.zip").namelist()
-    assert any(name.endswith("report.html") for name in names)
+    report = it.folder / "results/report"
+    for name in ("figures/loss-mae", "figures/scores-knn", "figures/target-vqkd-counts"):
+        (report / f"{name}.svg").parent.mkdir(exist_ok=True)
+        (report / f"{name}.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    for name in ("pretrain/beitv2", "target/teacher"):
+        (report / "pictures" / name).mkdir(parents=True)
+        (report / "pictures" / name / "what_it_sees.png").write_bytes(b"1")
+    headline = {"headline": {"key": "top1"}, "top1": 0.625}
+    (it.folder / "results/transfer/mae-s0/knn/metrics.json").write_text(json.dumps(headline))
+    it.python("-m", "snakemake", "--report", "x.zip")
+    files = zipfile.ZipFile(it.folder / "x.zip")
+    page = files.read(next(n for n in files.namelist() if n.endswith("report.html"))).decode()
+    shown, results = (
+        json.loads(re.search(rf"var {name} = (\{{.*?\}});?\n", page)[1])
+        for name in ("categories", "results")
+    )
+    assert sorted(shown) == ["1. Report", "2. Data", "3. Targets", "4. Pretraining", "5. Tasks"]
+    found = {(c, sub, path) for c, subs in shown.items() for sub, paths in subs.items()
+             for path in paths}  # fmt: skip
+    assert found == {
+        ("1. Report", "page", "results/report/index.html"),
+        ("1. Report", "page", "results/report/summary.md"),
+        ("2. Data", "main", "results/data/main/manifest.json"),
+        ("3. Targets", "teacher", "results/target/teacher/manifest.json"),
+        ("3. Targets", "teacher", "results/report/pictures/target/teacher/what_it_sees.png"),
+        ("3. Targets", "vqkd", "results/target/vqkd/manifest.json"),
+        ("3. Targets", "vqkd", "results/report/figures/target-vqkd-counts.svg"),
+        ("4. Pretraining", "mae", "results/pretrain/mae-s0/manifest.json"),
+        ("4. Pretraining", "mae", "results/report/figures/loss-mae.svg"),
+        ("4. Pretraining", "beitv2", "results/pretrain/beitv2-s0/manifest.json"),
+        ("4. Pretraining", "beitv2", "results/report/pictures/pretrain/beitv2/what_it_sees.png"),
+        ("5. Tasks", "knn", "results/transfer/mae-s0/knn/manifest.json"),
+        ("5. Tasks", "knn", "results/transfer/beitv2-s0/knn/manifest.json"),
+        ("5. Tasks", "knn", "results/report/figures/scores-knn.svg"),
+    }
+    assert all(about["caption"] and about["labels"] for about in results.values())
+    score = results["results/transfer/mae-s0/knn/manifest.json"]["labels"]
+    assert score == {"what": "record", "of": "mae", "seed": "0", "score": "0.6250"}
+    fingerprint = it.plan().jobs["report"].fingerprint
+    assert "an experiment of mimlab" in page and fingerprint[:12] in page
+    assert it.pending() == set()
+    it.set(0.5)
+    it.snakemake()
+    assert set(it.ran()) == MAE_JOBS and it.right(), "the report makes no figures now, and may"
+
+
+def test_lint_and_format(lab):
+    it = lab("new")
     it.snakemake("--lint")
     config = str(ROOT / "pyproject.toml")
     it.run(str(BIN / "snakefmt"), "--check", "--config", config, "Snakefile", "workflow")
+
+
+def test_the_page_of_graphs_is_up_to_date():
+    Lab(ROOT).python("-m", "workflow.graphs", "--check")
+
+
+def test_encoders_are_an_artifact_of_dvc(lab):
+    it = lab("dvc")
+    it.save("results")
+    it.git("tag", "-a", "encoders@v1.0.0", "-m", "the first")
+    it.dvc("artifacts", "get", ".", "encoders", "-o", "got")
+    kept = {path.parent.name for path in (it.folder / "got").glob("*/manifest.json")}
+    assert kept == {"mae-s0", "beitv2-s0"}
 
 
 def test_a_random_walk_of_eight_actions(lab):

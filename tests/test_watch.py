@@ -201,6 +201,18 @@ def test_a_job_that_was_killed_or_never_began_is_a_failure_too(plan):
     assert "FAILED data/main" not in words.failures(board), "an old log"
 
 
+def test_a_job_that_was_killed_under_dvc_shows_the_end_of_its_log(plan):
+    board = board_of(plan, since=time.time() - 5)
+    begin(plan, "pretrain/mae-s0", pid=GONE, ago=1)
+    board.look()
+    path = plan.results.parent / "logs/dvc.log"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("Running stage 'pretrain@mae-s0':\nstep 3 of 9\nERROR: it exited with -9\n")
+    said = words.failures(board)
+    assert said[1] == "FAILED pretrain/mae-s0"
+    assert said[3:6] == [f"  {line}" for line in path.read_text().splitlines()]
+
+
 def test_a_job_notes_how_it_ends(tmp_path):
     def ended(error: BaseException) -> dict:
         with pytest.raises(type(error)), progress.shown(tmp_path, "data/main"):

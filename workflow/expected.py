@@ -16,10 +16,13 @@ from workflow.plan import Plan
 
 @dataclass(frozen=True)
 class Expected:
-    """Of each job {"fingerprint", "seconds", "flops", "missing"}; `start_s`: of any process."""
+    """Of each job {"fingerprint", "seconds", "flops", "memory_mb", "missing"}; `start_s`: of any
+    process; `gpu`: was it measured on one?
+    """
 
     jobs: Mapping[str, dict] = field(default_factory=dict)
     start_s: float = 0.0
+    gpu: bool = False
 
     @classmethod
     def read(cls, path: Path, plan: Plan) -> Expected:
@@ -31,7 +34,7 @@ class Expected:
                 for id, about in found["jobs"].items()
                 if id in plan.jobs and about["fingerprint"] == plan.jobs[id].fingerprint
             }
-            return cls(jobs, float(found["start_s"]))
+            return cls(jobs, float(found["start_s"]), bool(found.get("gpu")))
         except (OSError, ValueError, KeyError, TypeError):
             return cls()
 
@@ -39,6 +42,10 @@ class Expected:
         """Of a job, with the start of its process; None if nothing is known."""
         about = self.jobs.get(id)
         return None if about is None or about["missing"] else about["seconds"] + self.start_s
+
+    def memory(self, id: str) -> float:
+        """Of a job, in MB; 0 if nothing is known."""
+        return (self.jobs.get(id) or {}).get("memory_mb") or 0.0
 
     def flops(self, id: str) -> float:
         """Of a job's training; 0 if it has none."""

@@ -65,4 +65,5 @@ def schedule(plan, costs: dict[str, Cost], slots: int) -> float:
 def record(plan, costs: dict[str, Cost]) -> dict:
     """The costs as workflow/expected.py reads them."""
     prints = {id: {"fingerprint": plan.jobs[id].fingerprint} for id in costs}
-    return {"start_s": START_S, "jobs": {id: prints[id] | asdict(c) for id, c in costs.items()}}
+    jobs = {id: prints[id] | asdict(c) for id, c in costs.items()}
+    return {"start_s": START_S, "gpu": machine.gpus(plan.compute["device"]) > 0, "jobs": jobs}

@@ -146,15 +146,24 @@ def loss_charts(rows: Mapping[str, Row], jobs: Jobs) -> dict[str, str]:
 def target_charts(id: str, jobs: Jobs) -> dict[str, str]:
     """{name: SVG} of a target: every long list of numbers in its health, and its training loss."""
     name, found = id.removeprefix("target/"), {}
-    for key, value in results.read(jobs.folders[id] / "health.json").items():
-        if isinstance(value, list) and len(value) > 8 and all(map(is_number, value)):
-            found[f"target-{name}-{key}"] = charts.bars(
-                value, f"{name}: {key}", "code, by falling use", "patches", TARGETS
-            )
+    for key, value in long_lists(id, jobs).items():
+        found[f"target-{name}-{key}"] = charts.bars(
+            value, f"{name}: {key}", "code, by falling use", "patches", TARGETS
+        )
     lines = [results.losses(jobs.folders[id], name)]
     title = f"{name}: training loss"
     found[f"target-{name}-loss"] = charts.curves(lines, title, "epoch", "loss", TARGETS)
     return found
+
+
+def long_lists(id: str, jobs: Jobs) -> dict[str, list[float]]:
+    """What is drawn of a target's health: how often each code is used."""
+    health = results.read(jobs.folders[id] / "health.json")
+    return {
+        key: value
+        for key, value in health.items()
+        if isinstance(value, list) and len(value) > 8 and all(map(is_number, value))
+    }
 
 
 def mark(row: Row, task: Task, cell: Cell, x: float, y: float = 0.0) -> charts.Point:

@@ -7,16 +7,19 @@ sees a changed parameter, code file or input without knowing any of them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from workflow.files import write_changed
 from workflow.plan import Job, Plan, load
 
 RUNS = "workflow/runs.json"
+VEGA = ("vega", "vega-lite", "vega-embed")
 
 
 def loops(plan: Plan) -> dict:
@@ -51,7 +54,24 @@ def follow(plan: Plan) -> bool:
     known = {folder / id for id in plan.jobs}
     for path in [p for p in folder.rglob("*") if p.is_file() and p not in known]:
         path.unlink()
+    offline(plan.root)
     return write_changed(plan.root / RUNS, runs_text(plan))
+
+
+def offline(root: Path) -> None:
+    """Lay Vega where the page of `dvc plots` (.dvc/plots/page.html) looks for it, once.
+
+    DVC itself has it loaded from the network. Snakemake brings it for its own reports; without that
+    copy the page loads it as DVC does.
+    """
+    snakemake, place = importlib.util.find_spec("snakemake"), root / ".dvc/tmp/vega.js"
+    if snakemake is None or place.exists() or not (root / ".dvc").is_dir():
+        return
+    folder = Path(snakemake.origin).parent / "assets/data"
+    with contextlib.suppress(OSError):
+        parts = [(folder / name / f"{name}.js").read_text(encoding="utf-8") for name in VEGA]
+        place.parent.mkdir(exist_ok=True)
+        write_changed(place, "\n".join(parts))
 
 
 def note(job: Job, plan: Plan) -> None:

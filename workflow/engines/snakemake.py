@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from workflow.engines.exhibits import exhibits
 from workflow.plan import Job, Plan
 
 # Nanoseconds of 1980-01-02: older than any input. Snakemake takes 1970 for "no time at all", and
@@ -27,17 +28,18 @@ def reconcile(plan: Plan) -> None:
     Contents stay as they are. A second call, also while jobs run, changes nothing more.
     """
     times: dict[str, int] = {}
-    for job in plan.jobs.values():
-        fresh = plan.fresh(job.id)
+    for id, job in plan.jobs.items():
+        fresh = plan.fresh(id)
         inputs = [times[name] for name in job.inputs.values()] or [_stage_file(job, plan)]
-        for path in (*job.files, _benchmark(job, plan)):
+        shown = [each.path for each in exhibits(plan)] if id == "report" else []
+        for path in (*job.files, *shown, _benchmark(job, plan)):
             time = _time(path)
             if time is None:
                 continue
             wanted = max(time, *inputs) if fresh else STALE
             if time != wanted:
                 _set_time(path, wanted, job)
-        times[job.id] = _time(job.manifest) or 0
+        times[id] = _time(job.manifest) or 0
 
 
 def own(folder: Path) -> IO | None:

@@ -2,7 +2,10 @@
 import warnings
 from pathlib import Path
 
+from workflow import expected
+from workflow.engines import exhibits
 from workflow.engines.dvc import follow, record
+from workflow.engines.limits import Limits
 from workflow.engines.snakemake import own, reconcile
 from workflow.machine import gpus, gpus_here, threads
 from workflow.plan import load
@@ -28,6 +31,8 @@ try:
 except ParamsError as error:
     raise WorkflowError(str(error)) from None
 
+limits = Limits(plan)
+config["about"] = exhibits.about(plan)  # for workflow/report/workflow.rst
 if workflow.is_main_process:
     OWNED = own(Path(".snakemake"))  # held until this process ends
     reconcile(plan)
@@ -41,17 +46,44 @@ if workflow.is_main_process:
             warnings.warn(
                 "no GPU here, so that jobs on the cluster get none; compute.device: cuda asks for them"
             )
+        if unknown := limits.unknown():
+            warnings.warn(
+                f"the cost of {len(unknown)} jobs is not known, such as {unknown[0]}: they ask for the longest times; "
+                f"python -m stages.cost --params {PARAMS} --results {RESULTS} --json {expected.file(plan)} tells it"
+            )
     elif "gpu" not in workflow.global_resources:
         # Snakemake counts no GPUs by itself; --resources gpu=N lets jobs have fewer
         workflow.register_resource("gpu", max(1, gpus_here()))
 
-# On a cluster Snakemake knows no number of cores (asking for it ends the run); the profile says how many a job gets.
-THREADS = threads(plan.compute["threads"], workflow.cores if workflow.nodes is None else 4)
+# On a cluster Snakemake knows no number of cores (asking for it ends the run), nor for --report, --dag and the like; on
+# a cluster the profile says how many a job gets.
+CORES = None if workflow.nodes is not None else workflow.global_resources["_cores"].value
+THREADS = threads(plan.compute["threads"], CORES or 4)
 
 
 def training_gpus(id):
     """How many GPUs a job takes: one for each of its processes, if any."""
     return gpus(plan.compute["device"]) * plan.processes(id)
+
+
+def asked(what, id):
+    """A resource of the jobs of a rule: `what` the job takes that `id` names with its wildcards."""
+    return lambda wildcards, attempt: what(id.format(**dict(wildcards.items())), attempt)
+
+
+def shown(path, id):
+    """An output that stands in Snakemake's report as the record of its job, by stage and method or task."""
+
+    def job(wildcards):
+        return id.format(**dict(wildcards.items()))
+
+    return report(
+        path,
+        caption="../report/record.rst",
+        category=exhibits.CATEGORIES[id.partition("/")[0]],
+        subcategory=lambda wildcards: exhibits.subcategory(plan, job(wildcards)),
+        labels=lambda wildcards: exhibits.labels(plan, job(wildcards)),
+    )
 
 
 wildcard_constraints:

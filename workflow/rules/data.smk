@@ -2,7 +2,7 @@ rule data:
     input:
         "stages/data.py",
     output:
-        f"{RESULTS}/data/{{data}}/manifest.json",
+        shown(f"{RESULTS}/data/{{data}}/manifest.json", "data/{data}"),
     log:
         f"{LOGS}/data/{{data}}.log",
     benchmark:
@@ -11,8 +11,8 @@ rule data:
         "../envs/mimlab.yaml"
     threads: 2
     resources:
-        mem_mb=8000,
-        runtime=240,
+        mem_mb=asked(limits.memory, "data/{data}"),
+        runtime=asked(limits.minutes, "data/{data}"),
     params:
         python=PYTHON,
         files=FILES,

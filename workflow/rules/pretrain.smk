@@ -2,7 +2,7 @@ rule pretrain:
     input:
         pretrain_inputs,
     output:
-        f"{RESULTS}/pretrain/{{run}}/manifest.json",
+        shown(f"{RESULTS}/pretrain/{{run}}/manifest.json", "pretrain/{run}"),
     log:
         f"{LOGS}/pretrain/{{run}}.log",
     benchmark:
@@ -13,8 +13,8 @@ rule pretrain:
     threads: THREADS
     resources:
         gpu=lambda wildcards: training_gpus(f"pretrain/{wildcards.run}"),
-        mem_mb=8000,
-        runtime=4320,
+        mem_mb=asked(limits.memory, "pretrain/{run}"),
+        runtime=asked(limits.minutes, "pretrain/{run}"),
     params:
         python=PYTHON,
         files=FILES,

@@ -6,16 +6,28 @@ rule report:
         page=report(
             f"{RESULTS}/report/index.html",
             caption="../report/index.rst",
-            category="Report",
-            labels={"what": "report"},
+            category=exhibits.CATEGORIES["report"],
+            subcategory="page",
+            labels=exhibits.labelled("page"),
         ),
         summary=report(
             f"{RESULTS}/report/summary.md",
             caption="../report/summary.rst",
-            category="Report",
-            labels={"what": "table"},
+            category=exhibits.CATEGORIES["report"],
+            subcategory="page",
+            labels=exhibits.labelled("table"),
         ),
         table=f"{RESULTS}/report/summary.csv",
+        exhibits=[
+            report(
+                each.path.as_posix(),
+                caption=f"../report/{each.caption}.rst",
+                category=each.category,
+                subcategory=each.subcategory,
+                labels=each.labels,
+            )
+            for each in exhibits.exhibits(plan)
+        ],
     log:
         f"{LOGS}/report.log",
     benchmark:
@@ -24,8 +36,8 @@ rule report:
         "../envs/mimlab.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=asked(limits.memory, "report"),
+        runtime=asked(limits.minutes, "report"),
     params:
         python=PYTHON,
         files=FILES,

@@ -2,7 +2,7 @@ rule target:
     input:
         target_inputs,
     output:
-        f"{RESULTS}/target/{{target}}/manifest.json",
+        shown(f"{RESULTS}/target/{{target}}/manifest.json", "target/{target}"),
     log:
         f"{LOGS}/target/{{target}}.log",
     benchmark:
@@ -13,8 +13,8 @@ rule target:
     threads: THREADS
     resources:
         gpu=lambda wildcards: training_gpus(f"target/{wildcards.target}"),
-        mem_mb=8000,
-        runtime=1440,
+        mem_mb=asked(limits.memory, "target/{target}"),
+        runtime=asked(limits.minutes, "target/{target}"),
     params:
         python=PYTHON,
         files=FILES,

@@ -2,7 +2,7 @@ rule transfer:
     input:
         transfer_inputs,
     output:
-        f"{RESULTS}/transfer/{{run}}/{{task}}/manifest.json",
+        shown(f"{RESULTS}/transfer/{{run}}/{{task}}/manifest.json", "transfer/{run}/{task}"),
     log:
         f"{LOGS}/transfer/{{run}}/{{task}}.log",
     benchmark:
@@ -12,8 +12,8 @@ rule transfer:
     threads: THREADS
     resources:
         gpu=lambda wildcards: training_gpus(f"transfer/{wildcards.run}/{wildcards.task}"),
-        mem_mb=8000,
-        runtime=1440,
+        mem_mb=asked(limits.memory, "transfer/{run}/{task}"),
+        runtime=asked(limits.minutes, "transfer/{run}/{task}"),
     params:
         python=PYTHON,
         files=FILES,

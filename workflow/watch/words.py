@@ -96,7 +96,7 @@ def _at_once(slots: int) -> str:
 
 
 def log(plan: Plan, id: str) -> Path:
-    """Where Snakemake puts what a job says on stderr."""
+    """Where Snakemake puts what a job says on stderr; of an engine's name, what that says."""
     return plan.results.parent / "logs" / f"{id}.log"
 
 
@@ -105,7 +105,9 @@ def reason(board: Board, id: str) -> list[str]:
     record = board.jobs[id].record
     if record.get("error"):
         return [line for line in str(record["error"]).splitlines() if line.strip()][:LINES]
-    said = tail(log(board.plan, id), board.since)
+    # DVC keeps no log of a job: it runs one at a time, so that its own log ends with that one
+    logs = (log(board.plan, id), log(board.plan, "dvc"))
+    said = next(filter(None, (tail(path, board.since) for path in logs)), [])
     if record.get("state") == "running":
         return ["its process is gone and left no reason (killed, or out of memory?)", *said[-3:]]
     return said or ["it left no reason"]
