@@ -107,6 +107,14 @@ def test_values_beyond_reason(tmp_path, changes, says):
     assert max(map(len, lines)) < 400
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb", "a\rb"])
+def test_a_name_with_a_control_character_is_told_in_one_line(tmp_path, name):
+    with pytest.raises(ParamsError) as error:
+        read(write_params(tmp_path, tiny_content(grid__runs={name: {"method": "mae"}})))
+    first, line = str(error.value).split("\n")
+    assert line.startswith(f"  grid.runs.{ascii(name)[1:-1]}: the name ") and line.isprintable()
+
+
 def test_the_longest_names_are_written(tmp_path):
     """Names of 100 characters become folders, and files with more in their names."""
     from tests.plans import finish, plan_of

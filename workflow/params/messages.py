@@ -14,7 +14,8 @@ UNION = re.compile(r"int|float|str|bool|none|\w+\[.*\]")
 
 
 def listing(path: str, problems: list[str]) -> str:
-    """All problems of a file, one a line."""
+    """All problems of a file, one a line, also where a key of the user's holds a line break."""
+    problems = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in p) for p in problems]
     head = f"{path}: {len(problems)} problems" if len(problems) > 1 else path
     return "\n".join([f"{head}:", *(f"  {p}" for p in problems)])
 
