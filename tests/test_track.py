@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from stages.kit.job import courier, track
+from stages.kit.job import courier, told, track
 
 ROOT = Path(__file__).resolve().parents[1]
 START = track._start_courier
@@ -74,11 +74,12 @@ def make_run(folder: Path, name: str = "mae-s0", fingerprint: str = "f" * 64, **
             "run": "mae",
         },
     )
+    made = SimpleNamespace(
+        id="data/main", output=data, params={}, inputs={}, fingerprint="e" * 64, stage="data"
+    )
     return SimpleNamespace(
         job=job,
-        plan=SimpleNamespace(
-            experiment="demo", root=ROOT, jobs={"data/main": SimpleNamespace(output=data)}
-        ),
+        plan=SimpleNamespace(experiment="demo", root=ROOT, jobs={"data/main": made, job.id: job}),
         out=out,
         work=work,
         compute={"tracking": True, "tracking_uri": None, **compute},
@@ -133,10 +134,12 @@ def box(folder: Path) -> Path:
 
 
 def runs_of(folder: Path):
-    """(client, the parent's id, the other runs of the store in this folder, oldest first)"""
-    client, experiment, parent = courier.connect(f"sqlite:///{folder}/mlflow.db", "demo")
+    """(client, the row's id, or all if several, runs of jobs in this folder, oldest first)"""
+    client, experiment = courier.connect(f"sqlite:///{folder}/mlflow.db", "demo")
     found = client.search_runs([experiment], order_by=["attributes.start_time ASC"])
-    return client, parent, [run for run in found if run.info.run_id != parent]
+    rows = [run.info.run_id for run in found if run.data.tags["stage"] == "run"]
+    jobs = [run for run in found if "entry" in run.data.tags]
+    return client, rows[0] if len(rows) == 1 else rows, jobs
 
 
 def steps(client, run, key: str = "epoch") -> list[int]:
@@ -323,7 +326,7 @@ def test_a_finished_job_whose_process_is_stopped_at_its_very_end_is_finished(tmp
         finish(run)
         sys.exit(143)
     [entry] = track.entries(box(tmp_path))
-    assert track.read(entry / "note.json")["status"] == "FINISHED"
+    assert told.read(entry / "note.json")["status"] == "FINISHED"
 
 
 # ------------------------------------------------------------------------- stores that are not well
@@ -365,7 +368,7 @@ def test_one_bad_entry_holds_up_no_other(lab):
     run = make_run(lab)
     whole(run)
     [bad] = track.entries(box(lab))
-    note = track.read(bad / "note.json")
+    note = told.read(bad / "note.json")
     (bad / "note.json").write_text(json.dumps(note | {"tags": "no tags"}))
     torn = box(lab) / "0-torn"
     torn.mkdir()
@@ -436,7 +439,7 @@ def test_store_uri(tmp_path, monkeypatch):
 def test_a_temporary_workspace_of_dvc_leaves_its_entries_in_the_project(tmp_path):
     whole(make_run(tmp_path / ".dvc" / "tmp" / "exps" / "tmpa1b2"))
     [entry] = track.entries(box(tmp_path))
-    note = track.read(entry / "note.json")
+    note = told.read(entry / "note.json")
     assert track.store_uri(tmp_path, note["uri"]) == f"sqlite:///{tmp_path}/mlflow.db"
     assert (entry / "files/encoder").is_dir()
 
