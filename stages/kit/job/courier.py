@@ -175,9 +175,10 @@ def follow(base: Path) -> None:
             if here == place or (place.exists() and not here.exists()):
                 continue
             new, length = here.as_uri(), len(old)
-            where = "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?"
-            moved = f"UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) {where}"
-            store.execute(moved, (new, length + 1, number, length, old))
+            for table, key in (("runs", "artifact_uri"), ("logged_models", "artifact_location")):
+                where = f"WHERE experiment_id = ? AND substr({key}, 1, ?) = ?"
+                moved = f"UPDATE {table} SET {key} = ? || substr({key}, ?) {where}"
+                store.execute(moved, (new, length + 1, number, length, old))
             moved = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?"
             store.execute(moved, (new, number))
 
@@ -313,7 +314,8 @@ def split(metrics: dict, params: dict) -> tuple[dict[str, float], dict]:
         if not is_setting(key)
     }
     kinds = (bool, int, float, str)
-    settings = {k: v for k, v in found.items() if isinstance(v, kinds) and k not in results}
+    told = {"run", "method", "task", "kind", "seed"} | set(results)
+    settings = {k: v for k, v in found.items() if isinstance(v, kinds) and k not in told}
     return results, settings
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
+from stages.kit.job import links
 from stages.kit.job.told import SHARED
 
 ABOUT = (
@@ -83,12 +85,33 @@ def sum_up(client, experiment: str, row, group: dict) -> None:
         client.log_batch(row.info.run_id, params=some)
     if metrics:
         client.log_batch(row.info.run_id, metrics=metrics)
+        _show(client, experiment, changed)
     states = {job.info.status for job in last.values()}
     state = next((s for s in ("RUNNING", "FAILED", "KILLED") if s in states), "FINISHED")
     if state == "RUNNING" != row.info.status:
         client.update_run(row.info.run_id, state)
     elif state != "RUNNING" and (row.info.status, row.info.end_time) != (state, at):
         client.set_terminated(row.info.run_id, state, at)
+
+
+def _show(client, experiment: str, scores: Iterable[str]) -> None:
+    """Adds scores to the saved view of the rows, whose columns MLflow's page does not show else."""
+    key = f"mlflow.sharedViewState.{links.VIEW}"
+    tags = client.get_experiment(experiment).tags
+    try:
+        view = json.loads(tags[key])
+        state = json.loads(view["state"])
+        known = list(state["selectedColumns"])
+    except (KeyError, ValueError, TypeError):
+        known = [f"params.`{name}`" for name in ("method", "target", "seed", "labels")]
+        known += [f"metrics.`cost/{name}`" for name in ("images_seen", "seconds_in_all", "flops")]
+        state = {"searchFilter": "tags.stage = 'run'", "startTime": "ALL"}
+        view = {"name": "Methods: scores and cost", "createdAt": 0}
+    columns = [f"metrics.`{name}`" for name in scores if name.startswith("score/")]
+    if new := [column for column in columns if column not in known]:
+        state["selectedColumns"] = new + known
+        view["state"] = json.dumps(state)
+        client.set_experiment_tag(experiment, key, json.dumps(view))
 
 
 def log_data(client, runs: list[str], note: dict) -> None:
@@ -174,7 +197,7 @@ def _about_group(experiment: str, group: dict) -> str:
         return "What several runs are made from, and what is made from them all."
     shown, name = group.get("params", {}), group["name"]
     facts = {key: shown.get(key, "?") for key in ("method", "target", "data", "labels")}
-    jobs = _search(experiment, f"tags.group = '{group['group']}'")
+    jobs = f"#/experiments/{experiment}/" + links.search(f"tags.group = '{group['group']}'")
     return "\n\n".join(
         [
             "Method **{method}**, target {target}, pretrained on {data}, labels: {labels}.".format(
@@ -187,16 +210,5 @@ def _about_group(experiment: str, group: dict) -> str:
 
 
 def _links(experiment: str, made_from: list) -> str:
-    """Jobs as links to a search for their fingerprints: runs may be deleted and delivered again."""
-    return ", ".join(
-        f"[{id}]({_search(experiment, tag(fingerprint))})" for id, fingerprint in made_from
-    )
-
-
-def tag(fingerprint: str) -> str:
-    """What finds a job's run."""
-    return f"tags.fingerprint = '{fingerprint}'"
-
-
-def _search(experiment: str, where: str) -> str:
-    return f"#/experiments/{experiment}/runs?searchFilter={quote(where)}"
+    page = f"#/experiments/{experiment}"
+    return ", ".join(f"[{id}]({page}/{links.job(print)})" for id, print in made_from)

@@ -21,7 +21,7 @@ from stages.kit.job.provenance import git_state
 from workflow.manifest import Manifest
 
 SHARED = {"group": "shared", "name": "data, targets, reports", "stage": "shared"}
-NAMES = ("method.config.", "target.config.", "train.", "model.config.")  # not needed in a column
+NAMES = ("method.config.", "train.", "model.config.")  # of settings; a column needs them not
 
 
 def story(run) -> dict:
@@ -127,13 +127,15 @@ def differing(params: dict, others: list[dict]) -> dict:
     {name: value}, with the short name that a column has room for.
     """
     known, found = [flat(other) for other in others], {}
+    trains = params.get("method", {}).get("trains", True)
     for key, value in flat(params).items():
-        values = {json.dumps(other[key]) for other in known if key in other}
-        if len(values) > 1 and key not in ("seed", "run") and not key.startswith("method.name"):
-            head = next((head for head in NAMES if key.startswith(head)), "")
+        head = next((head for head in NAMES if key.startswith(head)), None)
+        if head is None or (head == "train." and not trains):
+            continue
+        if len({json.dumps(other[key]) for other in known if key in other}) > 1:
             name = key.removeprefix(head)
             found[key if name in found else name] = value
-    return {key: value for key, value in found.items() if key not in ("method.kind",)}
+    return found
 
 
 def _pretraining(run):
