@@ -73,13 +73,12 @@ class Page:
             raise RuntimeError(found["exceptionDetails"]["exception"]["description"])
         return found["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 120.0):
-        """The value of an expression as soon as it is a true one. AssertionError if it stays so."""
+    def wait(self, script: str, seconds: float = 300.0) -> None:
+        """Waits until an expression is a true one. AssertionError if it does not become so."""
         end = time.monotonic() + seconds
-        while not (found := self.run(script)):
+        while not self.run(f"Boolean({script})"):
             assert time.monotonic() < end, f"{script}: {self.run('document.body.innerText')}"
-            time.sleep(0.2)
-        return found
+            time.sleep(0.5)
 
     def shot(self, path: Path) -> None:
         """Writes what is to be seen as a PNG."""

@@ -95,23 +95,37 @@ def sum_up(client, experiment: str, row, group: dict) -> None:
 
 
 def _show(client, experiment: str, scores: Iterable[str]) -> None:
-    """Adds scores to the saved view of the rows, whose columns MLflow's page does not show else."""
+    """Adds scores to the saved view of the rows: columns, and charts of score against cost.
+
+    MLflow's page shows no column of numbers else. What a person has changed in the view stays.
+    """
     key = f"mlflow.sharedViewState.{links.VIEW}"
     tags = client.get_experiment(experiment).tags
     try:
         view = json.loads(tags[key])
         state = json.loads(view["state"])
-        known = list(state["selectedColumns"])
+        known, drawn = state["selectedColumns"], state.get("compareRunCharts", [])
     except (KeyError, ValueError, TypeError):
-        known = [f"params.`{name}`" for name in ("method", "target", "seed", "labels")]
-        known += [f"metrics.`cost/{name}`" for name in ("images_seen", "seconds_in_all", "flops")]
-        state = {"searchFilter": "tags.stage = 'run'", "startTime": "ALL"}
-        view = {"name": "Methods: scores and cost", "createdAt": 0}
-    columns = [f"metrics.`{name}`" for name in scores if name.startswith("score/")]
-    if new := [column for column in columns if column not in known]:
-        state["selectedColumns"] = new + known
+        view, state, known, drawn = {"name": "Methods: scores and cost", "createdAt": 0}, {}, [], []
+        known += [f"metrics.`cost/{name}`" for name in ("images_seen", "seconds_in_all")]
+        known += [f"params.`{name}`" for name in ("method", "target", "seed", "labels")]
+        section = {"uuid": "mimlab", "name": "scores and cost", "display": True, "deleted": False}
+        state |= {"searchFilter": "tags.stage = 'run'", "startTime": "ALL"}
+        state |= {"compareRunSections": [section | {"isReordered": False, "isGenerated": False}]}
+    new = [name for name in scores if name.startswith("score/")]
+    if new := [name for name in new if f"metrics.`{name}`" not in known]:
+        state["selectedColumns"] = [f"metrics.`{name}`" for name in new] + known
+        state["compareRunCharts"] = drawn + [_chart(name) for name in new]
         view["state"] = json.dumps(state)
         client.set_experiment_tag(experiment, key, json.dumps(view))
+
+
+def _chart(score: str) -> dict:
+    """A score against the seconds that it took, as a saved view holds a chart."""
+    across = {"key": "cost/seconds_in_all", "type": "METRIC"}
+    chart = {"type": "SCATTER", "xaxis": across, "yaxis": {"key": score, "type": "METRIC"}}
+    chart |= {"uuid": f"mimlab-{score}", "metricSectionId": "mimlab", "runsCountToCompare": 100}
+    return chart | {"deleted": False, "isGenerated": False}
 
 
 def log_data(client, runs: list[str], note: dict) -> None:
