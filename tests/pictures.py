@@ -58,7 +58,7 @@ def served(store: Path, folder: Path) -> Iterator[str]:
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(running.pid, 15)
+        os.killpg(running.pid, 9)  # it only reads
         running.wait(60)
 
 

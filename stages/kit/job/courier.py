@@ -29,8 +29,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from stages.kit.job import rows
-from stages.kit.job.told import SHARED, flat, read
+from stages.kit.job.told import SHARED, read
 from stages.kit.job.track import ADDRESSES, entries, held, now, store_uri
+from stages.kit.settings import flat
 from workflow.files import write_changed
 
 EVERY = 5.0  # seconds between two looks at the history of a running job

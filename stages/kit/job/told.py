@@ -18,10 +18,10 @@ import os
 from pathlib import Path
 
 from stages.kit.job.provenance import git_state
+from stages.kit.settings import differing, flat
 from workflow.manifest import Manifest
 
 SHARED = {"group": "shared", "name": "data, targets, reports", "stage": "shared"}
-NAMES = ("method.config.", "train.", "model.config.")  # of settings; a column needs them not
 
 
 def story(run) -> dict:
@@ -121,23 +121,6 @@ def _group(run) -> dict:
     }
 
 
-def differing(params: dict, others: list[dict]) -> dict:
-    """The settings of `params` that some of the others have, too, with another value.
-
-    {name: value}, with the short name that a column has room for.
-    """
-    known, found = [flat(other) for other in others], {}
-    trains = params.get("method", {}).get("trains", True)
-    for key, value in flat(params).items():
-        head = next((head for head in NAMES if key.startswith(head)), None)
-        if head is None or (head == "train." and not trains):
-            continue
-        if len({json.dumps(other[key]) for other in known if key in other}) > 1:
-            name = key.removeprefix(head)
-            found[key if name in found else name] = value
-    return found
-
-
 def _pretraining(run):
     """The pretraining that a job is, or whose encoder it tests; else None."""
     job = run.job
@@ -195,13 +178,3 @@ def read(path: Path) -> dict:
     except (OSError, ValueError):
         found = None
     return found if isinstance(found, dict) else {}
-
-
-def flat(value, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay one value."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value} if prefix else {}
-    found = {}
-    for key, inner in value.items():
-        found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found
