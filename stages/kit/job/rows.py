@@ -30,6 +30,7 @@ EXPERIMENT = {
 }
 CONTEXTS = {"target": "training", "pretrain": "training", "transfer": "evaluation"}
 MOST = 1000  # runs in one answer
+UNTOUCHED = {"isReordered": False, "deleted": False, "isGenerated": False}  # of a chart
 
 
 def row(client, experiment: str, group: dict, start: int):
@@ -109,9 +110,14 @@ def _show(client, experiment: str, scores: Iterable[str]) -> None:
         view, state, known, drawn = {"name": "Methods: scores and cost", "createdAt": 0}, {}, [], []
         known += [f"metrics.`cost/{name}`" for name in ("images_seen", "seconds_in_all")]
         known += [f"params.`{name}`" for name in ("method", "target", "seed", "labels")]
-        section = {"uuid": "mimlab", "name": "scores and cost", "display": True, "deleted": False}
-        state |= {"searchFilter": "tags.stage = 'run'", "startTime": "ALL"}
-        state |= {"compareRunSections": [section | {"isReordered": False, "isGenerated": False}]}
+        section = {
+            "uuid": "mimlab",
+            "name": "at a glance: score by cost",
+            "display": True,
+            "deleted": False,
+        }
+        state |= {"searchFilter": "tags.stage = 'run'", "runsHiddenMode": "SHOW_ALL"}
+        state |= {"compareRunSections": [section | UNTOUCHED]}
     new = [name for name in scores if name.startswith("score/")]
     if new := [name for name in new if f"metrics.`{name}`" not in known]:
         state["selectedColumns"] = [f"metrics.`{name}`" for name in new] + known
@@ -125,7 +131,7 @@ def _chart(score: str) -> dict:
     across = {"key": "cost/seconds_in_all", "type": "METRIC"}
     chart = {"type": "SCATTER", "xaxis": across, "yaxis": {"key": score, "type": "METRIC"}}
     chart |= {"uuid": f"mimlab-{score}", "metricSectionId": "mimlab", "runsCountToCompare": 100}
-    return chart | {"deleted": False, "isGenerated": False}
+    return chart | UNTOUCHED
 
 
 def log_data(client, runs: list[str], note: dict) -> None:

@@ -92,7 +92,9 @@ def _close(run, entry: Path, note: dict, lock, status: str) -> None:
             os.link(path, place)
         except OSError:  # another disk
             shutil.copyfile(path, place)
-    last = {"status": status, "end": now(), "cost": told.cost(run)}
+    last = {"status": status, "end": now()}
+    with _harmless():
+        last["cost"] = told.cost(run)
     write_json(entry / "note.json", note | last)
     lock.close()
     _start_courier(entry.parent)
