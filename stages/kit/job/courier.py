@@ -28,7 +28,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from stages.kit.job import rows
+from stages.kit.job import links, rows
 from stages.kit.job.told import SHARED, read
 from stages.kit.job.track import ADDRESSES, entries, held, now, store_uri
 from stages.kit.settings import flat
@@ -369,12 +369,25 @@ def _alone(uri: str):
         yield
 
 
+def pages(base: Path) -> list[tuple[str, str]]:
+    """(name, address below that of a server) of the experiments in a SQLite store that have rows."""
+    query = (
+        "SELECT name, experiment_id FROM experiments JOIN experiment_tags USING (experiment_id) "
+        "WHERE lifecycle_stage = 'active' AND key = ?"
+    )
+    with closing(sqlite3.connect(base)) as store, suppress(sqlite3.OperationalError):
+        found = store.execute(query, (f"mlflow.sharedViewState.{links.VIEW}",)).fetchall()
+        return [(name, f"#/experiments/{number}/{links.rows()}") for name, number in found]
+    return []
+
+
 def main(argv: list[str] | None = None) -> int:
     """--replay: send what jobs could not send, and say what is left. 1 if something is."""
     parser = argparse.ArgumentParser("python -m stages.kit.job.courier", description=main.__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--replay", action="store_true", help="send what jobs could not send")
     what.add_argument("--serve", nargs=2, metavar=("OUTBOX", "IDLE"), help="as a job starts it")
+    parser.add_argument("--page", help="also say where a server at this address shows the results")
     parser.add_argument("--uri", help="another store than those that the jobs have noted")
     parser.add_argument("--work", type=Path, default="work", help="work folder (default: work)")
     given = parser.parse_args(argv)
@@ -388,6 +401,8 @@ def main(argv: list[str] | None = None) -> int:
             follow(base)  # even if nothing is to be sent
     done, left = replay(work / "track", given.uri and store)
     print(f"tracking: {done} delivered, {len(left)} left", *left, sep="\n  ")
+    if given.page and base and base.is_file():
+        print(*(f"{name}: {given.page}/{at}" for name, at in pages(base)), sep="\n")
     return 1 if left else 0
 
 
