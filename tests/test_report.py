@@ -273,6 +273,43 @@ def test_each_number_leads_to_its_job(lab):
         )
 
 
+def test_with_a_server_each_number_leads_to_its_run_in_mlflow(lab, tmp_path, monkeypatch):
+    server = "http://127.0.0.1:5000/#/experiments/1"
+    monkeypatch.setattr(report.track, "page", lambda run: server)
+    run = fabricate(tmp_path)
+    report.write(run)
+    with_links, plain = page_of(run), page_of(lab)
+    for id in run.job.inputs:
+        fingerprint = json.loads((run.results / id / "manifest.json").read_text())["fingerprint"]
+        where = f"searchFilter=tags.fingerprint%20%3D%20%27{fingerprint}%27"
+        assert where in with_links and where not in plain
+    assert "tags.run%20%3D%20%27beitv2%27%20AND%20tags.task%20%3D%20%27knn%27" in with_links
+    found = re.findall(r'href="(http[^"]*)"', with_links)
+    assert found and all(html.unescape(link).startswith(f"{server}/runs?") for link in found)
+    without = re.sub(r'(<a class="out".*?</a>|<a href="http.*?</a>, )', "", with_links)
+    assert without == plain, "nothing else depends on the server"
+
+
+def test_a_page_for_each_run(lab):
+    page = page_of(lab)
+    for name in RUNS:
+        part = page.split(f'<section class="run" id="run-{name}">')[1].split("</section>")[0]
+        for seed in (0, 1, 2):
+            shown = PERCENT.show(metric(lab, f"{name}-s{seed}", "knn"))
+            assert f'<a href="#job-transfer-{name}-s{seed}-knn">{shown}</a>' in part
+        assert 'href="#job-data-main"' in part
+        assert ("job-target-vqkd" in part) == name.startswith("beitv2")
+        assert f'<a href="#run-{name}">{name}</a>' in page.split('id="results"')[1]
+        assert f'[id="run-{name}"]:target' in page
+
+
+def test_every_cell_of_a_table_that_sorts_has_a_number_or_nothing(lab):
+    tables = re.findall(r'<table class="sorts">(.*?)</table>', page_of(lab), re.S)
+    assert len(tables) == 2 + len(RUNS)
+    values = re.findall(r'<td data-value="([^"]*)"', "".join(tables))
+    assert values and all(value == "" or float(value) >= 0 for value in values)
+
+
 def test_the_page_is_alone_and_safe(lab):
     page = page_of(lab)
     assert (

@@ -370,7 +370,7 @@ def _alone(uri: str):
 
 
 def pages(base: Path) -> list[tuple[str, str]]:
-    """(name, address below that of a server) of the experiments in a SQLite store that have rows."""
+    """(name, address below a server's) of the experiments in a SQLite store that have rows."""
     query = (
         "SELECT name, experiment_id FROM experiments JOIN experiment_tags USING (experiment_id) "
         "WHERE lifecycle_stage = 'active' AND key = ?"
