@@ -8,10 +8,12 @@ import csv
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,6 +21,7 @@ import pytest
 
 from stages import report
 from stages.reporting import charts, colours, formats, page, pictures, results, stats
+from tests import browser
 from tests.fabricated import FLOPS, IMAGES_SEEN, RUNS, TOP1, fabricate, facts, put
 from workflow.manifest import Manifest
 
@@ -645,15 +648,7 @@ def test_through_the_real_plan(tmp_path, tiny_params):
 
 # ---------------------------------------------------------------------------------- in a browser
 
-BROWSER = next(
-    filter(
-        None,
-        map(
-            shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-        ),
-    ),
-    None,
-)
+BROWSER = browser.PROGRAM
 PROBE = """<script>addEventListener("load", () => {
   const page = document.documentElement, all = (what) => [...document.querySelectorAll(what)];
   all("details").forEach((d) => (d.open = true));
@@ -726,3 +721,31 @@ def test_in_chromium(lab, tmp_path, width):
     assert found["who"] == gathered(lab)["sentence"].text
     assert "beats an untrained encoder on knn" in found["who"]
     assert "CONSOLE" not in done.stderr
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_tables_sort_and_runs_have_pages_in_chromium(lab, tmp_path):
+    names = "[...document.querySelectorAll('#results .sorts tbody tr')].map(r => r.cells[0]"
+    names += ".dataset.value)"
+    seen = "[...document.querySelectorAll('main section, #training figure')].filter(x => "
+    seen += "x.getBoundingClientRect().height).map(x => x.id || x.className)"
+    knn = "document.querySelectorAll('#results .sorts thead button')[1].click()"
+    with browser.open(tmp_path) as page:
+        page.go((lab.out / "index.html").as_uri())
+        page.wait("document.querySelector('.sorts button')")
+        page.run(knn)
+        assert page.run(names) == ["beitv2", "beitv2-nopa", "mae", "supervised", "random"]
+        page.run(knn)
+        assert page.run(names) == ["mae", "beitv2-nopa", "beitv2", "random", "supervised"]
+        assert page.run("document.querySelector('.first-ref').cells[0].dataset.value") == "random"
+        page.run("document.querySelector('#results a[href=\"#run-mae\"]').click()")
+        page.wait("location.hash == '#run-mae'")
+        assert page.run(seen) == ["run-mae", "training", "panel of of-0", "pictures"]
+        page.run("document.querySelector('#run-mae a').click()")
+        page.wait("location.hash == '#results'")
+        assert "provenance" in page.run(seen)
+        if folder := os.environ.get("MIMLAB_SHOTS"):
+            page.go((lab.out / "index.html").as_uri() + "#run-mae")
+            page.shot(Path(folder) / "run.png")
+            page.go((lab.out / "index.html").as_uri())
+            page.shot(Path(folder) / "report.png")
