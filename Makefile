@@ -32,7 +32,7 @@ test: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python -m pytest -n 2
 
 ui: install
-	-@python -m stages.kit.job.courier --replay
+	-@python -m stages.kit.job.courier --replay --page http://127.0.0.1:5000
 	@echo "MLflow at http://127.0.0.1:5000 (Ctrl-C ends it)"
 	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1 python -m mlflow server --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri sqlite:///mlflow.db
 

@@ -1,12 +1,14 @@
 """Stage report: everything that the experiment found, on one page that needs nothing else.
 
     python -m stages.report [--params params.yaml] [--results results]
+    python -m stages.report --against OTHER/results     what changed between two reports, and why
 
-Writes results/report/: index.html (self-contained: no script, no network), summary.md, summary.csv,
-figures/*.svg; for DVC and Snakemake's own report metrics.json, plots/*.csv and pictures/. Equal
-inputs give equal bytes. Runs that trained without labels compete; the untrained encoder, those
-trained on labels and those whose teacher was are shown for reference and never ranked. What may be
-called best is decided in reporting/stats.py; what stands on the page in reporting/page.py.
+Writes results/report/: index.html (self-contained: no network, and no script but one that sorts
+tables), summary.md, summary.csv, figures/*.svg; for DVC and Snakemake's own report metrics.json,
+plots/*.csv and pictures/. Equal inputs give equal bytes, but for links to an MLflow server where
+there is one. Runs that trained without labels compete; the untrained encoder, those trained on
+labels and those whose teacher was are shown for reference and never ranked. What may be called best
+is decided in reporting/stats.py; what stands on the page in reporting/page.py.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from __future__ import annotations
 import csv
 import io
 import shutil
+import sys
 from pathlib import Path
 
 import jinja2
 
+from stages.kit.job import links, track
 from stages.kit.job.command import command
-from stages.reporting import colours, formats, ledger, page
+from stages.reporting import against, colours, formats, ledger, page
 from stages.reporting.results import Cell, Jobs, Row, Task
 from workflow.files import write_atomic
 
@@ -34,14 +38,17 @@ TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the report of one plan; returns the exit status."""
+    """Writes the report of one plan, or compares two; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--against" for word in words):
+        return against.main(words)
     return command("report", __doc__, write, argv)
 
 
 def write(run) -> None:
     """The work of the stage, for a job.Run."""
     folders = {id: run.input(id) for id in run.job.inputs}
-    found = page.gather(run.job.params, folders)
+    found = page.gather(run.job.params, folders) | {"mlflow": track.page(run)}
     (run.out / "figures").mkdir(exist_ok=True)
     for name, svg in found["charts"].items():
         figure = colours.standalone(svg, found["colours"])
@@ -75,6 +82,8 @@ def templates() -> jinja2.Environment:
         "seconds": formats.seconds,
         "p": formats.p_value,
         "anchor": page.anchor,
+        "job_in_mlflow": links.job,
+        "search_in_mlflow": links.search,
     }
     return environment
 

@@ -259,6 +259,7 @@ class Fabricated:
         }
         job = SimpleNamespace(id="report", params=params, inputs={id: id for id in self.inputs})
         found = {"job": job, "out": out, "summary": {}, "results": self.results}
+        found["compute"] = {"tracking": False}
         return SimpleNamespace(**found, input=lambda id: self.results / id)
 
 

@@ -8,10 +8,12 @@ import csv
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,6 +21,7 @@ import pytest
 
 from stages import report
 from stages.reporting import charts, colours, formats, page, pictures, results, stats
+from tests import browser
 from tests.fabricated import FLOPS, IMAGES_SEEN, RUNS, TOP1, fabricate, facts, put
 from workflow.manifest import Manifest
 
@@ -282,6 +285,43 @@ def test_each_number_leads_to_its_job(lab):
         )
 
 
+def test_with_a_server_each_number_leads_to_its_run_in_mlflow(lab, tmp_path, monkeypatch):
+    server = "http://127.0.0.1:5000/#/experiments/1"
+    monkeypatch.setattr(report.track, "page", lambda run: server)
+    run = fabricate(tmp_path)
+    report.write(run)
+    with_links, plain = page_of(run), page_of(lab)
+    for id in run.job.inputs:
+        fingerprint = json.loads((run.results / id / "manifest.json").read_text())["fingerprint"]
+        where = f"searchFilter=tags.fingerprint%20%3D%20%27{fingerprint}%27"
+        assert where in with_links and where not in plain
+    assert "tags.run%20%3D%20%27beitv2%27%20AND%20tags.task%20%3D%20%27knn%27" in with_links
+    found = re.findall(r'href="(http[^"]*)"', with_links)
+    assert found and all(html.unescape(link).startswith(f"{server}/runs?") for link in found)
+    without = re.sub(r'(<a class="out".*?</a>|<a href="http.*?</a>, )', "", with_links)
+    assert without == plain, "nothing else depends on the server"
+
+
+def test_a_page_for_each_run(lab):
+    page = page_of(lab)
+    for name in RUNS:
+        part = page.split(f'<section class="run" id="run-{name}">')[1].split("</section>")[0]
+        for seed in (0, 1, 2):
+            shown = PERCENT.show(metric(lab, f"{name}-s{seed}", "knn"))
+            assert f'<a href="#job-transfer-{name}-s{seed}-knn">{shown}</a>' in part
+        assert 'href="#job-data-main"' in part
+        assert ("job-target-vqkd" in part) == name.startswith("beitv2")
+        assert f'<a href="#run-{name}">{name}</a>' in page.split('id="results"')[1]
+        assert f'[id="run-{name}"]:target' in page
+
+
+def test_every_cell_of_a_table_that_sorts_has_a_number_or_nothing(lab):
+    tables = re.findall(r'<table class="sorts">(.*?)</table>', page_of(lab), re.S)
+    assert len(tables) == 2 + len(RUNS)
+    values = re.findall(r'<td data-value="([^"]*)"', "".join(tables))
+    assert values and all(value == "" or float(value) >= 0 for value in values)
+
+
 def test_the_page_is_alone_and_safe(lab):
     page = page_of(lab)
     assert (
@@ -289,7 +329,9 @@ def test_the_page_is_alone_and_safe(lab):
         and "@import" not in page
         and "url(" not in page
     )
-    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    script = (report.TEMPLATES / "sort.js").read_text().rstrip()
+    assert page.count("<script") == 1 and f"<script>{script}</script>" in page
+    assert not re.search("fetch|http|import|eval", script) and "&lt;script&gt;alert(1)" in page
     # trained runs (first seed), targets, samples of the data
     assert page.count("data:image/webp;base64,") == 4 + 2 + 1
 
@@ -615,15 +657,7 @@ def test_through_the_real_plan(tmp_path, tiny_params):
 
 # ---------------------------------------------------------------------------------- in a browser
 
-BROWSER = next(
-    filter(
-        None,
-        map(
-            shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-        ),
-    ),
-    None,
-)
+BROWSER = browser.PROGRAM
 PROBE = """<script>addEventListener("load", () => {
   const page = document.documentElement, all = (what) => [...document.querySelectorAll(what)];
   all("details").forEach((d) => (d.open = true));
@@ -696,3 +730,31 @@ def test_in_chromium(lab, tmp_path, width):
     assert found["who"] == gathered(lab)["sentence"].text
     assert "beats an untrained encoder on knn" in found["who"]
     assert "CONSOLE" not in done.stderr
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_tables_sort_and_runs_have_pages_in_chromium(lab, tmp_path):
+    names = "[...document.querySelectorAll('#results .sorts tbody tr')].map(r => r.cells[0]"
+    names += ".dataset.value)"
+    seen = "[...document.querySelectorAll('main section, #training figure')].filter(x => "
+    seen += "x.getBoundingClientRect().height).map(x => x.id || x.className)"
+    knn = "document.querySelectorAll('#results .sorts thead button')[1].click()"
+    with browser.open(tmp_path) as page:
+        page.go((lab.out / "index.html").as_uri())
+        page.wait("document.querySelector('.sorts button')")
+        page.run(knn)
+        assert page.run(names) == ["beitv2", "beitv2-nopa", "mae", "supervised", "random"]
+        page.run(knn)
+        assert page.run(names) == ["mae", "beitv2-nopa", "beitv2", "random", "supervised"]
+        assert page.run("document.querySelector('.first-ref').cells[0].dataset.value") == "random"
+        page.run("document.querySelector('#results a[href=\"#run-mae\"]').click()")
+        page.wait("location.hash == '#run-mae'")
+        assert page.run(seen) == ["run-mae", "training", "panel of of-0", "pictures"]
+        page.run("document.querySelector('#run-mae a').click()")
+        page.wait("location.hash == '#results'")
+        assert "provenance" in page.run(seen)
+        if folder := os.environ.get("MIMLAB_SHOTS"):
+            page.go((lab.out / "index.html").as_uri() + "#run-mae")
+            page.shot(Path(folder) / "run.png")
+            page.go((lab.out / "index.html").as_uri())
+            page.shot(Path(folder) / "report.png")

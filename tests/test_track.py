@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from stages.kit.job import courier, track
+from stages.kit.job import courier, links, rows, told, track
 
 ROOT = Path(__file__).resolve().parents[1]
 START = track._start_courier
@@ -74,11 +74,17 @@ def make_run(folder: Path, name: str = "mae-s0", fingerprint: str = "f" * 64, **
             "run": "mae",
         },
     )
+    made = SimpleNamespace(
+        id="data/main",
+        output=data,
+        manifest=data / "manifest.json",
+        params={},
+        inputs={},
+        fingerprint="e" * 64,
+    )
     return SimpleNamespace(
         job=job,
-        plan=SimpleNamespace(
-            experiment="demo", root=ROOT, jobs={"data/main": SimpleNamespace(output=data)}
-        ),
+        plan=SimpleNamespace(experiment="demo", root=ROOT, jobs={"data/main": made, job.id: job}),
         out=out,
         work=work,
         compute={"tracking": True, "tracking_uri": None, **compute},
@@ -103,6 +109,7 @@ def finish(run, rows: int = 20) -> None:
     (run.out / "weights.npy").write_bytes(b"large")
     write_history(run.out, rows)
     manifest = {"wall_s": 3.5, "device": "cpu", "summary": {"final_loss": 0.25}}
+    manifest |= {"fingerprint": run.job.fingerprint, "stage": "pretrain"}
     (run.out / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(run.work)
 
@@ -133,10 +140,12 @@ def box(folder: Path) -> Path:
 
 
 def runs_of(folder: Path):
-    """(client, the parent's id, the other runs of the store in this folder, oldest first)"""
-    client, experiment, parent = courier.connect(f"sqlite:///{folder}/mlflow.db", "demo")
+    """(client, the row's id, or all if several, runs of jobs in this folder, oldest first)"""
+    client, experiment = courier.connect(f"sqlite:///{folder}/mlflow.db", "demo")
     found = client.search_runs([experiment], order_by=["attributes.start_time ASC"])
-    return client, parent, [run for run in found if run.info.run_id != parent]
+    rows = [run.info.run_id for run in found if run.data.tags["stage"] == "run"]
+    jobs = [run for run in found if "entry" in run.data.tags]
+    return client, rows[0] if len(rows) == 1 else rows, jobs
 
 
 def steps(client, run, key: str = "epoch") -> list[int]:
@@ -234,6 +243,139 @@ def test_keys_and_values_that_mlflow_would_refuse():
     assert courier._text("photo\udcff") == "photo?" and courier._text([1]) == "[1]"
 
 
+# ---------------------------------------------------------------------------- rows of MLflow's page
+
+
+def make_task(folder: Path, pretrained, task: str = "knn", print: str = "a" * 64):
+    """A task on the encoder of a run of make_run, with metrics as stages leave them."""
+    above, name = pretrained.job, f"{pretrained.job.name}/{task}"
+    out, work = folder / "results" / "transfer" / name, folder / "work" / print
+    for path in (out, work):
+        path.mkdir(parents=True, exist_ok=True)
+    config = {"k": [5, 20], "lrs": [0.1], "temperature": 0.07}
+    job = SimpleNamespace(
+        stage="transfer",
+        name=name,
+        id=f"transfer/{name}",
+        fingerprint=print,
+        inputs={"data": "data/main", "encoder": above.id},
+        manifest=out / "manifest.json",
+        params={"task": {"name": task, "config": config}, "seed": 0, "run": "mae", "method": "mae"},
+    )
+    return SimpleNamespace(
+        job=job, plan=pretrained.plan, out=out, work=work, compute=pretrained.compute
+    )
+
+
+def whole_task(run, top1: float = 0.5) -> None:
+    clear(run)
+    with track.tracked(run):
+        metrics = {"headline": {"key": "top1", "label": "top-1 accuracy"}, "top1": top1}
+        metrics |= {"cls_top1": top1, "k": 5, "temperature": 0.07, "cls_lr": 0.1, "seed": 0}
+        (run.out / "metrics.json").write_text(json.dumps(metrics | {"n_test": 160}))
+        (run.out / "manifest.json").write_text(json.dumps({"wall_s": 1.0, "fingerprint": "a"}))
+
+
+def row_of(folder: Path):
+    client, row, _ = runs_of(folder)
+    return client, client.get_run(row)
+
+
+def test_a_row_has_the_scores_of_its_tasks_and_what_it_cost(lab):
+    run = make_run(lab)
+    run.plan.jobs["pretrain/mae-s1"] = SimpleNamespace(
+        id="pretrain/mae-s1", params={"method": {"config": {"mask_ratio": 0.5}}}
+    )
+    whole(run)
+    whole_task(make_task(lab, run), 0.5)
+    whole_task(make_task(lab, run, "linear", "b" * 64), 0.75)
+    assert courier.replay(box(lab)) == (3, [])
+    client, row = row_of(lab)
+    assert row.info.run_name == "mae-s0" and row.info.status == "FINISHED"
+    scores = {key: x for key, x in row.data.metrics.items() if key.startswith("score/")}
+    assert scores == {"score/knn": 0.5, "score/linear": 0.75}
+    assert row.data.metrics["cost/seconds"] == 3.5 and "cost/images_seen" in row.data.metrics
+    shown = {"method": "mae", "target": "none", "data": "shapes", "seed": "0", "labels": "none"}
+    assert shown.items() <= row.data.params.items() and row.data.params["mask_ratio"] == "0.75"
+    assert row.data.tags["group"] == "f" * 64 and "fingerprint" not in row.data.tags
+    assert "e" * 64 in row.data.tags["mlflow.note.content"], "a link to the data that it is made of"
+    assert row.inputs.dataset_inputs[0].dataset.digest == "d" * 36
+
+    _, _, jobs = runs_of(lab)
+    knn = next(job for job in jobs if job.data.tags.get("task") == "knn")
+    assert not {"k", "temperature", "cls_lr", "seed", "n_test"} & set(knn.data.metrics)
+    assert knn.data.params["protocol.k"] == "5" and knn.data.params["protocol.cls_lr"] == "0.1"
+    assert knn.data.metrics["cls_top1"] == 0.5
+
+
+def test_the_experiment_opens_on_training_runs_with_a_view_of_the_rows(lab):
+    run = make_run(lab)
+    whole(run)
+    whole_task(make_task(lab, run))
+    assert courier.replay(box(lab)) == (2, [])
+    client, _ = row_of(lab)
+    experiment = client.get_experiment_by_name("demo")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    key = f"mlflow.sharedViewState.{links.VIEW}"
+    state = json.loads(json.loads(experiment.tags[key])["state"])
+    assert state["selectedColumns"][0] == "metrics.`score/knn`"
+    assert [chart["yaxis"]["key"] for chart in state["compareRunCharts"]] == ["score/knn"]
+
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.experimentKind", "mine")
+    whole_task(make_task(lab, run, "linear", "b" * 64))
+    assert courier.replay(box(lab)) == (1, [])
+    tags = client.get_experiment_by_name("demo").tags
+    assert tags["mlflow.experimentKind"] == "mine", "what a person has set stays"
+    assert "score/knn" in tags[key] and "score/linear" in tags[key]
+
+
+def test_rows_that_were_deleted_or_made_twice_are_made_right(lab):
+    run = make_run(lab)
+    whole(run)
+    whole_task(make_task(lab, run))
+    assert courier.replay(box(lab)) == (2, [])
+    client, row = row_of(lab)
+    client.delete_run(row.info.run_id)
+    tags = {"group": "f" * 64, "stage": "run"}
+    twice = [client.create_run(row.info.experiment_id, n, tags).info.run_id for n in (1, 2)]
+    whole_task(make_task(lab, run, "linear", "b" * 64))
+    assert courier.replay(box(lab)) == (1, [])
+    client, again = row_of(lab)
+    assert again.info.run_id == twice[0]
+    _, _, jobs = runs_of(lab)
+    assert {job.data.tags["mlflow.parentRunId"] for job in jobs} == {twice[0]} and len(jobs) == 3
+    assert {"score/knn", "score/linear", "cost/seconds"} <= set(again.data.metrics)
+
+
+def test_an_encoder_is_a_logged_model_with_scores_and_takes_no_room(lab):
+    run = make_run(lab)
+    whole(run)
+    whole_task(make_task(lab, run))
+    assert courier.replay(box(lab)) == (2, [])
+    client, row = row_of(lab)
+    [model] = client.search_logged_models([row.info.experiment_id])
+    assert model.name == "mae-s0" and str(model.status) == "READY"
+    assert {m.key: m.value for m in model.metrics} == {"score/knn": 0.5}
+    pretraining = next(job for job in runs_of(lab)[2] if job.data.tags["stage"] == "pretrain")
+    files = [
+        rows.folder(pretraining.info.artifact_uri) / "encoder/config.json",
+        rows.folder(model.artifact_location) / "config.json",
+    ]
+    assert len({file.stat().st_ino for file in files}) == 1
+    assert model.tags["encoder"] == f"runs:/{pretraining.info.run_id}/encoder"
+
+
+def test_a_server_leaves_its_address_for_the_report(lab, monkeypatch):
+    run = make_run(lab, tracking_uri="http://server:5000/")
+    box(lab).mkdir(parents=True)
+    assert track.page(run) is None
+    courier._note_address(box(lab), "http://server:5000/", "demo", "7")
+    courier._note_address(box(lab), "sqlite:///x.db", "demo", "1")
+    assert track.page(run) == "http://server:5000/#/experiments/7"
+    run.compute["tracking"] = False
+    assert track.page(run) is None
+
+
 # ------------------------------------------------------------------------ killed, resumed, repeated
 
 
@@ -323,7 +465,7 @@ def test_a_finished_job_whose_process_is_stopped_at_its_very_end_is_finished(tmp
         finish(run)
         sys.exit(143)
     [entry] = track.entries(box(tmp_path))
-    assert track.read(entry / "note.json")["status"] == "FINISHED"
+    assert told.read(entry / "note.json")["status"] == "FINISHED"
 
 
 # ------------------------------------------------------------------------- stores that are not well
@@ -365,7 +507,7 @@ def test_one_bad_entry_holds_up_no_other(lab):
     run = make_run(lab)
     whole(run)
     [bad] = track.entries(box(lab))
-    note = track.read(bad / "note.json")
+    note = told.read(bad / "note.json")
     (bad / "note.json").write_text(json.dumps(note | {"tags": "no tags"}))
     torn = box(lab) / "0-torn"
     torn.mkdir()
@@ -436,7 +578,7 @@ def test_store_uri(tmp_path, monkeypatch):
 def test_a_temporary_workspace_of_dvc_leaves_its_entries_in_the_project(tmp_path):
     whole(make_run(tmp_path / ".dvc" / "tmp" / "exps" / "tmpa1b2"))
     [entry] = track.entries(box(tmp_path))
-    note = track.read(entry / "note.json")
+    note = told.read(entry / "note.json")
     assert track.store_uri(tmp_path, note["uri"]) == f"sqlite:///{tmp_path}/mlflow.db"
     assert (entry / "files/encoder").is_dir()
 

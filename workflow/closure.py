@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from workflow.messages import ParamsError
 
 # They only watch what runs; no result depends on them.
-OBSERVERS = frozenset({"stages/kit/job/track.py", "stages/kit/job/courier.py"})
+OBSERVERS = frozenset(f"stages/kit/job/{name}.py" for name in ("track", "told", "courier"))
 
 
 def closure(entries: Iterable[str], root: Path) -> tuple[str, ...]:

@@ -7,7 +7,17 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages.reporting import charts, claims, colours, lineage, pictures, results, stats, tokens
+from stages.reporting import (
+    charts,
+    claims,
+    colours,
+    lineage,
+    pictures,
+    results,
+    runs,
+    stats,
+    tokens,
+)
 from stages.reporting.results import Cell, Jobs, Row, Task
 from stages.reporting.sentence import sentence
 
@@ -60,6 +70,8 @@ def gather(params: dict, folders: Mapping[str, Path]) -> dict:
         "warnings": claims.warnings(rows, tasks, cells, costs, jobs),
         "notes": claims.notes(rows, tasks, costs, jobs),
         "trail": trail(tasks, rows, cells, jobs),
+        "pages": runs.pages(rows, tasks, cells, jobs),
+        "prints": {id: manifest.fingerprint for id, manifest in jobs.manifests.items()},
         "level": stats.LEVEL,
         "minimum": stats.MIN_SEEDS,
         "colours": count,

@@ -144,7 +144,7 @@ def run(trial: Trial) -> dict:
         "feature": feature,
         "norm": "l2",
         "k": best[feature],
-        "T": config.temperature,
+        "temperature": config.temperature,
         "epochs": 0,
         "seed": trial.seed,
         "precision": config.precision,

@@ -28,7 +28,11 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from stages.kit.job.track import entries, flat, held, now, read, store_uri
+from stages.kit.job import links, rows
+from stages.kit.job.told import SHARED, read
+from stages.kit.job.track import ADDRESSES, entries, held, now, store_uri
+from stages.kit.settings import flat
+from workflow.files import write_changed
 
 EVERY = 5.0  # seconds between two looks at the history of a running job
 RETRY = 4.0  # seconds until what failed is tried again
@@ -88,6 +92,7 @@ def send(outbox: Path, later: dict, uri: str | None = None) -> bool:
                     down.add(place)  # until it has answered
                     store = connect(*place)
                     down.remove(place)
+                    _note_address(outbox, *place, store[1])
                     _deliver(entry, note, store, alive)
             (entry / "error").unlink(missing_ok=True)
             # reading a long history may take a twentieth of the time
@@ -98,6 +103,14 @@ def send(outbox: Path, later: dict, uri: str | None = None) -> bool:
                 (entry / "error").write_text(f"{type(error).__name__}: {_said(error, place)}")
         later[entry, alive] = time.monotonic() + wait
     return busy
+
+
+def _note_address(outbox: Path, uri: str, experiment: str, number: str) -> None:
+    """Keeps where an experiment is to be seen, for a report's links (kit/job/track.py)."""
+    if uri.startswith(("http://", "https://")):
+        known = read(outbox / ADDRESSES)
+        known[f"{uri} {experiment}"] = f"{uri.rstrip('/')}/#/experiments/{number}"
+        write_changed(outbox / ADDRESSES, json.dumps(known, indent=1))
 
 
 def _said(error: Exception, place: tuple[str, str] | None) -> str:
@@ -122,7 +135,7 @@ def replay(outbox: Path, uri: str | None = None) -> tuple[int, list[str]]:
 
 
 def connect(uri: str, experiment: str):
-    """(client, experiment id, parent run id) of a store, each created if missing."""
+    """(client, experiment id) of a store; the experiment is created if missing."""
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
     from mlflow.tracking import MlflowClient
 
@@ -138,12 +151,10 @@ def connect(uri: str, experiment: str):
     if found and found.lifecycle_stage != "active":
         client.restore_experiment(found.experiment_id)
     number = found.experiment_id if found else client.create_experiment(experiment, artifacts)
-    parents = client.search_runs([number], "tags.stage = 'experiment'", max_results=1)
-    if not parents:
-        tags = {"stage": "experiment", "experiment": experiment}
-        parents = [client.create_run(number, run_name=experiment, tags=tags)]
-        client.set_terminated(parents[0].info.run_id)
-    return client, number, parents[0].info.run_id
+    for key, value in rows.EXPERIMENT.items():
+        if not found or key not in found.tags:  # what a person has written stays
+            client.set_experiment_tag(number, key, value)
+    return client, number
 
 
 def follow(base: Path) -> None:
@@ -165,62 +176,74 @@ def follow(base: Path) -> None:
             if here == place or (place.exists() and not here.exists()):
                 continue
             new, length = here.as_uri(), len(old)
-            where = "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?"
-            moved = f"UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) {where}"
-            store.execute(moved, (new, length + 1, number, length, old))
+            for table, key in (("runs", "artifact_uri"), ("logged_models", "artifact_location")):
+                where = f"WHERE experiment_id = ? AND substr({key}, 1, ?) = ?"
+                moved = f"UPDATE {table} SET {key} = ? || substr({key}, ?) {where}"
+                store.execute(moved, (new, length + 1, number, length, old))
             moved = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?"
             store.execute(moved, (new, number))
 
 
 def _deliver(entry: Path, note: dict, store: tuple, alive: bool) -> None:
     """Sends what the entry has and MLflow lacks; removes the entry when its job is over."""
-    client, run = store[0], _run(note, *store)
-    number, files, work = run.info.run_id, entry / "files", Path(note["work"])
+    client, experiment = store
+    files, work = entry / "files", Path(note["work"])
     if not work.is_dir():  # the project was moved
         work = entry.parents[1] / work.name
-    if "step" not in run.data.tags:
-        _describe(client, number, note)
-    step = int(run.data.tags.get("step", -1))
-    rows = rows_after(files / "history.jsonl", step) or rows_after(work / "history.jsonl", step)
-    step = _send_history(client, number, rows, step)
-    if alive:
-        if run.info.status != "RUNNING":  # it was killed and goes on
-            client.update_run(number, "RUNNING")
-        return
-    if files.is_dir():
-        _send_results(client, number, files, max(step, 0))
-        client.log_artifacts(number, str(files))
-    status = note.get("status", "KILLED")
-    if status == "FINISHED" or run.info.status != "FINISHED":  # a later attempt may have arrived
-        client.set_terminated(number, status, note.get("end", now()))
-    shutil.rmtree(entry)
+    run = _run(note, *store)
+    settled = alive and run and run.info.status == "RUNNING" and "step" in run.data.tags
+    if not settled:
+        group = note.get("group", SHARED)
+        row = rows.row(client, experiment, group, note["start"])
+        run = run or _new_run(note, client, experiment, row)
+        if "step" not in run.data.tags:
+            _describe(client, run.info.run_id, row, note)
+        if alive and run.info.status != "RUNNING":  # it was killed and goes on
+            client.update_run(run.info.run_id, "RUNNING")
+    number, step = run.info.run_id, int(run.data.tags.get("step", -1))
+    lines = rows_after(files / "history.jsonl", step) or rows_after(work / "history.jsonl", step)
+    step = _send_history(client, number, lines, step)
+    if not alive:
+        if files.is_dir():
+            _send_results(client, experiment, run, note, files, max(step, 0))
+        status = note.get("status", "KILLED")
+        if status == "FINISHED" or run.info.status != "FINISHED":  # a later attempt may be there
+            client.set_terminated(number, status, note.get("end", now()))
+    if not settled:
+        rows.sum_up(client, experiment, row, group)
+    if not alive:
+        shutil.rmtree(entry)
 
 
-def _run(note: dict, client, experiment: str, parent: str):
-    """The MLflow run of an entry: that of an earlier attempt or delivery, else a new one."""
+def _run(note: dict, client, experiment: str):
+    """The MLflow run of an entry, that of an earlier attempt or delivery; None if there is none."""
     found = client.search_runs([experiment], f"tags.entry = '{note['mark']}'", max_results=1)
-    if found:
-        return found[0]
-    tags = {"mlflow.parentRunId": parent, "entry": note["mark"]}
+    return found[0] if found else None
+
+
+def _new_run(note: dict, client, experiment: str, row):
+    tags = {"mlflow.parentRunId": row.info.run_id, "entry": note["mark"]}
+    tags["group"] = row.data.tags["group"]
+    tags["mlflow.note.content"] = rows.about_job(experiment, note)
     tags |= {key: _text(value) for key, value in note["tags"].items()}
     return client.create_run(experiment, note["start"], tags, run_name=note["name"])
 
 
-def _describe(client, run: str, note: dict) -> None:
-    """Parameters and data set of a new run."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+def _describe(client, run: str, row, note: dict) -> None:
+    """Parameters and data set of a new run; the data set is that of its row, too."""
+    _send_params(client, run, note["params"])
+    above = [row.info.run_id] if row.data.tags["stage"] == "run" else []
+    rows.log_data(client, [run, *above], note)
+    client.set_tag(run, "step", -1)
 
-    params = {_key(key): _text(value) for key, value in note["params"].items()}
+
+def _send_params(client, run: str, values: dict) -> None:
+    from mlflow.entities import Param
+
+    params = {_key(key): _text(value) for key, value in values.items()}
     params = [Param(key, value) for key, value in params.items()]
     for at in range(0, len(params), 100):
         client.log_batch(run, params=params[at : at + 100])
-    tags = note["tags"]
-    if "data_hash" in tags:
-        source = _text(tags.get("data_source"))
-        data = Dataset(source[:500], tags["data_hash"][:36], "local", json.dumps({"uri": source}))
-        use = InputTag("mlflow.data.context", tags["stage"])
-        client.log_inputs(run, [DatasetInput(data, [use])])
-    client.set_tag(run, "step", -1)
 
 
 def _send_history(client, run: str, rows: list[dict], step: int) -> int:
@@ -242,18 +265,59 @@ def _send_history(client, run: str, rows: list[dict], step: int) -> int:
     return step
 
 
-def _send_results(client, run: str, files: Path, step: int) -> None:
-    """The numbers and tags in the files of a finished job."""
+def _send_results(client, experiment: str, run, note: dict, files: Path, step: int) -> None:
+    """What the files of a job that is over hold: numbers, tags, a data set, an encoder."""
     from mlflow.entities import Metric, RunTag
 
     manifest, data = read(files / "manifest.json"), read(files / "data.json")
+    results, protocol = split(read(files / "metrics.json"), note["params"])
     found = numbers(manifest.get("summary"))
     found |= numbers({key: manifest.get(key) for key in ("wall_s", "peak_memory_mb")})
-    found |= numbers(read(files / "metrics.json")) | numbers(read(files / "health.json"))
+    found |= results | numbers(read(files / "health.json"))
     metrics = [Metric(_key(key), value, now(), step) for key, value in found.items()]
+    spent = numbers(note.get("cost")).items()
+    metrics += [Metric(f"cost/{key}", value, now(), 0) for key, value in spent]
+    number, task = run.info.run_id, note["tags"].get("task")
+    headline = read(files / "metrics.json").get("headline") or {}
+    if task and headline.get("key") in results:
+        model = rows.encoder(client, experiment, note["tags"]["group"])
+        name, value = f"score/{_key(task)}", results[headline["key"]]
+        of = {"model_id": model.model_id} if model else {}
+        metrics.append(Metric(name, value, now(), 0, **of))
     tags = {"device": manifest.get("device"), "data_hash": data.get("hash")}
+    tags |= {"headline": f"{headline['label']} ({headline['key']})"} if headline else {}
     tags = [RunTag(key, _text(value)) for key, value in tags.items() if value]
-    client.log_batch(run, metrics=metrics[: BATCH - len(tags)], tags=tags)
+    _send_params(client, number, {f"protocol.{key}": value for key, value in protocol.items()})
+    client.log_batch(number, metrics=metrics[: BATCH - len(tags)], tags=tags)
+    if data:
+        made = {"hash": data["hash"], "source": data["source"]}
+        rows.log_data(client, [number], {"tags": note["tags"], "data": made})
+    client.log_artifacts(number, str(files))
+    if (files / "encoder").is_dir() and note.get("status") == "FINISHED":
+        rows.log_encoder(client, experiment, run, note)
+
+
+def split(metrics: dict, params: dict) -> tuple[dict[str, float], dict]:
+    """(results, settings) among the values of a metrics.json.
+
+    Results are fractions, so they are floats. A float is a setting, too, if the job's parameters
+    have its name, or the plural of it of which it was chosen: lr, cls_lr, layer_decay.
+    """
+    known = {key.rpartition(".")[2] for key in params}
+    found = {key: value for key, value in flat(metrics).items() if "headline." not in key}
+
+    def is_setting(key: str) -> bool:
+        return any({name, f"{name}s"} & known for name in (key, key.rpartition("_")[2]))
+
+    results = {
+        key: value
+        for key, value in numbers({k: v for k, v in found.items() if type(v) is float}).items()
+        if not is_setting(key)
+    }
+    kinds = (bool, int, float, str)
+    told = {"run", "method", "task", "kind", "seed"} | set(results)
+    settings = {k: v for k, v in found.items() if isinstance(v, kinds) and k not in told}
+    return results, settings
 
 
 def rows_after(path: Path, after: int) -> list[dict]:
@@ -275,7 +339,10 @@ def numbers(value) -> dict[str, float]:
 
 
 def _key(key: str) -> str:
-    """A key as MLflow allows it: letters, digits, _ - . and space, and at most 250 of them."""
+    """A key as MLflow allows it: letters, digits, _ - . and space, and at most 250 of them.
+
+    MLflow allows a / as well, which makes groups of charts; we keep it for our own.
+    """
     return re.sub(r"[^\w\-. ]", "_", key).strip(".")[:250] or "_"
 
 
@@ -302,12 +369,25 @@ def _alone(uri: str):
         yield
 
 
+def pages(base: Path) -> list[tuple[str, str]]:
+    """(name, address below a server's) of the experiments in a SQLite store that have rows."""
+    query = (
+        "SELECT name, experiment_id FROM experiments JOIN experiment_tags USING (experiment_id) "
+        "WHERE lifecycle_stage = 'active' AND key = ?"
+    )
+    with closing(sqlite3.connect(base)) as store, suppress(sqlite3.OperationalError):
+        found = store.execute(query, (f"mlflow.sharedViewState.{links.VIEW}",)).fetchall()
+        return [(name, f"#/experiments/{number}/{links.rows()}") for name, number in found]
+    return []
+
+
 def main(argv: list[str] | None = None) -> int:
     """--replay: send what jobs could not send, and say what is left. 1 if something is."""
     parser = argparse.ArgumentParser("python -m stages.kit.job.courier", description=main.__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--replay", action="store_true", help="send what jobs could not send")
     what.add_argument("--serve", nargs=2, metavar=("OUTBOX", "IDLE"), help="as a job starts it")
+    parser.add_argument("--page", help="also say where a server at this address shows the results")
     parser.add_argument("--uri", help="another store than those that the jobs have noted")
     parser.add_argument("--work", type=Path, default="work", help="work folder (default: work)")
     given = parser.parse_args(argv)
@@ -321,6 +401,8 @@ def main(argv: list[str] | None = None) -> int:
             follow(base)  # even if nothing is to be sent
     done, left = replay(work / "track", given.uri and store)
     print(f"tracking: {done} delivered, {len(left)} left", *left, sep="\n  ")
+    if given.page and base and base.is_file():
+        print(*(f"{name}: {given.page}/{at}" for name, at in pages(base)), sep="\n")
     return 1 if left else 0
 
 

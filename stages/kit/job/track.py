@@ -6,8 +6,8 @@ MLflow's own start of some seconds cost a job nothing. What could not be sent st
 The courier of a later job sends it, or `python -m stages.kit.job.courier --replay`.
 
 An entry holds:
-- note.json: what there is to say about the job. The job's process holds a lock on it while it
-  lives. A note without a status that nobody holds is therefore a killed job's.
+- note.json: what there is to say about the job (kit/job/told.py). The job's process holds a lock on
+  it while it lives. A note without a status that nobody holds is therefore a killed job's.
 - files/: what is kept of a job that is over, as hard links. They arrive even when the output folder
   holds another job by then.
 - error: why the last delivery failed.
@@ -20,7 +20,6 @@ new run with the same fingerprint. This file must not import anything slow.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -29,11 +28,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.kit.job.provenance import git_state
+from stages.kit.job import told
 from workflow.files import write_json
 
 IDLE = 10.0  # seconds without a running job after which the courier leaves
 WAIT = 2.0  # seconds that a finished job waits for its delivery at most
+ADDRESSES = "addresses.json"  # in the outbox: {"<store> <experiment>": its page on a server}
 FILES = ("*.json*", "*.html", "summary.*", "pictures/*", "figures/*", "encoder/*")
 
 
@@ -56,8 +56,7 @@ def tracked(run):
 
 def _open(run):
     """The job's new entry, its note and the file whose lock it holds; None if tracking is off."""
-    off = os.environ.get("MIMLAB_TRACKING", "").lower() in ("off", "0", "false", "no")
-    if off or not run.compute.get("tracking", True):
+    if off(run):
         return None
     project = home(run.work.parent.resolve().parent)
     work = run.work.resolve()  # kit/job/shelter.py leads it out of a temporary workspace
@@ -71,8 +70,7 @@ def _open(run):
         "name": run.job.id,
         "experiment": run.plan.experiment,
         "uri": chosen(run.compute.get("tracking_uri")),
-        "tags": _tags(run),
-        "params": flat(run.job.params),
+        **told.story(run),
         "start": now(),
         "work": str(work),
     }
@@ -94,7 +92,10 @@ def _close(run, entry: Path, note: dict, lock, status: str) -> None:
             os.link(path, place)
         except OSError:  # another disk
             shutil.copyfile(path, place)
-    write_json(entry / "note.json", note | {"status": status, "end": now()})
+    last = {"status": status, "end": now()}
+    with _harmless():
+        last["cost"] = told.cost(run)
+    write_json(entry / "note.json", note | last)
     lock.close()
     _start_courier(entry.parent)
     end = time.monotonic() + WAIT
@@ -103,32 +104,6 @@ def _close(run, entry: Path, note: dict, lock, status: str) -> None:
         if (entry / "error").exists():
             raise RuntimeError((entry / "error").read_text())
         time.sleep(0.05)
-
-
-def _tags(run) -> dict[str, str]:
-    job, params = run.job, run.job.params
-    git = git_state(run.plan.root) or {}
-    tags = {
-        "job": job.id,
-        "stage": job.stage,
-        "run": params.get("run") or job.name,
-        "fingerprint": job.fingerprint,
-        "seed": params.get("seed"),
-        "git_commit": git.get("commit"),
-        "git_dirty": git.get("dirty"),
-        "mlflow.source.git.commit": git.get("commit"),
-        "mlflow.source.name": f"stages/{job.stage}.py",
-        "mlflow.source.type": "LOCAL",
-        "mlflow.user": os.environ.get("USER"),
-    }
-    for kind in ("method", "task", "target"):
-        value = params.get(kind)
-        tags[kind] = value.get("name") if isinstance(value, dict) else value
-    data = job.inputs.get("data") if isinstance(job.inputs, dict) else "data"
-    if data in run.plan.jobs:
-        info = read(Path(run.plan.jobs[data].output) / "data.json")
-        tags |= {"data_hash": info.get("hash"), "data_source": info.get("source")}
-    return {key: str(value) for key, value in tags.items() if value not in (None, "")}
 
 
 def _start_courier(outbox: Path) -> None:
@@ -188,6 +163,24 @@ def home(project: Path) -> Path:
     return next((folder.parents[2] for folder in above), project)
 
 
+def page(run) -> str | None:
+    """The page of a job's experiment on an MLflow server, None without one.
+
+    It is there as soon as the courier has delivered anything. No job asks the server.
+    """
+    if off(run):
+        return None
+    known = told.read(home(run.work.resolve().parents[1]) / "work" / "track" / ADDRESSES)
+    uri = chosen(run.compute.get("tracking_uri"))
+    return known.get(f"{uri} {run.plan.experiment}")
+
+
+def off(run) -> bool:
+    """Whether a job is not tracked."""
+    named = os.environ.get("MIMLAB_TRACKING", "").lower() in ("off", "0", "false", "no")
+    return named or not run.compute.get("tracking", True)
+
+
 def entries(outbox: Path) -> list[Path]:
     """The entries of an outbox, in the order in which their jobs started."""
     return sorted(note.parent for note in outbox.glob("*/note.json"))
@@ -203,25 +196,6 @@ def held(path: Path) -> bool:
     except FileNotFoundError:
         pass
     return False
-
-
-def read(path: Path) -> dict:
-    """The object in a JSON file; an empty one where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        found = None
-    return found if isinstance(found, dict) else {}
-
-
-def flat(value, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay one value."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value} if prefix else {}
-    found = {}
-    for key, inner in value.items():
-        found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def now() -> int:
