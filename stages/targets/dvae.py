@@ -45,6 +45,7 @@ from torch import nn
 from stages import targets
 from stages.kit import dist
 from stages.kit.data.views import View
+from stages.kit.eager import eager
 from stages.kit.nets.pictures import contact_sheet
 from stages.kit.nets.resize import lanczos
 from stages.kit.parts import codes
@@ -199,23 +200,28 @@ class Training(nn.Module):
         config, pixels = self.config, self.target.pixels(batch["view"])
         logits = self.target.scores(pixels)  # (B,N,K)
         noise = gumbel(progress.uniform("gumbel", *logits.shape[1:])).to(logits)
-        temperature = progress.scheduled(self.temperature)
+        temperature, weight = self.scheduled(progress, logits)
         rebuilt = self.target.rebuild(relaxed(logits + noise, temperature, config.straight_through))
         error = F.mse_loss if config.error == "mse" else F.smooth_l1_loss
         reconstruction = error(rebuilt.to(logits), pixels.to(logits))
         kl = divergence(logits)
         # ranks are averaged: a sum over all of them is this one's times their number
         tokens = kl.numel() * dist.world() if config.kl_over == "batch" else 1
-        weight = tokens * progress.scheduled(self.kl_weight)
         hits = torch.zeros_like(logits[0, 0])
         ids = logits.detach().argmax(dim=-1).flatten()
         hits = hits.scatter_add(0, ids, torch.ones_like(hits[:1]).expand(len(ids)))
         return {
-            "loss": reconstruction + weight * kl.mean(),
+            "loss": reconstruction + tokens * weight * kl.mean(),
             "reconstruction": reconstruction,
             "kl": kl.mean(),
             "perplexity": measure.perplexity(hits).float(),
         }
+
+    @eager  # it reads the step; torch compiles no division by a float64 scalar
+    def scheduled(self, progress, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Temperature and weight of the divergence in this step, scalars of the kind of `like`."""
+        now = progress.fraction
+        return like.new_tensor(self.temperature(now)), like.new_tensor(self.kl_weight(now))
 
     def temperature(self, fraction: float) -> float:
         """Of the relaxation, when `fraction` of the training is done."""
