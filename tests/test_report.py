@@ -8,12 +8,10 @@ import csv
 import html
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -753,8 +751,3 @@ def test_tables_sort_and_runs_have_pages_in_chromium(lab, tmp_path):
         page.run("document.querySelector('#run-mae a').click()")
         page.wait("location.hash == '#results'")
         assert "provenance" in page.run(seen)
-        if folder := os.environ.get("MIMLAB_SHOTS"):
-            page.go((lab.out / "index.html").as_uri() + "#run-mae")
-            page.shot(Path(folder) / "run.png")
-            page.go((lab.out / "index.html").as_uri())
-            page.shot(Path(folder) / "report.png")
