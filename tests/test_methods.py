@@ -40,10 +40,7 @@ for _name in NAMES:
 SETTINGS = {}
 for _name in NAMES:
     if hasattr(MODULES[_name].Config, "centring"):
-        CASES[f"{_name}-centre"], SETTINGS[f"{_name}-centre"] = (
-            (_name, SPEC),
-            {"centring": "centre"},
-        )
+        CASES[f"{_name}-centre"], SETTINGS[f"{_name}-centre"] = (_name, SPEC), {"centring": "centre"}
 SWEPT = [case for case, (name, _) in CASES.items() if name in TRAINED]
 progress = tiny.progress
 
