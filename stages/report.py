@@ -4,18 +4,17 @@
     python -m stages.report --against OTHER/results     what changed between two reports, and why
 
 Writes results/report/: index.html (self-contained: no network, and no script but one that sorts
-tables), summary.md, summary.csv, figures/*.svg; for DVC and Snakemake's own report metrics.json,
-plots/*.csv and pictures/. Equal inputs give equal bytes, but for links to an MLflow server where
-there is one. Runs that trained without labels compete; the untrained encoder, those trained on
-labels and those whose teacher was are shown for reference and never ranked. What may be called best
-is decided in reporting/stats.py; what stands on the page in reporting/page.py.
+tables), summary.md, summary.csv, figures/*.svg. Equal inputs give equal bytes, but for links to an
+MLflow server where there is one. Runs that trained without labels compete; the untrained encoder,
+those trained on labels and those whose teacher was are shown for reference and never ranked. What
+may be called best is decided in reporting/stats.py; what stands on the page in reporting/page.py;
+what DVC and Snakemake's own report show beside it in reporting/ledger.py.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import shutil
 import sys
 from pathlib import Path
 
@@ -56,13 +55,7 @@ def write(run) -> None:
     for name in ("index.html", "summary.md"):
         write_atomic(run.out / name, templates().get_template(f"{name}.j2").render(found))
     write_atomic(run.out / "summary.csv", table(found))
-    jobs = Jobs(folders)
-    for name, text in ledger.files(found, jobs).items():
-        (run.out / name).parent.mkdir(exist_ok=True)
-        write_atomic(run.out / name, text)
-    for name, path in ledger.pictures(found["rows"].values(), jobs).items():
-        (run.out / name).parent.mkdir(exist_ok=True, parents=True)
-        shutil.copyfile(path, run.out / name)
+    ledger.write(run.out, found, Jobs(folders))
     counted = ("rows", "tasks", "warnings")
     run.summary.update(zip(("runs", "tasks", "warnings"), (len(found[k]) for k in counted)))
     run.summary["headline"] = found["sentence"].text

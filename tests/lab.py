@@ -115,6 +115,7 @@ COPIED = (
     ".dvc/config",
     ".dvc/.gitignore",
     ".dvc/plots",
+    "stages/kit/settings.py",  # which kit/job imports
 )
 GIT = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
@@ -131,7 +132,7 @@ class Lab:
         folder.mkdir(parents=True)
         for name in COPIED:
             source, to = ROOT / name, folder / name
-            to.parent.mkdir(exist_ok=True)
+            to.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
                 shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__"))
             else:

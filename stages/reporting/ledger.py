@@ -9,17 +9,29 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from stages.reporting import page, results
 from stages.reporting.results import Jobs, Row
+from workflow.files import write_atomic
 
 POINTS = 200  # of one curve, at most
 
 
+def write(out: Path, found: dict, jobs: Jobs) -> None:
+    """Write and copy all of it into the folder of the report; found: what the page shows."""
+    for name, text in files(found, jobs).items():
+        (out / name).parent.mkdir(exist_ok=True)
+        write_atomic(out / name, text)
+    for name, path in pictures(found["rows"].values(), jobs).items():
+        (out / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copyfile(path, out / name)
+
+
 def files(found: dict, jobs: Jobs) -> dict[str, str]:
-    """{path: text}; found: what the page shows. A table without a line is left out."""
+    """{path: text}. A table without a line is left out."""
     tables = {
         "losses": [("run", "seed", "epoch", "loss"), *losses(found["rows"].values(), jobs)],
         "scores": [("task", "run", "mean", "low", "high"), *scores(found)],
