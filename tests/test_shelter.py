@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.kit.job import track
+from stages.kit.job import told, track
 from stages.kit.job.job import running, take_over, write_atomic
 from stages.kit.job.track import home
 from tests.lab import PARAMS, Lab
@@ -52,7 +52,7 @@ def test_the_next_experiment_continues_what_was_killed(tmp_path):
     killed(first, checkpoint="step 7", history="rows")
     vanish(first)
     [entry] = track.entries(tmp_path / "work/track")
-    note = track.read(entry / "note.json")
+    note = told.read(entry / "note.json")
     assert (Path(note["work"]) / "history").read_text() == "rows", "what the courier reads"
     assert Path(note["work"]).parent == tmp_path / "work"
 
@@ -61,7 +61,7 @@ def test_the_next_experiment_continues_what_was_killed(tmp_path):
         assert (run.work / "checkpoint").read_text() == "step 7"
         write_atomic(run.out / "value", "x")
     again = track.entries(tmp_path / "work/track")[1]
-    assert track.read(again / "note.json")["mark"] == note["mark"], "the same MLflow run"
+    assert told.read(again / "note.json")["mark"] == note["mark"], "the same MLflow run"
     assert second.fresh(DATA)
     assert not list((tmp_path / "work").glob("exp-*")) and not run.work.is_symlink()
 

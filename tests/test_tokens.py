@@ -76,6 +76,9 @@ def data(request, tmp_path_factory):
             Image.fromarray(pixels).save(below / f"{i}.png")
     content = tiny_content(data=None)
     content["data"] = {"source": f"folder:{folder / 'images'}", "image_size": 16}
+    if request.param == "none":  # with which no task can be done
+        none = dict.fromkeys(content["tasks"])
+        content["grid"]["runs"] = {"mae": {"method": "mae", "tasks": none}}
     params = write_params(folder, content)
     assert stage.main(["--params", str(params), "--results", str(folder / "results")]) == 0
     return folder / "results/data/main"
