@@ -12,7 +12,15 @@ import pytest
 
 from workflow.relocate import relocate
 
-scripts = pytest.importorskip("pip._vendor.distlib.scripts")
+# As pip writes them. In a process of its own: pip, once imported, gives a process Python's own
+# distutils, with which setuptools, and so torch's compiler, cannot be imported in it any more.
+MAKE = """
+import sys
+from pip._vendor.distlib.scripts import ScriptMaker
+maker = ScriptMaker(None, sys.argv[1])
+maker.executable, maker.variants, maker.set_mode = sys.argv[2], {""}, True
+maker.make(sys.argv[3])
+"""
 NAMES = ["plain", "two words", 'it\'s "q" $HOME `x` 100% ü', "long" * 40]
 
 
@@ -34,9 +42,8 @@ def moved(request, tmp_path):
 
 
 def install(venv, entry: str) -> None:
-    maker = scripts.ScriptMaker(None, str(venv / "bin"))
-    maker.executable, maker.variants, maker.set_mode = str(venv / "bin/python"), {""}, True
-    maker.make(entry)
+    command = [sys.executable, "-c", MAKE, venv / "bin", venv / "bin/python", entry]
+    subprocess.run(command, check=True)
 
 
 def output(*command, status: int = 0, **options) -> list[str]:

@@ -12,7 +12,6 @@ therefore equal up to rounding, not to the byte.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 from torch import nn
@@ -38,8 +37,6 @@ def forward(module: nn.Module, say: Callable[[str], None], backend: str = "induc
     one by one. While a dispatch mode counts FLOPs, torch compiles nothing.
     """
     eager.hand_over()
-    with suppress(ImportError):
-        import setuptools  # noqa: F401  # torch's compiler needs it; imported within, it failed once
     compiled = torch.compile(module.forward, backend=_Backend(backend, say), dynamic=False)
     # After an error of the tracer itself torch says it, and runs that function as it stands.
     settings = {"suppress_errors": True, "recompile_limit": SHAPES}
