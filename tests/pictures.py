@@ -70,33 +70,29 @@ def quiet(page: browser.Page, address: str) -> None:
     page.run(PANEL.format("fab.autoOpenedOnFirstLoad", "true"))
 
 
-def main(argv: list[str]) -> None:
-    """Writes both pictures."""
-    store = Path(argv[0] if argv else "mlflow.db")
+def take(store: Path, to: Path) -> None:
+    """Writes both pictures into a folder; the store has one experiment with results."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{store.resolve()}")
     [experiment] = [e.experiment_id for e in client.search_experiments() if e.name != "Default"]
-    name = client.search_runs([experiment], "tags.stage = 'run'")[0].info.run_name
+    rows = client.search_runs([experiment], "tags.stage = 'run'")
+    ready = {
+        "mlflow-runs.png": ("", f"document.querySelectorAll('[role=row]').length > {len(rows)}"),
+        "mlflow-compare.png": ("&compareRunsMode=CHART", "document.querySelector('.trace')"),
+    }
     with tempfile.TemporaryDirectory() as folder, served(store, Path(folder)) as address:
         at = f"{address}/#/experiments/{experiment}/{links.rows()}"
         with browser.open(Path(folder), 1500, 860) as page:
             quiet(page, address)
-            for picture, more, ready in (
-                ("mlflow-runs.png", "", "document.querySelectorAll('[role=row]').length > 9"),
-                (
-                    "mlflow-compare.png",
-                    "&compareRunsMode=CHART",
-                    "document.querySelector('.trace')",
-                ),
-            ):
+            for picture, (more, drawn) in ready.items():
                 page.go(f"{at}{more}")
-                page.wait(f"{SHOWN.format(name)} && {ready}")
+                page.wait(f"{SHOWN.format(rows[0].info.run_name)} && {drawn}")
                 time.sleep(5)  # what is drawn moves for a while
-                page.shot(DOCS / picture)
-                image = Image.open(DOCS / picture).quantize(64)
-                image.save(DOCS / picture, optimize=True)
+                page.shot(to / picture)
+                image = Image.open(to / picture).quantize(64)
+                image.save(to / picture, optimize=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    take(Path(*sys.argv[1:] or ["mlflow.db"]), DOCS)

@@ -28,6 +28,13 @@ pytestmark = pytest.mark.skipif(
 MAE_JOBS = {"pretrain/mae-s0", "transfer/mae-s0/knn", "report"}
 
 
+def wait(done, said: str) -> None:
+    end = time.monotonic() + 120
+    while not done():
+        assert time.monotonic() < end, said
+        time.sleep(0.5)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Everything run once by each engine, to copy from. The folders have a space in their names."""
@@ -290,6 +297,29 @@ def test_an_experiment_in_a_temporary_workspace(lab):
     it.python("-m", "workflow.plan")
     it.dvc("exp", "run", "-q", "--temp", "-n", "two")
     assert "two" in it.dvc("exp", "list")
+
+
+def test_experiments_wait_in_the_queue_of_dvc(lab):
+    """A worker takes them one by one, each in a temporary workspace."""
+    it = lab("dvc")
+    content = it.read()
+    content["grid"]["seeds"] = [0]
+    it.write(content)
+    it.python("-m", "workflow.plan")
+    it.save("before")
+    for name, ratio in (("half", 0.5), ("most", 0.9)):
+        setting = f"methods.mae.mask_ratio={ratio}"
+        it.dvc("exp", "run", "-q", "--queue", "-n", name, "-S", setting)
+    it.dvc("queue", "start")
+    try:
+        said = it.dvc("queue", "logs", "--follow", "half") + it.dvc("queue", "logs", "-f", "most")
+        wait(lambda: {"half", "most"} <= set(it.dvc("exp", "list", "--name-only").split()), said)
+    finally:
+        it.dvc("queue", "stop", "--kill")
+    assert it.ran() == [] and it.read()["methods"]["mae"]["mask_ratio"] == 0.75 and it.right()
+    it.dvc("exp", "apply", "-q", "most")
+    assert it.read()["methods"]["mae"]["mask_ratio"] == 0.9
+    assert it.right() and it.pending() == set() and it.clean() and it.ran() == []
 
 
 def test_a_chain_of_stages_grows_by_either_engine(lab):

@@ -134,6 +134,17 @@ def test_a_profile_hands_it_on(lab, name):
     assert "threads: 8" in said
 
 
+def test_a_cluster_is_told_when_the_cost_of_jobs_is_not_known(lab, tmp_path):
+    it = lab.copy(tmp_path / "another lab")
+    said = it.python("-m", "snakemake", "-n", "--jobs", "4")
+    assert "is not known" not in said and "ask for the longest" not in said
+    (it.folder / "work/expected.json").unlink()
+    said = " ".join(it.python("-m", "snakemake", "-n", "--jobs", "4").split())
+    assert "the cost of 6 jobs is not known, such as target/teacher: they ask for the long" in said
+    assert "--json work/expected.json tells it" in said
+    assert "is not known" not in it.snakemake("-n"), "here nobody waits for a limit"
+
+
 # ----------------------------------------------------------------------------------- Kubernetes
 
 KUBECTL = """#!{python}

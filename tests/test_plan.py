@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -281,3 +285,12 @@ def test_masks_that_a_source_never_gives_are_missed_by_the_plan(tmp_path):
     (tmp_path / "results/data/main/data.json").write_text(json.dumps(facts))
     with pytest.raises(ParamsError, match="tasks.segment needs masks; data set 'main' has none:"):
         plan_of(tmp_path, root, tasks=tasks)
+
+
+def test_a_reader_that_has_enough_ends_the_list_without_a_word():
+    out, into = os.pipe()
+    os.close(out)  # as `head` does
+    words = [sys.executable, "-m", "workflow.plan"]
+    done = subprocess.run(words, cwd=ROOT, stdout=into, stderr=subprocess.PIPE, text=True)
+    os.close(into)
+    assert done.returncode == -signal.SIGPIPE and done.stderr == ""

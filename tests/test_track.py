@@ -18,8 +18,11 @@ from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 
-from stages.kit.job import courier, links, rows, told, track
+from stages.kit.job import courier, links, told, track
+from stages.kit.nets import encoders
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 START = track._start_courier
@@ -148,6 +151,13 @@ def runs_of(folder: Path):
     return client, rows[0] if len(rows) == 1 else rows, jobs
 
 
+def encoder_of(client, run) -> str:
+    """The config.json of the encoder that a run has made."""
+    [made] = client.get_run(run.info.run_id).outputs.model_outputs
+    folder = client.get_logged_model(made.model_id).artifact_location
+    return (Path(unquote(urlsplit(folder).path)) / "config.json").read_text()
+
+
 def steps(client, run, key: str = "epoch") -> list[int]:
     return [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
 
@@ -183,9 +193,8 @@ def test_a_job_in_mlflow(lab):
         # 2,400 points: three batches, and the first two cut no row in two
         assert rows == [(s, pytest.approx(s / 10)) for s in range(1200)]
     artifacts = {a.path for a in client.list_artifacts(found.info.run_id)}
-    assert artifacts == {"manifest.json", "history.jsonl", "pictures", "encoder"}, "nothing large"
-    [encoder] = client.list_artifacts(found.info.run_id, "encoder")
-    assert encoder.path == "encoder/config.json"
+    assert artifacts == {"manifest.json", "history.jsonl", "pictures"}, "nothing large"
+    assert encoder_of(client, found) == "{}"
     beside = {p.name for p in lab.iterdir() if not p.name.startswith("mlflow.db")}
     assert beside == {"mlruns", "results", "work"}
 
@@ -347,22 +356,35 @@ def test_rows_that_were_deleted_or_made_twice_are_made_right(lab):
     assert {"score/knn", "score/linear", "cost/seconds"} <= set(again.data.metrics)
 
 
-def test_an_encoder_is_a_logged_model_with_scores_and_takes_no_room(lab):
+def test_an_encoder_is_a_logged_model_with_scores_which_a_person_registers(lab, monkeypatch):
+    import mlflow
+
     run = make_run(lab)
-    whole(run)
+    spec = tiny.spec()
+    encoder = encoders.create(spec).eval()
+    clear(run)
+    with track.tracked(run):
+        finish(run)
+        encoders.save(encoder, run.out / "encoder", spec)
     whole_task(make_task(lab, run))
     assert courier.replay(box(lab)) == (2, [])
     client, row = row_of(lab)
     [model] = client.search_logged_models([row.info.experiment_id])
     assert model.name == "mae-s0" and str(model.status) == "READY"
     assert {m.key: m.value for m in model.metrics} == {"score/knn": 0.5}
-    pretraining = next(job for job in runs_of(lab)[2] if job.data.tags["stage"] == "pretrain")
-    files = [
-        rows.folder(pretraining.info.artifact_uri) / "encoder/config.json",
-        rows.folder(model.artifact_location) / "config.json",
-    ]
-    assert len({file.stat().st_ino for file in files}) == 1
-    assert model.tags["encoder"] == f"runs:/{pretraining.info.run_id}/encoder"
+
+    store = f"sqlite:///{lab}/mlflow.db"
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", store)
+    monkeypatch.setattr(mlflow.tracking._model_registry.utils, "_registry_uri", store)
+    mlflow.register_model(f"models:/{model.model_id}", "a name")
+    served = mlflow.pyfunc.load_model("models:/a name/1")
+    images = torch.rand(2, 3, spec.image_size, spec.image_size)
+    with torch.inference_mode():
+        expected = encoder(spec.normalise(images))
+    assert served.metadata.signature.outputs.inputs[0].shape == (-1, encoder.num_features)
+    torch.testing.assert_close(torch.from_numpy(served.predict(images.numpy())), expected)
+    with pytest.raises(mlflow.MlflowException, match="shape"):
+        served.predict(images[:, :1].numpy())
 
 
 def test_a_server_leaves_its_address_for_the_report(lab, monkeypatch):
@@ -487,7 +509,7 @@ def test_a_dead_server_costs_nothing_and_nothing_is_lost(lab, capsys, monkeypatc
     client, _, [found] = runs_of(lab)
     assert found.info.status == "FINISHED" and steps(client, found) == list(range(20))
     assert (
-        len(client.list_artifacts(found.info.run_id)) == 4 and found.data.metrics["wall_s"] == 3.5
+        len(client.list_artifacts(found.info.run_id)) == 3 and found.data.metrics["wall_s"] == 3.5
     )
 
 
@@ -622,8 +644,7 @@ def test_a_moved_project_takes_its_store_its_artifacts_and_its_outbox_along(empt
         kept = run.info.run_name != "pretrain/killed-s0"
         assert ("manifest.json" in names) == kept
         if kept:
-            folder = client.download_artifacts(run.info.run_id, "encoder")
-            assert (Path(folder) / "config.json").read_text() == "{}"
+            assert encoder_of(client, run) == "{}"
         assert len(steps(client, run)) == (20 if kept else 4)
     assert not old.exists()
 

@@ -28,7 +28,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from stages.kit.job import links, rows
+from stages.kit.job import links, models, rows
 from stages.kit.job.told import SHARED, read
 from stages.kit.job.track import ADDRESSES, entries, held, now, store_uri
 from stages.kit.settings import flat
@@ -280,7 +280,7 @@ def _send_results(client, experiment: str, run, note: dict, files: Path, step: i
     number, task = run.info.run_id, note["tags"].get("task")
     headline = read(files / "metrics.json").get("headline") or {}
     if task and headline.get("key") in results:
-        model = rows.encoder(client, experiment, note["tags"]["group"])
+        model = models.newest(client, experiment, note["tags"]["group"])
         name, value = f"score/{_key(task)}", results[headline["key"]]
         of = {"model_id": model.model_id} if model else {}
         metrics.append(Metric(name, value, now(), 0, **of))
@@ -292,9 +292,13 @@ def _send_results(client, experiment: str, run, note: dict, files: Path, step: i
     if data:
         made = {"hash": data["hash"], "source": data["source"]}
         rows.log_data(client, [number], {"tags": note["tags"], "data": made})
-    client.log_artifacts(number, str(files))
-    if (files / "encoder").is_dir() and note.get("status") == "FINISHED":
-        rows.log_encoder(client, experiment, run, note)
+    for path in sorted(files.iterdir()):
+        if path.is_file():
+            client.log_artifact(number, str(path))
+        elif path.name != "encoder":
+            client.log_artifacts(number, str(path), path.name)
+        elif note.get("status") == "FINISHED":
+            models.log(client, experiment, run, note, path)
 
 
 def split(metrics: dict, params: dict) -> tuple[dict[str, float], dict]:

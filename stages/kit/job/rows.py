@@ -8,11 +8,7 @@ row that was deleted, or that two machines made at once, is made right by the ne
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from stages.kit.job import links
 from stages.kit.job.told import SHARED
@@ -149,56 +145,6 @@ def log_data(client, runs: list[str], note: dict) -> None:
     use = InputTag("mlflow.data.context", CONTEXTS.get(note["tags"]["stage"], "report"))
     for run in runs:
         client.log_inputs(run, [DatasetInput(found, [use])])
-
-
-# --------------------------------------------------------------------------------------- encoders
-
-
-def log_encoder(client, experiment: str, run, note: dict) -> None:
-    """Makes the encoder of a run a logged model, which tasks give scores and a person may register.
-
-    Its files are hard links to those of the run where MLflow keeps artifacts in a folder of this
-    machine. Elsewhere they are not sent twice: the tag `encoder` says where they are.
-    """
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-    model = encoder(client, experiment, note["tags"]["group"], run.info.run_id)
-    if model is None:
-        tags = {key: note["tags"][key] for key in ("group", "fingerprint") if key in note["tags"]}
-        tags["encoder"] = f"runs:/{run.info.run_id}/encoder"
-        shown = {key: str(value)[:5000] for key, value in note["group"].get("params", {}).items()}
-        model = client.create_logged_model(
-            experiment, note["group"]["name"], run.info.run_id, tags, shown, model_type="encoder"
-        )
-    source, to = folder(run.info.artifact_uri), folder(model.artifact_location)
-    if source and to:
-        for file in (source / "encoder").glob("*"):
-            to.mkdir(parents=True, exist_ok=True)
-            if not (to / file.name).exists():
-                _link(file, to / file.name)
-    if model.status != LoggedModelStatus.READY:
-        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, 0)])
-
-
-def encoder(client, experiment: str, group: str, run: str | None = None):
-    """The newest logged model of a group, or that of one run; None if there is none."""
-    newest = [{"field_name": "creation_time", "ascending": False}]
-    where = f"tags.group = '{group}'" + (f" AND source_run_id = '{run}'" if run else "")
-    found = client.search_logged_models([experiment], where, max_results=1, order_by=newest)
-    return found[0] if found else None
-
-
-def folder(uri: str) -> Path | None:
-    """The folder of this machine that an artifact's address names."""
-    return Path(unquote(urlsplit(uri).path)) if uri.startswith("file:///") else None
-
-
-def _link(file: Path, to: Path) -> None:
-    try:
-        os.link(file, to)
-    except OSError:  # a file system without links
-        shutil.copyfile(file, to)
 
 
 # ------------------------------------------------------------------------------------ descriptions
