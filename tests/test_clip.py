@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from stages.kit.parts.weights import WeightsError
 from stages.targets import clip
 from tests import tiny
 
+ROOT = Path(__file__).parents[1]
 WIDTH, DEPTH, PATCH, GRID, OUT = 128, 3, 4, 4, 24
 
 
@@ -264,3 +266,47 @@ def test_a_folder_of_timms_and_whether_labels_made_it(make, tmp_path):
     tuned = "timm:vit_base_patch16_clip_224.openai_ft_in1k"
     assert clip.labels(clip.Config(weights=tuned))
     assert not clip.labels(clip.Config(weights=tuned, labels=False))
+
+
+BASE = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0}
+
+
+@pytest.fixture(scope="module")
+def base():
+    """CLIP's ViT-B/16, with random weights."""
+    import timm
+
+    target = clip.Target(clip.Config(), tiny.spec(224, **BASE))
+    torch.manual_seed(0)
+    network = timm.create_model("vit_base_patch16_clip_quickgelu_224")
+    assert sum(p.numel() for p in network.parameters()) == 86_193_152
+    args = {"img_size": 224, "patch_size": 16, "num_classes": 512}
+    target._build({"architecture": "vit_base_patch16_clip_quickgelu_224", "args": args}, network)
+    return targets.Frozen(target)
+
+
+@pytest.mark.parametrize("run", ["milan", "milan-mae-style", "eva", "eva-l-style", "dbot"])
+def test_two_steps_of_each_recipe_with_a_teacher_of_clips_size(base, run):
+    """ViT-B/16 of presets/clip-imagenet.yaml, one image; the teacher is left as it is."""
+    from stages.kit.spec import configure
+    from stages.kit.train import optim
+    from stages.kit.train.recipe import Recipe
+    from workflow.params import read
+
+    chosen = read(ROOT / "presets/clip-imagenet.yaml").runs[run]
+    module = tiny.module(chosen.kind)
+    config = configure(module.Config, chosen.settings.config)
+    assert base.sizes == {"patch": 512, "cls": 512, "attention": 12}
+    before = base.open.proj.weight.clone()
+    torch.manual_seed(0)
+    method = module.Method(config, tiny.spec(224, **BASE), base)
+    optimiser = optim.build(
+        Recipe(1, 2, 2, lr=1e-4), optim.groups(method, 0.05), torch.device("cpu")
+    )
+    for step in range(2):
+        optimiser.zero_grad()
+        loss = method({"view": tiny.images(1, 224, step)}, tiny.progress(1, step, 2))["loss"]
+        loss.backward()
+        optimiser.step()
+        assert loss.isfinite()
+    assert torch.equal(before, base.open.proj.weight) and base.open.proj.weight.grad is None
