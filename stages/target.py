@@ -26,7 +26,7 @@ from stages.kit.data.batches import (
 )
 from stages.kit.data.loader import evaluation
 from stages.kit.job.command import command
-from stages.kit.parts import tokens
+from stages.kit.parts import probes, tokens
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe, fit
 from workflow import plugins
@@ -80,15 +80,18 @@ def finish(run, module, config, spec: Spec, target, upstream, data) -> str:
     images = validation_images(data, spec, train["batch_size"], run.device)
     health = module.health(target, images, config)
     problems = health.pop("problems", [])
-    if "ids" in target.sizes and "images" in getattr(module, "INPUT", "images"):
-        seed, size = run.job.params["seed"], train["batch_size"]
+    seed, size = run.job.params["seed"], train["batch_size"]
+    of_images = "images" in getattr(module, "INPUT", "images")
+    if of_images and "ids" in target.sizes:
         found = tokens.examine(target, upstream, data, spec, seed, run.device, size)
         fatal = getattr(config, "gate", True)
         problems += found.problems if fatal else []
         notes = found.notes if fatal else found.problems + found.notes
         health |= {"tokens": found.numbers, "notes": notes}
+    elif of_images and "cls" in target.sizes:
+        health["probes"] = probes.of_features(target, data, spec, seed, run.device, size)
     write_json(run.out / "health.json", {**health, "problems": problems})
-    numbers = {**health, **health.get("tokens", {})}
+    numbers = {**health, **health.get("tokens", {}), **health.get("probes", {})}
     numbers = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
     run.summary.update(numbers)
     run.summary["sizes"] = target.sizes

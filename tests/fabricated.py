@@ -192,6 +192,8 @@ class Fabricated:
         tokenizer = {"usage": 0.97, "perplexity": 41.2, "counts": counts, "problems": []}
         tokenizer |= {"tokens": TOKENS, "notes": []}
         teacher = {"rank": 37.5, "entropy": 3.1, "problems": []}
+        own = {key: value for key, value in TOKENS.items() if key.startswith("probe")}
+        teacher |= {"probes": own | {"probe": 0.555}}
         kind = "dino" if first else "vqkd"
         put(folder / "health.json", teacher if first else tokenizer)
         put(folder / "target.json", {"kind": kind, "labels": False})

@@ -53,7 +53,8 @@ def build(case, seed=0):
     """The method, and its target as a module whose parameters could learn."""
     name, spec = CASES[case]
     module = MODULES[name]
-    target = tiny.target(spec, *sorted(module.TARGET)) if module.TARGET else None
+    needs = module.TARGET and tiny.needs(module.Config(**SETTINGS.get(case, {})), module)
+    target = tiny.target(spec, *needs) if needs else None
     if target:
         target.open.requires_grad_(True)
     return tiny.method(name, spec, target, seed, **SETTINGS.get(case, {})), target and target.open

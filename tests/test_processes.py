@@ -105,7 +105,8 @@ def made(plugin: str):
         changes |= test_targets.CHANGES.get(name, {})
     config = module.Config(**{**changes, **CHANGES.get(plugin, {})})
     needed = module.TARGET if kind == "method" else module.UPSTREAM
-    target = tiny.target(SPEC, *sorted(needed)) if needed else None
+    needed = needed and (tiny.needs(config, module) if kind == "method" else sorted(needed))
+    target = tiny.target(SPEC, *needed) if needed else None
     torch.manual_seed(0)
     made = module.Method if kind == "method" else module.Training
     return module, config, made(config, SPEC, target)
@@ -181,7 +182,8 @@ def test_a_short_run_in_bf16_stays_beside_that_in_fp32(plugin, tmp_path):
         train(plugin, str(tmp_path / name), precision=name)["losses"] for name in ("fp32", "bf16")
     )
     assert exact != rounded
-    np.testing.assert_allclose(rounded, exact, rtol=0.08)  # bf16 has three digits; some codes flip
+    # bf16 has three digits; some codes flip; cosines start near nought
+    np.testing.assert_allclose(rounded, exact, rtol=0.08, atol=0.02)
 
 
 def noted(folder: str, state: dict | None) -> tuple[dict, dict]:

@@ -482,6 +482,22 @@ def test_codes_are_judged_in_plain_words(lab, tmp_path):
     assert f"**The tokenizer vqkd.** {note}" in (other.out / "summary.md").read_text()
 
 
+def test_a_teachers_own_score_stands_beside_its_students(tmp_path):
+    """And where labels trained it, it says so."""
+    lab = fabricate(tmp_path)
+    report.write(lab)
+    text = " ".join(re.sub(r"<[^>]+>", " ", page_of(lab)).split())
+    assert "linear probe of features 55.5% (29.2% to 38.5%)" in text
+    assert "The labels judge the features. Judged on 400 validation images." in text
+    assert "target/teacher linear probe 55.5 %" in text
+    about = lab.results / "target" / "teacher" / "target.json"
+    put(about, json.loads(about.read_text()) | {"labels": True})
+    report.write(lab)
+    text = " ".join(re.sub(r"<[^>]+>", " ", page_of(lab)).split())
+    assert "target/teacher linear probe 55.5 % , trained with labels" in text.replace(" %,", " % ,")
+    assert "It was trained on labels, too" in text
+
+
 def test_saved_figures_are_whole_files(lab):
     found = sorted((lab.out / "figures").glob("*.svg"))
     names = {p.stem for p in found}

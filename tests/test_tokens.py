@@ -15,7 +15,7 @@ from stages.kit import keyed
 from stages.kit.data import store
 from stages.kit.data.views import View
 from stages.kit.nets.target import Frozen, Target
-from stages.kit.parts import tokens
+from stages.kit.parts import probes, tokens
 from stages.reporting.tokens import said
 from tests import tiny
 from tests.conftest import tiny_content, write_params
@@ -56,11 +56,11 @@ class Knowing(Target):
 
     def __init__(self):
         super().__init__()
-        self.spec, self.sizes = SPEC, {"patch": CODES}
+        self.spec, self.sizes = SPEC, {"patch": CODES, "cls": CODES}
 
     def look(self, images, wanted, norm, layers):
-        ids = Codes(shade)(images, "ids")["ids"]
-        return {"patch": F.one_hot(ids, CODES).float()}
+        patch = F.one_hot(Codes(shade)(images, "ids")["ids"], CODES).float()
+        return {"patch": patch, "cls": patch.mean(1)}
 
 
 @pytest.fixture(scope="module", params=["labels", "none"])
@@ -157,13 +157,24 @@ def test_codes_that_tell_the_class_pass(data):
     assert n["probe_chance"] == 0.25 and (n["probe_train"], n["probe_val"]) == (96, 48)
 
 
+def test_a_teachers_own_features_are_probed(data):
+    """By the class feature; the untrained encoder's stands beside it."""
+    found = probes.of_features(Frozen(Knowing()), data, SPEC, 0, "cpu", 16)
+    if not labelled(data):
+        assert found == {}
+        return
+    assert found["probe"] == 1 and found["probe_chance"] == 0.25
+    assert set(found) >= {"probe_low", "probe_high", "probe_untrained"} and "probe_" not in found
+    assert (found["probe_train"], found["probe_val"]) == (96, 48)
+
+
 def test_the_measures_are_a_function_of_the_seed(data):
     assert examined(shade, data).numbers == examined(shade, data).numbers
 
 
 def test_the_untrained_encoder_is_drawn_from_the_seed():
     x, before = tiny.images(), torch.get_rng_state()
-    found = [tokens.untrained(SPEC, seed, "cpu")(x, "patch")["patch"] for seed in (0, 0, 1)]
+    found = [probes.untrained(SPEC, seed, "cpu")(x, "patch")["patch"] for seed in (0, 0, 1)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert torch.equal(before, torch.get_rng_state())
 

@@ -104,10 +104,16 @@ def method(name: str, spec: Spec, target: Frozen | None = None, seed: int = 0, *
     one and none is given.
     """
     found = module(name)
+    config = found.Config(**settings)
     if found.TARGET and target is None:
-        target = globals()["target"](spec, *sorted(found.TARGET))
+        target = globals()["target"](spec, *needs(config, found))
     torch.manual_seed(seed)
-    return found.Method(found.Config(**settings), spec, target)
+    return found.Method(config, spec, target)
+
+
+def needs(config, module) -> list[str]:
+    """What a method with these settings needs of its target."""
+    return sorted(module.TARGET | getattr(config, "also_needs", set()))
 
 
 def run(folder: Path, seed: int = 0, **params) -> SimpleNamespace:

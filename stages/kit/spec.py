@@ -18,7 +18,7 @@ class Spec:
 
     image_size: side of the square images in pixels; kind, model: the encoder's family (a file in
     stages/encoders) and its Config; mean, std: of pixels in [0, 1], per channel; num_classes: of
-    the data set; images: size of the train split.
+    the data set; images: size of the train split; classes: their names, where they are known.
     """
 
     image_size: int
@@ -28,6 +28,7 @@ class Spec:
     std: tuple[float, ...]
     num_classes: int
     images: int
+    classes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, info: dict, image_size: int, model: dict) -> Spec:
@@ -40,6 +41,7 @@ class Spec:
             std=tuple(info["std"]),
             num_classes=len(info["classes"]),
             images=info["splits"]["train"]["count"],
+            classes=tuple(info["classes"]),
         )
 
     @classmethod
@@ -47,7 +49,8 @@ class Spec:
         """The inverse of `to_json`."""
         model = encoder_config(values["kind"], values["model"])
         mean, std = tuple(values["mean"]), tuple(values["std"])
-        return cls(**{**values, "model": model, "mean": mean, "std": std})
+        classes = tuple(values.get("classes", ()))
+        return cls(**{**values, "model": model, "mean": mean, "std": std, "classes": classes})
 
     def to_json(self) -> dict:
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}

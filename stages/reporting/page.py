@@ -231,11 +231,14 @@ def target(id: str, jobs: Jobs) -> dict:
     """A tokenizer or teacher: its kind, health, cost and pictures."""
     folder, manifest = jobs.folders[id], jobs.manifests[id]
     health, about = (results.read(folder / f"{name}.json") for name in ("health", "target"))
+    why = tokens.LABELLED if about.get("labels") else tokens.FEATURES
+    probes = health.get("probes", {})
     return {
         "kind": about.get("kind", manifest.params["target"]["kind"]),
         "labels": bool(about.get("labels")),
         "numbers": {key: value for key, value in health.items() if is_number(value)},
-        "tokens": tokens.said(health.get("tokens", {})),
+        "tokens": tokens.said(health.get("tokens", {})) or tokens.probed(probes, "features", why),
+        "probe": (health.get("tokens", {}) | probes).get("probe"),
         "problems": health.get("problems", []),
         "notes": health.get("notes", []),
         "seconds": manifest.seconds,

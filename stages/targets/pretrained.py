@@ -29,7 +29,6 @@ layer -1 with input_size 160 is better and takes about three times as long.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +42,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from stages import targets
 from stages.kit.nets.pictures import contact_sheet, principal_colours
 from stages.kit.parts import health as measure
+from stages.kit.parts.timm_weights import fetched, named, saw_labels
 from stages.kit.parts.weights import WeightsError, first_line
 from workflow import checks
-from workflow.plugins import did_you_mean
 
 PRODUCES = {"patch", "layers"}
 UPSTREAM = None
@@ -53,9 +52,6 @@ READS = ("config.json", "model.safetensors")  # of a local folder
 LABELS = True  # unless `labels` below says otherwise
 
 PACKAGE = "efficientnet_lite0"
-LABEL_FREE = (
-    "dino|dinov2|dinov3|mae|fcmae|lvd|sat493m|openai|laion|datacomp|dfn|metaclip|webli|merged2b"
-)
 CHUNK = 32  # images at a time on a CPU: large maps fall out of its caches
 
 
@@ -94,11 +90,7 @@ def labels(config: Config) -> bool:
     """
     if config.labels is not None:
         return config.labels
-    kind, _, name = config.weights.partition(":")
-    if kind != "timm":
-        return True
-    tag = name.partition(".")[2] or str(getattr(timm.get_pretrained_cfg(name), "tag", ""))
-    return not re.match(LABEL_FREE, tag) or bool(re.search(r"ft|in1k|in12k|in2[12]k", tag))
+    return saw_labels(config.weights)
 
 
 class Target(targets.Target):
@@ -230,30 +222,6 @@ def _maps(network: nn.Module, images: torch.Tensor, layers: list[int], norm: boo
     return network.forward_intermediates(images, indices=layers, norm=norm, **how)
 
 
-def _described(path: Path) -> tuple[str, dict, list, list]:
-    """Architecture, arguments, mean and deviation in a timm folder's config.json."""
-    file = path / "config.json"
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        architecture, args = told["architecture"], dict(told.get("model_args") or {})
-        mean, std = (list(map(float, told["pretrained_cfg"][key])) for key in ("mean", "std"))
-        good = len(mean) == len(std) == 3 and 0 < min(std) <= max(std + mean) < 1e3
-        if not (good and isinstance(architecture, str)):
-            raise ValueError(f"architecture {architecture!r}, mean {mean}, std {std}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise WeightsError(
-            f"weights: {file}: found {said[:200]}, expected what timm's save_for_hf writes: "
-            "architecture, and pretrained_cfg with mean and std of three channels"
-        ) from None
-    if not timm.is_model(architecture):
-        near = did_you_mean(architecture, timm.list_models())
-        raise WeightsError(
-            f"weights: {file}: found the architecture {architecture!r}, expected one of timm{near}"
-        )
-    return architecture, args, mean, std
-
-
 def _find(config: Config, spec) -> tuple[dict, dict]:
     """The card and the weights of `config.weights`."""
     kind, _, name = config.weights.partition(":")
@@ -262,29 +230,8 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
         architecture, mean, std = "tf_efficientnet_lite0", [127 / 255] * 3, [128 / 255] * 3
         layer = -2 if config.layer is None else config.layer
         source = None
-    elif kind == "timm":
-        architecture = name
-        if not timm.is_model(name.partition(".")[0]):
-            words = (f"timm:{model}" for model in timm.list_models())
-            near = did_you_mean(config.weights.partition(".")[0], words, 0.7)
-            raise ValueError(f"weights: timm has no model {name!r}{near}")
-        known = timm.list_pretrained(name.partition(".")[0] + ".*")
-        if name not in known and ("." in name or not known):
-            raise ValueError(
-                f"weights: timm has no weights {name!r}, expected "
-                f"{', '.join(known) or 'another model: it has none for this one'}"
-            )
-        described = timm.get_pretrained_cfg(name)
-        mean, std, source = list(described.mean), list(described.std), name
     else:
-        path = Path(name)
-        if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
-            raise WeightsError(
-                f"weights: {name!r} is not a folder with config.json and model.safetensors, as "
-                "timm's save_for_hf writes them"
-            )
-        architecture, args, mean, std = _described(path)
-        source = f"local-dir:{name}"
+        architecture, args, mean, std, source = named(config.weights)
     try:
         card = _card(config, spec, architecture, args, layer, mean, std, source)
     except Exception as error:  # arguments that are none of the architecture's
@@ -296,19 +243,7 @@ def _find(config: Config, spec) -> tuple[dict, dict]:
         ) from None
     if source is None:
         return card, _package_weights()
-    try:
-        network = timm.create_model(source, pretrained=True, **card["args"])
-    except Exception as error:  # timm, huggingface_hub and the network raise whatever they like
-        if kind == "local":
-            raise WeightsError(
-                f"weights: {Path(name) / 'model.safetensors'}: does not hold the weights of the "
-                f"{architecture} in config.json ({type(error).__name__}: {first_line(error)})"
-            ) from None
-        raise RuntimeError(
-            f"weights: cannot get {config.weights!r}: {type(error).__name__}: {error}\nWithout a "
-            "network use 'efficientnet_lite0' (a package), 'local:FOLDER', or a target that is "
-            "trained here (kind dino)."
-        ) from error
+    network = fetched(config.weights, architecture, source, card["args"])
     return card, network.state_dict()
 
 

@@ -167,6 +167,8 @@ def _learning_problems(
         if draft.method is None:
             continue
         who, needs = f"method {draft.method.kind}", draft.method.plugin.literals["TARGET"]
+        if needs and draft.settings:
+            needs |= getattr(draft.settings.values, "also_needs", frozenset())
         if draft.run.stages and not (needs and teachers.a_run_may_give(needs)):
             does = f"needs a target that produces {listed(needs)}" if needs else "takes no target"
             yield (

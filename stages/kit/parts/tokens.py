@@ -14,16 +14,11 @@ that codes mean much. Measured with 128 k-means codes on rendered scenes of 32 p
 chance; probe as below, in which chance is 17): of HOG 7, 1; 35. Of pixels 55, 2; 23. Of an
 untrained ViT 61, 1; 19.
 
-Probes, where there are labels: the top-1 accuracy, on validation images, of a linear classifier of
-each image's histogram of codes, beside that of the same classifier of mean patch features: of the
-teacher (`upstream`), which is what the tokenizer could know, and of the student's encoder before
-any training, drawn from the job's seed. Chance is the share of the largest class among these
-validation images. The classifier is ridge regression on standardised inputs; its penalty is chosen
-among ALPHAS by leaving one out on the training images. The labels judge; nothing is trained on them
-that anybody uses, so a target is not one that saw labels for that.
+Where there are labels, the codes are probed as well (kit/parts/probes.py): by their histogram over
+an image, beside the features of the teacher (`upstream`), which is what the tokenizer could know.
 
-At most TRAIN training and HELD_OUT validation images are looked at, never the test split. Below
-LEAST images no verdict is given. `examine` says when a target fails.
+At most HELD_OUT validation images are looked at, never the test split. Below LEAST images no
+verdict is given. `examine` says when a target fails.
 """
 
 from __future__ import annotations
@@ -31,26 +26,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from stages.kit import keyed
-from stages.kit.data import store
-from stages.kit.data.batches import MOST, Subset, held_out
-from stages.kit.data.loader import Batches, evaluation
+from stages.kit.data.batches import MOST, held_out
+from stages.kit.data.loader import Batches
 from stages.kit.data.views import View
-from stages.kit.nets import encoders
-from stages.kit.nets.target import EncoderTarget, Frozen
+from stages.kit.nets.target import Frozen
+from stages.kit.parts import probes
+from stages.kit.parts.probes import HELD_OUT, LEVEL
 from stages.kit.spec import Spec
 
-TRAIN, HELD_OUT, LEAST = 2000, 1000, 32  # images
+LEAST = 32  # images
 CROP = (0.4, 1.0)
 OTHERS = 8  # images whose codes tell what chance gives
 RESAMPLES = 1000  # of the bootstrap
-LEVEL = 0.95
-ALPHAS = tuple(10.0**power for power in range(-1, 6))
 WEAK = 0.1  # share of the room above chance that is little for codes to agree in
 
 
@@ -83,10 +74,7 @@ def examine(
     """
     found = Found()
     found.numbers |= agreement_of(target, data, spec, seed, device, batch_size)
-    teachers = {"untrained": untrained(spec, seed, device)}
-    if upstream is not None and "patch" in upstream.sizes:
-        teachers["teacher"] = upstream
-    found.numbers |= probes_of(target, teachers, data, spec, seed, device, batch_size)
+    found.numbers |= probes.of_codes(target, upstream, data, spec, seed, device, batch_size)
     judge(found)
     return found
 
@@ -198,81 +186,3 @@ def agreement(first: Tensor, second: Tensor, places: Tensor) -> tuple[Tensor, Te
 
     others = [share(second.roll(-k, 0)) for k in range(1, min(OTHERS, len(first) - 1) + 1)]
     return share(second), torch.stack(others).mean(dim=0) if others else share(second)
-
-
-# ---------------------------------------------------------------------------------------- probes
-
-
-def untrained(spec: Spec, seed: int, device) -> Frozen:
-    """The student's encoder before any training, drawn from `seed`; as MAE's, if it can be so."""
-    style = "sincos" if "sincos" in spec.model.styles and spec.model.embed_dim % 4 == 0 else "timm"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keyed.key(seed, "untrained"))
-        encoder = encoders.create(spec, style)
-    return Frozen(EncoderTarget(encoder, spec).to(device))
-
-
-def probes_of(
-    target, teachers: dict, data: Path, spec: Spec, seed: int, device, batch_size: int
-) -> dict:
-    """ "probe" (of the codes), its interval, chance, the counts of images, and probe_<name> of each
-    of the teachers; {} without two classes among labelled training images, or without a labelled
-    validation image.
-    """
-    from scipy.stats import binomtest  # here, as it is slow to import
-
-    splits = store.info(data)["splits"]
-    if not {"train", "val"} <= set(splits):
-        return {}
-    inputs, labels = {}, {}
-    for name, most in (("train", TRAIN), ("val", HELD_OUT)):
-        split = store.Split.open(data, name)
-        rows = (torch.from_numpy(split.labels) >= 0).nonzero()[:, 0]
-        rows = rows[keyed.permutation(len(rows), seed, "probe", name)[:most]].sort().values
-        if not len(rows):
-            return {}
-        part, labels[name] = Subset(split, rows), split.labels[rows.numpy()]
-        inputs[name] = described(target, teachers, part, spec.image_size, device, batch_size)
-    if len(np.unique(labels["train"])) < 2:
-        return {}
-    right = {
-        name: probe(inputs["train"][name], labels["train"], inputs["val"][name], labels["val"])
-        for name in inputs["train"]
-    }
-    count = len(labels["val"])
-    interval = binomtest(right["codes"], count).proportion_ci(LEVEL, method="wilson")
-    return {
-        "probe": right.pop("codes") / count,
-        "probe_low": float(interval.low),
-        "probe_high": float(interval.high),
-        **{f"probe_{name}": each / count for name, each in right.items()},
-        "probe_chance": float(np.bincount(labels["val"]).max() / count),
-        "probe_train": len(labels["train"]),
-        "probe_val": count,
-    }
-
-
-def described(target, teachers: dict, split, size: int, device, batch_size: int) -> dict:
-    """{"codes": histograms (n,K), a teacher's name: mean patch features (n,D)} of the whole centre
-    squares of a split's images.
-    """
-    codes, found = target.sizes["ids"], {name: [] for name in ("codes", *teachers)}
-    for images, _, _ in evaluation(split, size, min(batch_size, MOST)):
-        images = images.to(device)
-        ids = target(images, "ids")["ids"].cpu()
-        hits = torch.zeros(len(ids), codes).scatter_add_(1, ids, torch.ones(ids.shape))
-        found["codes"].append(hits)
-        for name, teacher in teachers.items():
-            found[name].append(teacher(images, "patch")["patch"].float().mean(dim=1).cpu())
-    return {name: torch.cat(parts).double().numpy() for name, parts in found.items()}
-
-
-def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, wanted: np.ndarray) -> int:
-    """How many of the rows `test` a linear classifier gets right that was fitted to `train`."""
-    from sklearn.linear_model import RidgeClassifierCV  # here, as they are slow to import
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    with threadpool_limits(1):
-        model = make_pipeline(StandardScaler(), RidgeClassifierCV(ALPHAS)).fit(train, labels)
-        return int((model.predict(test) == wanted).sum())
