@@ -312,6 +312,8 @@ class SelfDistillation(Optimiser):
 class MaskedSelfDistillation(SelfDistillation):
     """Self-distillation that hides patches of the global views, as iBOT (kit/parts/ibot.py)."""
 
+    mask_share: float = 0.5  # of the global views that are masked, on average
+    mask_ratio: tuple[float, float] = (0.1, 0.5)  # of the patches of those views, uniform in it
     cls_weight: float = 1.0  # of the loss between class tokens, DINO's
     patch_weight: float = 1.0  # of the loss at hidden patches
     shared_head: bool = True  # False: patches have prototypes of their own
@@ -319,8 +321,17 @@ class MaskedSelfDistillation(SelfDistillation):
 
     def __post_init__(self):
         super().__post_init__()
+        within(self, "[0, 1]", "mask_share")
         within(self, "[0, inf)", "cls_weight", "patch_weight")
         within(self, "(0, inf)", "patch_temp_end")
+        spans(self, "mask_ratio")
+
+    def check(self, image_size: int, model) -> None:
+        patches = model.grid(image_size) ** 2
+        if int(patches * self.mask_ratio[1]) < 1:
+            raise ValueError(
+                f"mask_ratio: {self.mask_ratio[1]} of {patches} patches never hides one"
+            )
 
 
 @dataclass(frozen=True)
