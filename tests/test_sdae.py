@@ -43,7 +43,7 @@ def at(step: int, per_epoch: int, epochs: int) -> Progress:
     """As the loop tells it."""
     end, steps = (step + 1) % per_epoch == 0, epochs * per_epoch
     rows = torch.arange(4)
-    return Progress(step, steps, step / per_epoch, 0, rows, rows.device, end_of_epoch=end)
+    return Progress(step, steps, step / per_epoch, 0, rows, rows.device, end, epochs)
 
 
 # --- folds ----------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_the_momentum_rises_once_per_epoch(per_epoch):
 
 def test_the_teacher_starts_as_a_copy_or_as_another_network():
     torch.manual_seed(0)
-    method = Method(Config(**SMALL), SPEC)
+    method = Method(Config(**SMALL, teacher_init="student"), SPEC)
     ours, theirs = weights(method.encoder), weights(method.teacher.network)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
     assert not {id(p) for p in method.encoder.parameters()} & {
@@ -284,7 +284,8 @@ def test_paths_are_dropped_in_the_student_alone():
     rates = {n: m.drop_prob for n, m in method.named_modules() if isinstance(m, DropPath)}
     assert set(rates.values()) == {0.125, 0.25}
     assert all(name.startswith("encoder.blocks.") for name in rates)
-    method = build(tiny.spec(embed_dim=16, depth=3), drop_path=0.9)  # the teacher is a copy
+    copied = {"drop_path": 0.9, "teacher_init": "student"}  # layers that drop, too
+    method = build(tiny.spec(embed_dim=16, depth=3), **copied)
     method.train()
     ids_folds = masked(method)[2]
     with droppath.keyed(method) as draw_by:
@@ -297,7 +298,7 @@ def test_paths_are_dropped_in_the_student_alone():
 def test_a_teacher_that_gives_every_image_the_same_stops_the_training(monkeypatch):
     """Its features may still tell places apart."""
     monkeypatch.setattr(collapse, "LEAST_STEPS", 2)
-    method = build()
+    method = Method(Config(**SMALL), SPEC)
     method.teacher.network.patch_embed.proj.weight.data.zero_()  # positions remain
     with pytest.raises(CollapseError, match="differed between images by less than 0.05"):
         for step in range(4):

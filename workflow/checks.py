@@ -120,11 +120,7 @@ class Decoder(Settings):
         super().__post_init__()
         within(self, "[1, inf)", "decoder_dim", "decoder_heads", most=MOST_WIDTH)
         within(self, "[1, inf)", "decoder_depth", most=MOST_DEPTH)
-        if self.decoder_dim % 4:
-            raise ValueError(
-                f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 (for sin-cos "
-                "positions)"
-            )
+        quarters(self, "decoder_dim")
         if self.decoder_dim % self.decoder_heads:
             raise ValueError(
                 f"decoder_heads: found {self.decoder_heads}, expected a divisor of decoder_dim "
@@ -453,6 +449,14 @@ def spans(config, *keys: str) -> None:
         low, high = getattr(config, key)
         if not 0 < low <= high <= 1:
             raise ValueError(f"{key}: found {low}, {high}, expected 0 < low <= high <= 1")
+
+
+def quarters(config, key: str) -> None:
+    """The setting `key` is a width that sin-cos positions can have."""
+    if getattr(config, key) % 4:
+        raise ValueError(
+            f"{key}: found {getattr(config, key)}, expected a multiple of 4 (for sin-cos positions)"
+        )
 
 
 def sincos(model: Encoder) -> None:

@@ -83,9 +83,9 @@ class Config(checks.Optimiser, checks.Crop, checks.Decoder):
     norm_target: bool = True  # standardise each token of the target over its channels
     # a cosine of each token over its channels, or, as released, of each channel over a fold
     cosine_axis: Literal["channel", "token"] = "channel"
-    teacher_init: Literal["student", "random"] = "student"  # a copy, or weights of its own
+    teacher_init: Literal["student", "random"] = "random"  # a copy, or weights of its own
     update: Literal["epoch", "step"] = "epoch"  # how often the teacher moves
-    momentum: float = 0.9  # of the teacher in the first epoch
+    momentum: float = 0.96  # of the teacher in the first epoch
     momentum_end: float = 0.99  # reached as a cosine
     drop_path: float = 0.0  # in the student's last block, rising to it from 0
     # least share of the target's mean square by which a place differs between images; a training
@@ -187,8 +187,7 @@ class Method(nn.Module):
 
     def momentum(self, progress) -> float:
         """Of the epoch that the step is in; constant within it."""
-        share = int(progress.epoch) / progress.epoch if progress.epoch else 0.0
-        fraction = progress.fraction * share
+        fraction = int(progress.epoch) / progress.epochs
         return ema.momentum(self.config.momentum, fraction, self.config.momentum_end)
 
     @torch.no_grad()

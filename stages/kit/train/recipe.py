@@ -32,6 +32,7 @@ class Progress:
     rows: torch.Tensor
     device: torch.device
     end_of_epoch: bool = False
+    epochs: int = 1  # of the whole training
     clock: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
