@@ -20,6 +20,7 @@ presumably come from that code. Departures:
 - the official warm-up of the momentum, unused in its recipe, is not there. `update: step` moves the
   teacher at every step, which wants a momentum nearer to 1; as there, it changes with the epoch;
 - masks come from keyed random numbers, and counts are exact, as in methods/mae.py;
+- an epoch whose last batch `train.nan_skips` leaves out does not move the teacher;
 - a teacher whose features do not depend on the image stops the training (kit/parts/collapse.py);
 - defaults are for small images and short runs; PUBLISHED is the recipe for ImageNet and ViT-B/16.
 As in MAE, class and mask tokens get weight decay. The student's encoder is what is exported.

@@ -20,9 +20,8 @@ class Progress:
     is never told of).
 
     A compiled forward (kit/train/compiled.py) is compiled again whenever a number that it read is
-    another. In a forward `step`, `epoch` and `fraction` are therefore read under
-    @eager, as `scheduled` does; what is drawn takes the step from `clock`, a
-    tensor.
+    another. In a forward `step`, `epoch` and `fraction` are therefore read under @eager, as
+    `scheduled` does; what is drawn takes the step from `clock`, a tensor.
     """
 
     step: int
