@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.kit.parts import collapse
-from stages.kit.parts.collapse import CollapseError, Watch
+from stages.kit.parts.collapse import CollapseError, FeatureWatch, Watch
 from stages.methods import dino
 from tests import tiny
 
@@ -121,3 +121,57 @@ def test_a_collapsed_teacher_stops_the_methods_training(monkeypatch):
             for step in range(4):
                 model(x, at(step, 8))
                 model.watch.step(at(step, 8))
+
+
+# --- features -------------------------------------------------------------------------------------
+
+
+def fed(features: torch.Tensor, grid: int = 2, parts: int = 1) -> tuple[FeatureWatch, list]:
+    """Features (B,N,D) of all places of a grid, in so many micro batches."""
+    watch, found = FeatureWatch(0.01), []
+    for part in features.chunk(parts):
+        places = torch.arange(grid**2).expand(len(part), -1)
+        found.append(watch.count(part, places, grid).item())
+    return watch, found
+
+
+def test_the_variety_of_features_by_hand():
+    """Unbiased variance over images at each place, over the mean square; in float64."""
+    features = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0)) + 2
+    x = features.double()
+    expected = x.var(dim=0).sum(1).mean() / x.square().sum(2).mean()
+    watch, found = fed(features)
+    assert found == [pytest.approx(expected.item(), rel=1e-5)]
+    halves, _ = fed(features, parts=2)
+    assert collapse.variety(halves._sums).item() == pytest.approx(expected.item(), rel=1e-5)
+    # some places of some images only, in another order
+    watch = FeatureWatch(0.01)
+    places = torch.tensor([[3, 1], [1, 0], [0, 3]])
+    some = features[:3].gather(1, places[..., None].expand(-1, -1, 5))
+    within = [x[[0, 1], 1], x[[1, 2], 0], x[[0, 2], 3]]
+    variance = sum(pair.var(dim=0).sum() for pair in within) / 3
+    expected = variance / some.double().square().sum(2).mean()
+    assert watch.count(some, places, 2).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_features_that_tell_places_and_not_images_have_no_variety():
+    places = torch.randn(1, 4, 5).expand(6, -1, -1)
+    assert fed(places)[1] == [pytest.approx(0, abs=1e-6)]
+    assert fed(torch.randn(1, 4, 5))[1] == [0]  # of one image nothing is known
+    assert fed(torch.randn(64, 4, 5))[1] == [pytest.approx(1, abs=0.05)]
+
+
+def test_features_without_variety_stop_a_training_and_a_bound_of_zero_does_not():
+    same, limit = torch.ones(3, 4, 5), int(collapse.PATIENCE * STEPS)
+    for bound, reached in ((0.01, limit), (0.0, 2 * limit)):
+        watch, places = FeatureWatch(bound), torch.arange(4).expand(3, -1)
+        try:
+            for step in range(2 * limit):
+                watch.count(same, places, 2)
+                watch.step(at(step))
+        except CollapseError as error:
+            assert "(min_variety), now by 0" in str(error) and "min_variety: 0" in str(error)
+            assert step + 1 == reached
+        else:
+            assert bound == 0
+    watch.step(at(0))  # nothing was counted

@@ -227,7 +227,7 @@ def test_published_recipes_count_their_steps_as_their_official_codes():
         for name in plugins.names(kind)
         if getattr(plugins.module(kind, name), "PUBLISHED", None)
     }
-    beit = ("beit", "beitv2", "mcbeit", "dino", "ibot", "eva")
+    beit = ("beit", "beitv2", "mcbeit", "dino", "ibot", "attmask", "bootmae", "eva")
     beit = {"target/dino", "target/vqkd", *(f"method/{name}" for name in beit)}
     assert {name for name, schedule in found.items() if schedule == "beit"} == beit
     assert {name for name, schedule in found.items() if schedule == "simmim"} == {"method/simmim"}

@@ -120,11 +120,7 @@ class Decoder(Settings):
         super().__post_init__()
         within(self, "[1, inf)", "decoder_dim", "decoder_heads", most=MOST_WIDTH)
         within(self, "[1, inf)", "decoder_depth", most=MOST_DEPTH)
-        if self.decoder_dim % 4:
-            raise ValueError(
-                f"decoder_dim: found {self.decoder_dim}, expected a multiple of 4 (for sin-cos "
-                "positions)"
-            )
+        quarters(self, "decoder_dim")
         if self.decoder_dim % self.decoder_heads:
             raise ValueError(
                 f"decoder_heads: found {self.decoder_heads}, expected a divisor of decoder_dim "
@@ -312,6 +308,8 @@ class SelfDistillation(Optimiser):
 class MaskedSelfDistillation(SelfDistillation):
     """Self-distillation that hides patches of the global views, as iBOT (kit/parts/ibot.py)."""
 
+    mask_share: float = 0.5  # of the global views that are masked, on average
+    mask_ratio: tuple[float, float] = (0.1, 0.5)  # of the patches of those views, uniform in it
     cls_weight: float = 1.0  # of the loss between class tokens, DINO's
     patch_weight: float = 1.0  # of the loss at hidden patches
     shared_head: bool = True  # False: patches have prototypes of their own
@@ -319,8 +317,17 @@ class MaskedSelfDistillation(SelfDistillation):
 
     def __post_init__(self):
         super().__post_init__()
+        within(self, "[0, 1]", "mask_share")
         within(self, "[0, inf)", "cls_weight", "patch_weight")
         within(self, "(0, inf)", "patch_temp_end")
+        spans(self, "mask_ratio")
+
+    def check(self, image_size: int, model) -> None:
+        patches = model.grid(image_size) ** 2
+        if int(patches * self.mask_ratio[1]) < 1:
+            raise ValueError(
+                f"mask_ratio: {self.mask_ratio[1]} of {patches} patches never hides one"
+            )
 
 
 @dataclass(frozen=True)
@@ -442,6 +449,14 @@ def spans(config, *keys: str) -> None:
         low, high = getattr(config, key)
         if not 0 < low <= high <= 1:
             raise ValueError(f"{key}: found {low}, {high}, expected 0 < low <= high <= 1")
+
+
+def quarters(config, key: str) -> None:
+    """The setting `key` is a width that sin-cos positions can have."""
+    if getattr(config, key) % 4:
+        raise ValueError(
+            f"{key}: found {getattr(config, key)}, expected a multiple of 4 (for sin-cos positions)"
+        )
 
 
 def sincos(model: Encoder) -> None:

@@ -6,10 +6,7 @@ must match that of its moving average for the same patch of the same crop, unmas
 head is a tokenizer that is learnt meanwhile. The teacher's encoder is what is exported.
 
 Follows bytedance/ibot, with the departures of DINO's training (kit/parts/selfdistil.py), of the two
-losses (kit/parts/ibot.py, which AttMask's line of methods shares), and these:
-- masks are pure functions of seed and step, where the official ones come from the loader's
-  generators; a view with a ratio r hides at most r of its patches, by the same rule;
-- Swin is not supported.
+losses and the masks (kit/parts/ibot.py, which AttMask shares); Swin is not supported.
 Defaults are for small images and short runs; they are DINO's, of which alone several were compared
 (docs/results-dino.md). PUBLISHED is the recipe for ImageNet and ViT-S/16. A step sees two large and
 n_local small crops of each image: compare it with single-view methods by the crops seen, or by
@@ -25,7 +22,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from stages.kit.nets.masks import block_masks, random_masks
 from stages.kit.parts.ibot import MaskedSelfDistillation
 from stages.kit.parts.selfdistil import GLOBAL, global_views, views
 from workflow import checks
@@ -74,20 +70,6 @@ PUBLISHED = {
 @dataclass(frozen=True)
 class Config(checks.MaskedSelfDistillation):
     mask: Literal["block", "random"] = "block"
-    mask_share: float = 0.5  # of the global views that are masked, on average
-    mask_ratio: tuple[float, float] = (0.1, 0.5)  # of the patches of those views, drawn for each
-
-    def __post_init__(self):
-        super().__post_init__()
-        checks.within(self, "[0, 1]", "mask_share")
-        checks.spans(self, "mask_ratio")
-
-    def check(self, image_size: int, model) -> None:
-        patches = model.grid(image_size) ** 2
-        if int(patches * self.mask_ratio[1]) < 1:
-            raise ValueError(
-                f"mask_ratio: {self.mask_ratio[1]} of {patches} patches never hides one"
-            )
 
 
 class Method(MaskedSelfDistillation):
@@ -103,22 +85,8 @@ class Method(MaskedSelfDistillation):
         return self.losses(large, torch.cat(masks), self.look(large), batch, progress)
 
     def masks(self, uniform: Callable[..., torch.Tensor], view: str, share: float) -> torch.Tensor:
-        """Which patches of a view are hidden, bool (B,N).
-
-        With probability 1 - share it is none, else at most a ratio of them that is uniform in
-        mask_ratio. The official rule (loader.py): blocks of at least (side // 3)^2 patches until no
-        further one fits, or single patches. `uniform(name, *shape)` as Progress.uniform.
-        """
-        (low, high), side = self.config.mask_ratio, self.spec.grid
-        chosen, ratio = uniform(f"{view}-ratio", 2).unbind(1)
-        count = (low + (high - low) * ratio) * side**2 * (chosen < share)  # (B,), with fractions
-        if self.config.mask == "random":
-            return random_masks(uniform(f"{view}-mask", side**2), count)
-
-        def drawn(name: str, *shape: int) -> torch.Tensor:
-            return uniform(f"{view}-{name}", *shape)
-
-        return block_masks(drawn, (side, side), count, smallest=(side // 3) ** 2)
+        """Which patches of a view are hidden, bool (B,N); see `drawn` of kit/parts/ibot.py."""
+        return self.drawn(uniform, view, share, self.config.mask)
 
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:

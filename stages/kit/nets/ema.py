@@ -26,6 +26,21 @@ def update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
         torch._foreach_copy_(ours, theirs)
 
 
+class Average(nn.Module):
+    """Holds a network that follows another: without gradients, always in evaluation mode."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Average:
+        return super().train(False)
+
+    def follow(self, student: nn.Module, momentum: float) -> None:
+        """As `update`."""
+        update(self.network, student, momentum)
+
+
 def momentum(base: float, fraction: float, final: float = 1.0) -> float:
     """Cosine from `base` (fraction 0) to `final` (fraction 1): BYOL arXiv:2006.07733 section 3.3,
     DINO arXiv:2104.14294.

@@ -43,6 +43,8 @@ def block_masks(
     smallest: int = 16,
     largest: int | None = None,
     aspect: float = 0.3,
+    rounds: int = ROUNDS,
+    tries: int = TRIES,
 ) -> torch.Tensor:
     """BEiT's block-wise masks (arXiv 2106.08254, algorithm 1): bool (B,N) with at most `count`
     ones, or, as in iBOT (arXiv 2111.07832), as many as each row's of `count` (B,), which may be
@@ -51,19 +53,19 @@ def block_masks(
     Rectangles are added until `count` patches of the grid (rows, columns) are hidden. A rectangle's
     area is uniform between `smallest` and cap = min(count - hidden, largest), in whichever order;
     its aspect ratio is log-uniform in (aspect, 1/aspect); it lies anywhere inside and is smaller
-    than the grid both ways; it is taken if it hides 1..cap new patches. A mask whose ten tries all
-    fail is finished. `uniform(name, *shape)` gives numbers (B, *shape) in [0,1), as
-    Progress.uniform does.
+    than the grid both ways; it is taken if it hides 1..cap new patches. A mask whose `tries` all
+    fail is finished, as it is with so many rectangles as there are `rounds`. `uniform(name,
+    *shape)` gives numbers (B, *shape) in [0,1), as Progress.uniform does.
     """
     rows, columns = grid
-    draws = uniform("block", ROUNDS, TRIES, 4)
+    draws = uniform("block", rounds, tries, 4)
     log_aspect = math.log(aspect)
     ratio = (log_aspect * (1 - 2 * draws[..., 1])).exp()
     hidden = torch.zeros(len(draws), rows, columns, dtype=torch.bool, device=draws.device)
     going = torch.ones(len(draws), dtype=torch.bool, device=draws.device)
     row = torch.arange(rows, device=draws.device)[:, None]
     column = torch.arange(columns, device=draws.device)
-    for number in range(ROUNDS):
+    for number in range(rounds):
         cap = (count - hidden.sum((1, 2))).clamp(max=largest or count)
         area = smallest + draws[:, number, :, 0] * (cap[:, None] - smallest)  # (B, TRIES)
         height, width = (
@@ -102,13 +104,44 @@ def exact_block_masks(
     smallest: int = 16,
     largest: int | None = None,
     aspect: float = 0.3,
+    **limits: int,
 ) -> torch.Tensor:
     """BEiT v2's masks: `block_masks` topped up with random visible patches to exactly `count` ones
-    each.
+    each. limits: its `rounds` and `tries`.
     """
-    hidden = block_masks(uniform, grid, count, smallest, largest, aspect)
+    hidden = block_masks(uniform, grid, count, smallest, largest, aspect, **limits)
     rank = torch.where(hidden, -1.0, uniform("top-up", hidden.shape[1])).argsort(dim=1, stable=True)
     return torch.zeros_like(hidden).scatter_(1, rank[:, :count], True)
+
+
+def mixed_masking(
+    uniform: Callable[..., torch.Tensor],
+    blocked: torch.Tensor,
+    keep: int,
+    roll: torch.Tensor | int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """BootMAE's masks of blocks and single patches (arXiv 2207.07116, official code).
+
+    blocked (B,N) -> as `random_masking`, with the patches of the blocks in the last places of a
+    random order, of which the first `keep` are kept. Then the order is rolled: the last `roll`
+    patches of it come first, so that as many blocked ones are kept.
+    """
+    noise = uniform("order", blocked.shape[1])
+    order = (noise + blocked).argsort(dim=1, stable=True)
+    places = torch.arange(blocked.shape[1], device=order.device) - roll
+    order = order[:, places % blocked.shape[1]]
+    ids_restore = order.argsort(dim=1)
+    return order[:, :keep], ids_restore, (ids_restore >= keep).to(noise.dtype)
+
+
+def surrounded(mask: torch.Tensor) -> torch.Tensor:
+    """Mask (B,N) of 0 and 1 on square grids -> what its patches count in BootMAE (arXiv 2207.07116,
+    official code): a hidden one 1, plus the share of hidden ones in the 3 x 3 patches around it, of
+    which those outside of the grid are not hidden; a visible one 0.
+    """
+    side = math.isqrt(mask.shape[1])
+    maps = mask.unflatten(1, (1, side, side))
+    return mask + mask * F.avg_pool2d(maps, 3, stride=1, padding=1).flatten(1)
 
 
 def hidden_ids(mask: torch.Tensor, count: int) -> torch.Tensor:

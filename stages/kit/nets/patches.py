@@ -54,6 +54,21 @@ def patch_statistics(patches: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Te
     return mean, (variance + eps).sqrt()
 
 
+def channel_statistics(
+    images: torch.Tensor, size: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and sqrt(biased variance + eps) of each patch, for each channel by itself: two images
+    (B,C,H,W) that are constant within a patch.
+    """
+    grid = (images.shape[2] // size, images.shape[3] // size)
+    values = patchify(images, size).unflatten(2, (size**2, -1))  # (B,N,size^2,C)
+    mean = values.mean(dim=2, keepdim=True)
+    deviation = (values.var(dim=2, keepdim=True, correction=0) + eps).sqrt()
+    both = (part.expand_as(values).flatten(2) for part in (mean, deviation))
+    mean, deviation = (unpatchify(part, size, grid) for part in both)
+    return mean, deviation
+
+
 def normalise_patches(patches: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Each patch minus its mean over its deviation (MAE's norm_pix targets, arXiv 2111.06377
     section 4).

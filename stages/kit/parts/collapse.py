@@ -7,6 +7,9 @@ for everything, whose entropy is 0. In both, and in all between, the mutual info
 prototypes and images is 0: the entropy of the mean distribution is the mean of the entropies. An
 untrained network has none either, so only a teacher that stays without it is stopped.
 kit/parts/contrast.py judges queries and keys in the same way.
+
+A teacher without prototypes, whose features of patches are the targets, has collapsed when these
+are the same for every image. They may still tell places apart, as its positions do.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ ADVICE = (
     "Try a lower teacher_temp (0.02 to 0.04) against uniform outputs, a higher one or "
     "centre_momentum 0.9 against one prototype for all; a lower lr, longer warm-up, more epochs."
 )
+
+FEATURE_ADVICE = "Try a lower lr, a longer warm-up, a momentum nearer to 1, or more epochs."
 
 
 class CollapseError(RuntimeError):
@@ -113,3 +118,56 @@ class Watch(Streak):
             f"{kind(entropy, self.prototypes)}, their entropy is {entropy:.3f} of "
             f"{math.log(self.prototypes):.3f}.\n{ADVICE} min_information: 0 lets it go on."
         )
+
+
+class FeatureWatch(Streak):
+    """Counts the steps in a row in which a teacher's features differ too little between images.
+
+    Their variety is the variance of a place's features between images as a share of their mean
+    square, over all places: 0 if no image differs from another. The bound is `min_variety`. `count`
+    collects a micro batch, `step` judges all that was collected on all ranks.
+    """
+
+    def __init__(self, min_variety: float):
+        super().__init__()
+        self.min_variety = min_variety
+        self._sums: Tensor | None = None  # (N, D + 2), see `count`
+
+    @torch.no_grad()
+    def count(self, features: Tensor, places: Tensor, grid: int) -> Tensor:
+        """Features (R,n,D) of patches at `places` (R,n) of a grid x grid -> their variety, a
+        scalar. A single image has none.
+        """
+        x = features.detach().float().flatten(0, 1)
+        rows = torch.cat([x, x.square().sum(dim=1, keepdim=True), x.new_ones(len(x), 1)], dim=1)
+        sums = rows.new_zeros(grid**2, rows.shape[1]).index_add_(0, places.flatten(), rows)
+        self._sums = sums if self._sums is None else self._sums + sums
+        return variety(sums)
+
+    @torch.no_grad()
+    def step(self, progress) -> None:
+        """Once per optimiser step. Raises CollapseError, on all ranks at the same step."""
+        if self._sums is None:
+            return
+        found, self._sums = variety(dist.total(self._sums)), None
+
+        def explain() -> str:
+            return (
+                f"the teacher has collapsed at step {progress.step + 1} of {progress.steps}: for "
+                f"{int(self.steps_below)} steps its features of a place differed between images by "
+                f"less than {self.min_variety:g} of their mean square (min_variety), now by "
+                f"{float(found):.2g}.\n{FEATURE_ADVICE} min_variety: 0 lets it go on."
+            )
+
+        self.judge(found, self.min_variety, progress, explain)
+
+
+def variety(sums: Tensor) -> Tensor:
+    """Of each place (N, D + 2) the sums of its features, of their squares, and how many there are
+    -> unbiased variance about the places' means, over the mean square. 0 where nothing is known.
+    """
+    first, square, count = sums[:, :-2], sums[:, -2], sums[:, -1]
+    about = square - first.square().sum(dim=1) / count.clamp(min=1)
+    variance = about.sum() / (count - 1).clamp(min=0).sum().clamp(min=1)
+    mean = square.sum() / count.sum().clamp(min=1)
+    return variance.clamp(min=0) / mean.clamp(min=torch.finfo(mean.dtype).tiny)

@@ -1,9 +1,9 @@
-"""Self-distillation with masks: iBOT's losses and pictures (arXiv 2111.07832).
+"""Self-distillation with masks: iBOT's losses, masks and pictures (arXiv 2111.07832).
 
 This is DINO's training (kit/parts/selfdistil.py) with a second loss. The student sees the global
 views with patches hidden; at these its distribution over prototypes must match the teacher's for
 the same patch of the same view, unmasked. Which patches are hidden is up to the method, which may
-first ask the teacher. A step is:
+first ask the teacher; iBOT's own are `drawn`. A step is:
 
     large = global_views(batch)                        # (2B,3,H,W)
     seen = self.look(large)                            # the teacher's logits, of whole views
@@ -15,11 +15,14 @@ first ask the teacher. A step is:
   weigh nothing, as there;
 - shared_head is one setting for student and teacher; the official code has two, both true in the
   published recipe;
-- teacher and student start equal in all that they share, also where the last layers are two.
+- teacher and student start equal in all that they share, also where the last layers are two;
+- masks are pure functions of seed and step, where the official ones come from the loader's
+  generators; a view with a ratio r hides at most r of its patches, by the same rule.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -28,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.kit.nets import encoders
-from stages.kit.nets.masks import hidden_ids, take
+from stages.kit.nets.masks import block_masks, hidden_ids, random_masks, take
 from stages.kit.nets.pictures import colour_codes, contact_sheet, paint, windows
 from stages.kit.parts.collapse import Watch
 from stages.kit.parts.prototypes import cross_entropy
@@ -54,6 +57,27 @@ class MaskedSelfDistillation(SelfDistillation):
             self.watch.min_information = 0.0
         if not config.patch_weight:
             self.patch_watch.min_information = 0.0
+
+    def drawn(
+        self, uniform: Callable[..., torch.Tensor], view: str, share: float, kind: str
+    ) -> torch.Tensor:
+        """Which patches of a view are hidden by iBOT's rule, bool (B,N).
+
+        With probability 1 - share it is none, else at most a ratio of them that is uniform in
+        mask_ratio. The official rule (loader.py): for the kind "block" blocks of at least (side //
+        3)^2 patches until no further one fits, for "random" single patches. `uniform(name, *shape)`
+        as Progress.uniform.
+        """
+        (low, high), side = self.config.mask_ratio, self.spec.grid
+        chosen, ratio = uniform(f"{view}-ratio", 2).unbind(1)
+        count = (low + (high - low) * ratio) * side**2 * (chosen < share)  # (B,), with fractions
+        if kind == "random":
+            return random_masks(uniform(f"{view}-mask", side**2), count)
+
+        def of_view(name: str, *shape: int) -> torch.Tensor:
+            return uniform(f"{view}-{name}", *shape)
+
+        return block_masks(of_view, (side, side), count, smallest=(side // 3) ** 2)
 
     @torch.no_grad()
     def look(self, images: torch.Tensor, *more: str) -> dict[str, torch.Tensor]:

@@ -20,9 +20,8 @@ class Progress:
     is never told of).
 
     A compiled forward (kit/train/compiled.py) is compiled again whenever a number that it read is
-    another. In a forward `step`, `epoch` and `fraction` are therefore read under
-    @eager, as `scheduled` does; what is drawn takes the step from `clock`, a
-    tensor.
+    another. In a forward `step`, `epoch` and `fraction` are therefore read under @eager, as
+    `scheduled` does; what is drawn takes the step from `clock`, a tensor.
     """
 
     step: int
@@ -32,6 +31,7 @@ class Progress:
     rows: torch.Tensor
     device: torch.device
     end_of_epoch: bool = False
+    epochs: int = 1  # of the whole training
     clock: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
