@@ -343,3 +343,43 @@ def test_of_a_convvit_the_fusion_is_trained_and_not_exported():
     method(tiny.batch(tiny.module("mae"), method.spec), tiny.progress())["loss"].backward()
     assert all(p.grad.abs().sum() > 0 for p in method.fusion.parameters())
     assert tiny.method("mae", SPEC).fusion is None
+
+
+def test_of_a_convvit_it_is_convmae_as_published():
+    """Alpha-VL/ConvMAE: MLPs of ratio 4 in all stages, MAE's decoder of 8 blocks of 512 with 16
+    heads and MLPs of ratio 4, without a class token; norms 1e-6, those of convolutions 1e-5. 85.4 M
+    are fine-tuned with a head for 1000 classes, and fusion adds 4.33 M.
+    """
+    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 11, "num_heads": 12, "mlp_ratio": 4.0}
+    sizes |= {"name": "convvit_base_patch16_224", "args": {"conv_mlp_ratio": 4.0}}
+    published = {key: PUBLISHED[key] for key in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    with torch.device("meta"):
+        method = Method(Config(**published), tiny.spec(224, "convvit", **sizes))
+    parts = (method.encoder, method.fusion, method.decoder)
+    encoder, fusion, decoder = (sum(p.numel() for p in part.parameters()) for part in parts)
+    assert round((encoder + 768 * 1000 + 1000) / 1e6, 1) == 85.4
+    assert fusion / 1e6 == pytest.approx(4.33, abs=0.01)
+    # MAE's decoder, whose fixed positions are not parameters
+    assert decoder / 1e6 == pytest.approx(26.01, abs=0.01)
+    assert method.decoder.prefix == 0 and len(method.decoder.blocks) == 8
+    assert {block.mlp.fc1.out_features for block in method.decoder.blocks} == {2048}
+    stem = method.encoder.patch_embed
+    assert {block.norm1.eps for block in (*stem.stage1, *stem.stage2)} == {1e-5}
+    assert {block.fc1.out_features for block in stem.stage1} == {4 * 256}
+    assert method.encoder.norm.eps == method.decoder.norm.eps == 1e-6
+
+
+def test_of_a_convvit_all_stages_are_added_before_the_last_norm():
+    method = tiny.method("mae", tiny.spec(32, "convvit")).eval()
+    images, ids = torch.randn(2, 3, 32, 32), torch.tensor([[3, 0, 9], [5, 15, 2]])
+    encoder = method.encoder
+    first, second, tokens = encoder.patch_embed.stages(images, ids)
+    tokens = encoder.blocks(tokens + encoder.pos_embed[0][ids])
+    layers = method.fusion.first, method.fusion.second
+    for cells, layer, side in ((first, layers[0], 4), (second, layers[1], 2)):
+        # as the official convolution over the map of cells of each patch
+        kernel = layer.weight.view(-1, side, side, cells.shape[-1]).permute(0, 3, 1, 2)
+        found = F.conv2d(cells.flatten(0, 1).permute(0, 3, 1, 2), kernel, layer.bias)
+        tokens = tokens + found.view(*tokens.shape)
+    expected = encoder.norm(tokens)
+    torch.testing.assert_close(method.encode(images, ids)["tokens"], expected, rtol=1e-4, atol=1e-5)
