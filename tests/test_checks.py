@@ -129,6 +129,16 @@ BAD = {
         "crop_min": [0.0],
         "lr": [0.0],
     },
+    checks.PaintedImages: {
+        "mask_ratio": [0.0, 1.0],
+        "block": [0],
+        "cell": [0],
+        "discard": [-1],
+        "input_size": [3],
+        "decoder_dim": [6],
+        "crop_min": [0.0],
+        "lr": [0.0],
+    },
     checks.BeitStart: {"layer_scale": [-0.1]},
     checks.BeitEncoder: {"rel_pos_rate": [-1.0], "layer_scale": [-0.1]},
     checks.TokenPrediction: {
@@ -142,6 +152,8 @@ BAD = {
     checks.Encoder: {"patch_size": [0], "embed_dim": [0], "mlp_ratio": [0.0]},
 }
 TYPED = {
+    "predict",
+    "norm",
     "centring",
     "optimizer",
     "clip_mode",

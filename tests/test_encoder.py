@@ -90,7 +90,7 @@ def images():
 
 
 def test_there_are_families():
-    assert {"vit", "swin", "convvit"} <= set(KINDS)
+    assert {"vit", "swin", "convvit", "pvt"} <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -290,7 +290,7 @@ def test_what_a_family_claims_works_and_the_rest_is_refused(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "style"), [("vit", "beit"), ("swin", "timm"), ("convvit", "timm")]
+    ("kind", "style"), [("vit", "beit"), ("swin", "timm"), ("convvit", "timm"), ("pvt", "timm")]
 )
 def test_a_compiler_sees_one_graph(kind, style):
     """Finding the family must not interrupt it."""
@@ -396,15 +396,15 @@ def test_an_architecture_of_no_family_is_refused(tmp_path):
     ("method", "kinds"),
     [
         ("mae", {"vit", "convvit"}),
-        ("simmim", {"vit", "swin"}),
+        ("simmim", {"vit", "swin", "pvt"}),
         ("beitv2", {"vit"}),
-        ("random", {"vit", "swin", "convvit"}),
-        ("supervised", {"vit", "swin", "convvit"}),
+        ("random", {"vit", "swin", "convvit", "pvt"}),
+        ("supervised", {"vit", "swin", "convvit", "pvt"}),
     ],
 )
 def test_which_methods_take_which_families(method, kinds):
     needs = tiny.module(method).NEEDS
-    found = {kind for kind in ("vit", "swin", "convvit") if needs <= MODULES[kind].CAN}
+    found = {kind for kind in ("vit", "swin", "convvit", "pvt") if needs <= MODULES[kind].CAN}
     assert found == kinds
 
 
@@ -1069,7 +1069,9 @@ def test_plug_ins_that_take_no_swin_say_so():
         check(content)
     for word in ("method mae needs", "method beitv2 needs", "target dino needs", "target vqkd"):
         assert word in str(caught.value)
-    assert "kind swin can 'mask' and 'taps'; expected kind convvit or vit" in str(caught.value)
+    assert "kind swin can 'mask', 'sizes' and 'taps'; expected kind convvit or vit" in str(
+        caught.value
+    )
     assert "random" not in str(caught.value)
 
 

@@ -10,11 +10,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from stages.kit.nets import encoders
 from stages.kit.nets.masks import random_masking
 from stages.kit.nets.positions import sincos_2d
+from stages.kit.parts.uniformity import uniformity
 from stages.kit.train.recipe import Recipe
 from stages.methods.mae import PUBLISHED, Config, Method, views
 from tests import tiny
@@ -63,9 +65,9 @@ def test_the_encoder_never_sees_the_mask_token(method):
 
 
 def test_only_dropped_patches_have_a_loss(method, monkeypatch):
-    seen, reconstruct = {}, method.reconstruct
-    keep = lambda *args: seen.setdefault("predicted", reconstruct(*args))  # noqa: E731
-    monkeypatch.setattr(method, "reconstruct", keep)
+    seen, decode = {}, method.decode
+    keep = lambda *args: seen.setdefault("predicted", decode(*args))  # noqa: E731
+    monkeypatch.setattr(method, "decode", keep)
     out = method(batch(), tiny.progress(6))
     (gradient,) = torch.autograd.grad(out["loss"], seen["predicted"])
     mask = masking()[2].bool()
@@ -77,7 +79,7 @@ def test_only_dropped_patches_have_a_loss(method, monkeypatch):
 def test_loss_is_the_formula(norm_pix, monkeypatch):
     method = Method(dataclasses.replace(SMALL, norm_pix=norm_pix), SPEC)
     predicted = torch.randn(6, 16, 48, generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(method, "reconstruct", lambda *args: predicted)
+    monkeypatch.setattr(method, "decode", lambda *args: predicted)
     images, mask = batch()["view"].double().numpy(), masking()[2].numpy()
     total = 0.0
     for b in range(6):
@@ -238,10 +240,81 @@ def test_picture_of_a_perfect_prediction_is_the_image(method, monkeypatch):
     assert grey == pytest.approx(0.75, abs=0.02)
 
 
+# --- U-MAE ----------------------------------------------------------------------------------------
+
+
+def squared_cosines(features):
+    """The mean over all pairs, one by one."""
+    unit = features / features.norm(dim=1, keepdim=True)
+    return sum((a @ b) ** 2 for a in unit for b in unit) / len(unit) ** 2
+
+
+def test_uniformity_is_the_mean_squared_cosine_with_its_whole_gradient():
+    features = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one, two = (features.clone().requires_grad_() for _ in range(2))
+    found, expected = uniformity(one), squared_cosines(two)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-12)
+    assert uniformity(torch.ones(6, 4)).item() == pytest.approx(1)
+    assert uniformity(torch.eye(6)).item() == pytest.approx(1 / 6)
+
+
+def test_parts_of_the_batch_make_the_gradient_of_the_whole(monkeypatch):
+    """As two ranks would see it: the mean of their gradients is that of all pairs."""
+    features = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    unit, total = F.normalize(features, dim=1), []
+    monkeypatch.setattr("stages.kit.dist.gather", lambda _: unit)
+    for part in (slice(3), slice(3, 6)):
+        mine = features[part].clone().requires_grad_()
+        uniformity(mine).backward()
+        total.append(mine.grad / 2)
+    whole = features.clone().requires_grad_()
+    squared_cosines(whole).backward()
+    torch.testing.assert_close(torch.cat(total), whole.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_umae_adds_the_term_of_the_masked_images_features():
+    torch.manual_seed(0)
+    method = Method(dataclasses.replace(SMALL, uniformity=0.5), SPEC)
+    out = method(batch(), tiny.progress(6))
+    seen = encoders.visible(method.encoder, SPEC.normalise(batch()["view"]), masking()[0])
+    expected = squared_cosines(seen["tokens"][:, 0]).item()
+    assert out["uniformity"].item() == pytest.approx(expected, rel=1e-5)
+    torch.manual_seed(0)
+    plain = Method(SMALL, SPEC)(batch(), tiny.progress(6))["loss"].item()
+    assert out["pixels"].item() == pytest.approx(plain, rel=1e-6)
+    assert out["loss"].item() == pytest.approx(plain + 0.5 * expected, rel=1e-6)
+
+
+def test_umae_spreads_the_features():
+    """A few steps on one batch: the class tokens of its images become less alike."""
+    found = {}
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        method = Method(dataclasses.replace(SMALL, uniformity=weight), SPEC)
+        optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
+        for _ in range(15):
+            optimiser.zero_grad()
+            method(batch(), tiny.progress(6))["loss"].backward()
+            optimiser.step()
+        with torch.no_grad():
+            images = SPEC.normalise(batch()["view"])
+            found[weight] = uniformity(method.encode(images, masking()[0])["cls"]).item()
+    assert found[1.0] < 0.5 * found[0.0]
+
+
+def test_umae_needs_the_whole_batch_and_mae_does_not(method):
+    assert not hasattr(method, "whole_batch")
+    assert "images" in Method(dataclasses.replace(SMALL, uniformity=0.01), SPEC).whole_batch
+
+
 @pytest.mark.parametrize(
     ("values", "key"),
     [
         ({"mask_ratio": 0.0}, "mask_ratio"),
+        ({"uniformity": -0.1}, "uniformity"),
         ({"mask_ratio": 1.0}, "mask_ratio"),
         ({"decoder_heads": 3}, "decoder_heads"),
         ({"decoder_dim": 18, "decoder_heads": 2}, "decoder_dim"),
@@ -270,3 +343,43 @@ def test_of_a_convvit_the_fusion_is_trained_and_not_exported():
     method(tiny.batch(tiny.module("mae"), method.spec), tiny.progress())["loss"].backward()
     assert all(p.grad.abs().sum() > 0 for p in method.fusion.parameters())
     assert tiny.method("mae", SPEC).fusion is None
+
+
+def test_of_a_convvit_it_is_convmae_as_published():
+    """Alpha-VL/ConvMAE: MLPs of ratio 4 in all stages, MAE's decoder of 8 blocks of 512 with 16
+    heads and MLPs of ratio 4, without a class token; norms 1e-6, those of convolutions 1e-5. 85.4 M
+    are fine-tuned with a head for 1000 classes, and fusion adds 4.33 M.
+    """
+    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 11, "num_heads": 12, "mlp_ratio": 4.0}
+    sizes |= {"name": "convvit_base_patch16_224", "args": {"conv_mlp_ratio": 4.0}}
+    published = {key: PUBLISHED[key] for key in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    with torch.device("meta"):
+        method = Method(Config(**published), tiny.spec(224, "convvit", **sizes))
+    parts = (method.encoder, method.fusion, method.decoder)
+    encoder, fusion, decoder = (sum(p.numel() for p in part.parameters()) for part in parts)
+    assert round((encoder + 768 * 1000 + 1000) / 1e6, 1) == 85.4
+    assert fusion / 1e6 == pytest.approx(4.33, abs=0.01)
+    # MAE's decoder, whose fixed positions are not parameters
+    assert decoder / 1e6 == pytest.approx(26.01, abs=0.01)
+    assert method.decoder.prefix == 0 and len(method.decoder.blocks) == 8
+    assert {block.mlp.fc1.out_features for block in method.decoder.blocks} == {2048}
+    stem = method.encoder.patch_embed
+    assert {block.norm1.eps for block in (*stem.stage1, *stem.stage2)} == {1e-5}
+    assert {block.fc1.out_features for block in stem.stage1} == {4 * 256}
+    assert method.encoder.norm.eps == method.decoder.norm.eps == 1e-6
+
+
+def test_of_a_convvit_all_stages_are_added_before_the_last_norm():
+    method = tiny.method("mae", tiny.spec(32, "convvit")).eval()
+    images, ids = torch.randn(2, 3, 32, 32), torch.tensor([[3, 0, 9], [5, 15, 2]])
+    encoder = method.encoder
+    first, second, tokens = encoder.patch_embed.stages(images, ids)
+    tokens = encoder.blocks(tokens + encoder.pos_embed[0][ids])
+    layers = method.fusion.first, method.fusion.second
+    for cells, layer, side in ((first, layers[0], 4), (second, layers[1], 2)):
+        # as the official convolution over the map of cells of each patch
+        kernel = layer.weight.view(-1, side, side, cells.shape[-1]).permute(0, 3, 1, 2)
+        found = F.conv2d(cells.flatten(0, 1).permute(0, 3, 1, 2), kernel, layer.bias)
+        tokens = tokens + found.view(*tokens.shape)
+    expected = encoder.norm(tokens)
+    torch.testing.assert_close(method.encode(images, ids)["tokens"], expected, rtol=1e-4, atol=1e-5)

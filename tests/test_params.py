@@ -76,11 +76,11 @@ BAD = [  # changes to good parameters, and what the message must contain
     ),
     (
         {"model__name": "vit9000"},
-        ["model.name: timm has no model 'vit9000'", "convvit, swin, vit"],
+        ["model.name: timm has no model 'vit9000'", "convvit, pvt, swin, vit"],
     ),
     (
         {"model__name": "resnet50"},
-        ["model.name: 'resnet50' is of no known family", "convvit, swin, vit"],
+        ["model.name: 'resnet50' is of no known family", "convvit, pvt, swin, vit"],
     ),
     ({"model__name": 7}, ["model.name: must be text (found 7)"]),
     (
@@ -100,7 +100,7 @@ BAD = [  # changes to good parameters, and what the message must contain
     ({"model__depth": 0}, ["model.depth: found 0, expected 1 or more"]),
     ({"model__kind": "vti"}, ["model.kind: there is no kind of encoder 'vti'", "'vit'"]),
     ({"model__kind": "swin"}, ["model.name: 'vit_tiny_patch16_224' is no swin"]),
-    ({"model__name": None}, ["model.kind: required, one of", "convvit, swin, vit"]),
+    ({"model__name": None}, ["model.kind: required, one of", "convvit, pvt, swin, vit"]),
     ({"model": None}, ["model: required, but not given"]),
     ({"models": {"b": {}}}, ["models: found beside model, expected one of the two"]),
     (
@@ -524,7 +524,7 @@ def test_a_run_changes_tasks_for_itself_alone():
         ({"models__small": 3}, ["models.small: must be a section with keys and values (found 3)"]),
         (
             {"grid__runs__mae__model": "swin"},
-            ["models.swin: method mae needs an encoder that can 'drop'; kind swin can 'mask' and"],
+            ["models.swin: method mae needs an encoder that can 'drop'; kind swin can 'mask'"],
         ),
         (
             {"targets__hog__data": None},

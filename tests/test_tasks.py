@@ -248,6 +248,24 @@ def test_centred_knn_and_augmented_linear(lab):
     )
 
 
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_an_inner_block_can_be_probed(lab, task, monkeypatch):
+    """Its raw states are what the task gets, and the number says so."""
+    seen, module = [], tiny.module(task, "task")
+    probed = module.probed
+    monkeypatch.setattr(
+        module, "probed", lambda *a, **kw: seen.append(probed(*a, **kw)) or seen[-1]
+    )
+    metrics, _ = result(lab, task, f"{task}-block", block=1)
+    assert metrics["block"] == 1 and metrics["top1"] > 0.4
+    expected = frozen(lab, taps=(1,))
+    every = [found for found in seen if found["cls"].shape[-2] == 36]
+    assert any(torch.equal(found["patch"], expected["patch.1"]) for found in every)
+    assert set(seen[0]) == {"cls", "patch"}
+    with pytest.raises(ValueError, match="^block: found 0"):
+        module.Config(block=0)
+
+
 @pytest.mark.parametrize("task", CLASSIFY)
 def test_unlabelled_images_are_left_out(tmp_path, task):
     some = world(tmp_path, unlabelled=10)

@@ -29,7 +29,8 @@ def model(kind: str = "vit", **changes):
     """The Config of an encoder family in tiny sizes."""
     swin = {"depth": (1, 1), "num_heads": (2, 4), "window_size": 2}
     conv = {"patch_size": 8, "args": {"conv_dims": [8, 16], "conv_depths": [1, 1]}}
-    own = {"swin": swin, "convvit": conv}.get(kind, {})
+    pvt = {"patch_size": 2, "depth": (1, 1), "num_heads": (1, 2)}
+    own = {"swin": swin, "convvit": conv, "pvt": pvt}.get(kind, {})
     known = {f.name for f in fields(module(kind, "encoder").Config)}
     sizes = {key: value for key, value in SIZES.items() if key in known}
     return encoder_config(kind, {**sizes, **own, **changes})

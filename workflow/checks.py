@@ -129,6 +129,62 @@ class Decoder(Settings):
 
 
 @dataclass(frozen=True)
+class PaintedImages(Optimiser, SizedCrop, Decoder):
+    """FastMIM's painted squares, decoder and targets (kit/parts/fastmim.py), and its optimiser."""
+
+    # at each place: MaskFeat's histograms of oriented gradients, or the pixels
+    predict: Literal["hog", "pixels"] = "hog"
+    norm: bool = True  # histograms at length 1; the pixels of a place at mean 0 and variance 1
+    mask_ratio: float = 0.75  # share of the squares that is painted
+    block: int | None = None  # side of a square in pixels; None: of a token that comes out
+    # side of a histogram's cell in pixels; None: 8, as published, where tokens have 16 or more,
+    # else 4; a whole token where that does not divide it
+    cell: int | None = None
+    discard: int = 0  # last blocks of the encoder that pretraining leaves out, as they were drawn
+    crop_min: float = 0.4
+    decoder_depth: int = 1
+    lr_per: int | None = 512
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "(0, 1)", "mask_ratio")
+        within(self, "[1, inf)", "block", "cell", most=MOST_PIXELS)
+        within(self, "[0, inf)", "discard", most=MOST_DEPTH)
+
+    def side(self, model) -> int:
+        """Side of a painted square."""
+        return self.block or model.stride
+
+    def cell_side(self, model) -> int:
+        """Side of a square for which there is one error: a histogram's cell, or a whole token."""
+        if self.predict == "pixels":
+            return model.stride
+        usual = 8 if model.stride >= 16 else 4
+        return self.cell or (model.stride if model.stride % usual else usual)
+
+    def check(self, image_size: int, model) -> None:
+        block, cell, stride = self.side(model), self.cell_side(model), model.stride
+        if stride % cell:
+            raise ValueError(f"cell: found {cell}, expected a divisor of a token's {stride} pixels")
+        if image_size % block or block % cell or (block % stride and stride % block):
+            whole = "a token's" if self.predict == "pixels" else "a cell's"
+            raise ValueError(
+                f"block: found {block} pixels, expected a divisor of image_size {image_size} and a "
+                f"multiple of {whole} {cell}, which divides a token's {stride} or is its multiple"
+            )
+        keep_count((image_size // block) ** 2, self.mask_ratio, "blocks")
+        last = model.depth if isinstance(model.depth, int) else model.depth[-1]
+        if self.discard >= last:
+            raise ValueError(
+                f"discard: found {self.discard}, expected less than the {last} blocks of "
+                f"{'model.depth' if isinstance(model.depth, int) else 'the last stage'}"
+            )
+        if "sincos" in model.styles:
+            sincos(model)
+
+
+@dataclass(frozen=True)
 class BeitStart(Settings):
     """How an encoder of style "beit" starts (stages/encoders/vit.py); a Swin starts as its own."""
 

@@ -22,7 +22,7 @@ from torch import nn
 from stages.kit.nets import timm_model
 from workflow import checks
 
-CAN = {"mask", "taps"}
+CAN = {"mask", "taps", "sizes"}
 NAMES = r"swin(v2)?_"
 CLASSES = ("SwinTransformer", "SwinTransformerV2")
 

@@ -14,6 +14,10 @@ Follows facebookresearch/mae, with these departures:
   arithmetic, where the official code uses floats;
 - defaults are for small images; PUBLISHED is the recipe for ImageNet and ViT-B/16.
 
+`uniformity` adds U-MAE's term (arXiv 2210.08344): the mean squared cosine between the class tokens
+that the encoder has of the images' visible patches (without a class token: their means), over all
+pairs of the batch (kit/parts/uniformity.py). Published with 0.01; 0, the default, is MAE.
+
 With a ConvViT (model.name: convvit_...) this is ConvMAE (arXiv 2205.03892), with a decoder as
 configured here. As there, class and mask tokens do get weight decay.
 """
@@ -32,6 +36,7 @@ from stages.kit.nets.decoder import Decoder
 from stages.kit.nets.masks import random_masking
 from stages.kit.nets.patches import normalise_patches, patch_statistics, patchify, unpatchify
 from stages.kit.nets.pictures import contact_sheet, paint
+from stages.kit.parts.uniformity import REASON, uniformity
 from workflow import checks
 
 TARGET = None
@@ -60,6 +65,7 @@ PUBLISHED = {
 class Config(checks.Optimiser, checks.SizedCrop, checks.Decoder):
     mask_ratio: float = 0.75  # share of the patches that is dropped
     norm_pix: bool = True  # each patch's pixels at mean 0 and variance 1 are the target
+    uniformity: float = 0.0  # weight of U-MAE's term
     crop_min: float = 0.4
     lr: float = 1.5e-3
     lr_per: int | None = 512
@@ -68,6 +74,7 @@ class Config(checks.Optimiser, checks.SizedCrop, checks.Decoder):
     def __post_init__(self):
         super().__post_init__()
         checks.within(self, "(0, 1)", "mask_ratio")
+        checks.within(self, "[0, inf)", "uniformity")
 
     def check(self, image_size: int, model) -> None:
         checks.keep_count(model.grid(image_size) ** 2, self.mask_ratio)
@@ -90,20 +97,38 @@ class Method(nn.Module):
         self.fusion = encoders.fusion(self.encoder)  # of a ConvViT; a ViT has none
         width, prefix = self.encoder.embed_dim, self.encoder.num_prefix_tokens
         self.decoder = Decoder.of(config, width, 3 * spec.patch**2, spec.grid, prefix=prefix)
+        if config.uniformity:
+            self.whole_batch = REASON
 
     def forward(self, batch: dict, progress) -> dict[str, torch.Tensor]:
-        """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean squared error of dropped patches."""
+        """{"view": (B,3,H,W) in [0,1]} -> {"loss"}, the mean squared error of dropped patches.
+
+        With `uniformity` that is "pixels", and the term is "uniformity".
+        """
         images = self.spec.normalise(batch["view"])
         noise = progress.uniform("mask", self.patches)
         ids_keep, ids_restore, mask = random_masking(noise, self.keep)  # mask (B,N), 1 = dropped
-        predicted = self.reconstruct(images, ids_keep, ids_restore)  # (B,N,3*patch^2)
+        encoded = self.encode(images, ids_keep)
+        predicted = self.decode(encoded, ids_restore)  # (B,N,3*patch^2)
         error = (predicted.float() - self.target(images)).square().mean(dim=-1)  # (B,N)
-        return {"loss": (error * mask).sum() / mask.sum()}
+        pixels = (error * mask).sum() / mask.sum()
+        if not self.config.uniformity:
+            return {"loss": pixels}
+        alike = uniformity(encoded["cls"])
+        loss = pixels + self.config.uniformity * alike
+        return {"loss": loss, "pixels": pixels, "uniformity": alike}
+
+    def encode(self, images, ids_keep) -> dict[str, torch.Tensor]:
+        """Normalised images -> what the encoder has of the kept patches (kit/nets/encoders.py)."""
+        return encoders.visible(self.encoder, images, ids_keep, fusion=self.fusion)
+
+    def decode(self, encoded: dict, ids_restore) -> torch.Tensor:
+        """What the encoder has -> pixels of every patch (B,N,3*patch^2)."""
+        return self.decoder(encoded["tokens"], ids_restore)
 
     def reconstruct(self, images, ids_keep, ids_restore) -> torch.Tensor:
         """Normalised images -> pixels of every patch (B,N,3*patch^2), from the kept ones alone."""
-        encoded = encoders.visible(self.encoder, images, ids_keep, fusion=self.fusion)
-        return self.decoder(encoded["tokens"], ids_restore)
+        return self.decode(self.encode(images, ids_keep), ids_restore)
 
     def target(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images -> their patches (B,N,3*patch^2), float32, normalised if norm_pix."""

@@ -126,6 +126,16 @@ def frozen(
         }
 
 
+def probed(trial: Trial, split: str, block: int | None, **how) -> dict[str, torch.Tensor]:
+    """ "cls" and "patch" of `frozen`: after the final norm, or the raw states after an inner block
+    (1 is the first, counted over all stages).
+    """
+    if block is None:
+        return frozen(trial, split, **how)
+    found = frozen(trial, split, taps=(block,), **how)
+    return {name: found[f"{name}.{block}"] for name in ("cls", "patch")}
+
+
 @torch.inference_mode()
 def _extract(
     encoder, images, folder: Path, device: torch.device, precision: str, tokens, taps, norm

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from stages.kit import dist
 from stages.tasks import Trial
 from stages.tasks._classify import Labelled, accuracy, save, unseen
-from stages.tasks._features import frozen
+from stages.tasks._features import probed
 from workflow import checks
 
 HEADLINE = ("top1", "top-1 accuracy", "%")
@@ -41,19 +41,21 @@ BLOCK = 65536  # training images compared at once
 class Config(checks.Evaluation):
     """k: candidates for the number of neighbours, those not below the number of training images are
     left out (and listed); temperature: T of the vote; centred: also try features less the training
-    mean; precision: of the feature extraction.
+    mean; precision: of the feature extraction; block: whose raw states are compared, 1 is the
+    first; null: the last one's, after the final norm.
     """
 
     k: tuple[int, ...] = (10, 20, 100, 200)
     temperature: float = 0.07
     centred: bool = False
+    block: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self):
         super().__post_init__()
         if not self.k:
             raise ValueError("k: found [], expected at least one number of neighbours")
-        checks.within(self, "[1, inf)", "k")
+        checks.within(self, "[1, inf)", "k", "block")
         checks.within(self, "(0, inf)", "temperature")
 
 
@@ -106,7 +108,7 @@ def run(trial: Trial) -> dict:
             "k",
         )
     how = {"crop": config.eval_crop, "positions": config.positions, "precision": config.precision}
-    train = frozen(trial, "train", **how)
+    train = probed(trial, "train", config.block, **how)
     centres = {name: (name, torch.zeros(())) for name in train}
     if config.centred:
         for name, values in train.items():
@@ -114,7 +116,7 @@ def run(trial: Trial) -> dict:
 
     def scores(split: str, ks: list[int]) -> dict[str, dict[int, torch.Tensor]]:
         """{feature: {k: class scores}} of a split's labelled images."""
-        result, queries = {}, frozen(trial, split, **how)
+        result, queries = {}, probed(trial, split, config.block, **how)
         for name, (kind, centre) in centres.items():
             parts = zip(
                 rows["train"].split(BLOCK), labels["train"].to(device).split(BLOCK), strict=True
@@ -142,6 +144,7 @@ def run(trial: Trial) -> dict:
         "protocol": "weighted k-NN",
         "split": "test",
         "feature": feature,
+        "block": config.block,
         "norm": "l2",
         "k": best[feature],
         "temperature": config.temperature,

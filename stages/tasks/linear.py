@@ -34,7 +34,7 @@ from stages.kit.train.lars import adapted
 from stages.kit.train.schedule import warmup_cosine
 from stages.tasks import Trial
 from stages.tasks._classify import Labelled, accuracy, average, save, unseen
-from stages.tasks._features import frozen
+from stages.tasks._features import probed
 from workflow import checks
 
 HEADLINE = ("top1", "top-1 accuracy", "%")
@@ -60,7 +60,9 @@ class Config(checks.Evaluation):
     """features, norms, lrs: the sweep; lr is absolute, at the batch size; warmup: fraction of the
     steps; head_seeds: how often the chosen heads are trained, from other weights and in another
     order; passes: 1 = features of the evaluation transform, more = that many random crops (area
-    from crop_min) and flips; precision: of the feature extraction.
+    from crop_min) and flips; precision: of the feature extraction; block: whose raw states are
+    probed, 1 is the first; null: the last one's, after the final norm. SimMIM's authors probe the
+    mean patch of the 8th of 12 blocks.
     """
 
     features: tuple[Literal["cls", "patch"], ...] = ("cls", "patch")
@@ -73,6 +75,7 @@ class Config(checks.Evaluation):
     warmup: float = 0.0
     head_seeds: int = 3
     passes: int = 1
+    block: int | None = None
     crop_min: float = 0.5
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -82,7 +85,7 @@ class Config(checks.Evaluation):
             if not getattr(self, name):
                 raise ValueError(f"{name}: found [], expected at least one entry")
         checks.within(self, "(0, inf)", "lrs")
-        checks.within(self, "[1, inf)", "epochs", "batch_size", "head_seeds", "passes")
+        checks.within(self, "[1, inf)", "epochs", "batch_size", "head_seeds", "passes", "block")
         checks.within(self, "[0, 1)", "momentum", "warmup")
         checks.within(self, "(0, 1]", "crop_min")
 
@@ -248,7 +251,8 @@ def run(trial: Trial) -> dict:
 
     def features(split: str, augment=None) -> dict[str, torch.Tensor]:
         fit = {"crop": config.eval_crop, "positions": config.positions}
-        every = frozen(trial, split, precision=config.precision, augment=augment, **fit)
+        how = {"precision": config.precision, "augment": augment, **fit}
+        every = probed(trial, split, config.block, **how)
         return {name: every[name] for name in config.features}
 
     def fit(heads: list[Head], number: int) -> list[Stack]:
@@ -292,6 +296,7 @@ def run(trial: Trial) -> dict:
         "protocol": "linear probe",
         "split": "test",
         "feature": top.feature,
+        "block": config.block,
         "norm": top.norm,
         "lr": top.lr,
         "optimizer": config.optimizer,

@@ -25,7 +25,8 @@ def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> 
     this process. A plug-in that needs labels gets the images that have one.
 
     Where `views` takes three arguments, the third is the share of the training that is behind, in
-    [0, 1), and the views of every step are made for it.
+    [0, 1), and the views of every step are made for it. A property `growth` of the Config says when
+    a step takes several batches (kit/growth.py).
     """
     train, split = run.job.params["train"], store.Split.open(data, "train")
     rows = torch.from_numpy(split.labels >= 0).nonzero().flatten()
@@ -44,6 +45,7 @@ def training_batches(run, module, config, spec: Spec, data: Path, seed: int) -> 
         rank=dist.rank(),
         world=dist.world(),
         epochs=train["epochs"],
+        growth=getattr(config, "growth", ()),
     )
 
 

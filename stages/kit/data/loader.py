@@ -18,6 +18,7 @@ from torch import Tensor
 from stages.kit import keyed
 from stages.kit.data.threads import ordered_map
 from stages.kit.data.views import linked
+from stages.kit.growth import Growth
 
 OWN = {"index", "row", "label"}  # names in a batch that are not views'
 
@@ -70,7 +71,9 @@ class Batches:
     micro: images per device and forward pass (None: the whole share of the rank)
     labels: whether they are in the batch
     workers: threads that make batches ahead; 0 does everything inline
-    epochs: of the whole training; only a function `views` needs to know
+    epochs: of the whole training; only a function `views` and `growth` need to know
+    growth: pairs (share of the training from which on, batches that a step takes), see
+        kit/growth.py; each is `batch_size` images of the order, and micro batches are theirs
     pin: whether batches lie in page-locked memory (None: when there is CUDA)
     """
 
@@ -87,6 +90,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         epochs: int | None = None,
+        growth: tuple[tuple[float, int], ...] = (),
         drop_last: bool = True,
         pin: bool | None = None,
     ) -> None:
@@ -117,11 +121,14 @@ class Batches:
             )
         if callable(views) and epochs is None:
             raise ValueError("Batches: views that follow the training need `epochs`")
+        if growth and (epochs is None or not drop_last):
+            raise ValueError("Batches: growth needs `epochs`, and drop_last")
         self._recipes = views if callable(views) else named(views)
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.labels, self.workers, self.epochs = labels, workers, epochs
         self.rank, self.micro, self.share = rank, micro, share
         self.accumulate = share // micro
+        self.growth = growth
         self.drop_last = drop_last
         self.pin = torch.cuda.is_available() if pin is None else pin
 
@@ -139,6 +146,15 @@ class Batches:
             )
         return steps
 
+    @functools.cached_property
+    def _growth(self) -> Growth:
+        return Growth(self.growth, (self.epochs or 1) * self.steps_per_epoch)
+
+    @property
+    def most_micros(self) -> int:
+        """Micro batches of the largest step."""
+        return self.accumulate * (self._growth.most if self.growth else 1)
+
     def views(self, step: int) -> dict:
         """The recipes of optimiser step `step`, by name."""
         if not callable(self._recipes):
@@ -152,10 +168,13 @@ class Batches:
         "view.box" (see views.View.make); "index" int64 (b,): the images' places in the split; "row"
         int64 (b,): their places in the global batch; "label" int64 (b,) if labels were asked for.
         """
-        if step < 0 or not 0 <= micro_step < self.accumulate:
-            raise IndexError(f"Batches: step {step}, micro step {micro_step} of {self.accumulate}")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        first, start = place * self.batch_size, self.rank * self.share + micro_step * self.micro
+        count = self.accumulate * (self._growth.batches(step) if self.growth and step >= 0 else 1)
+        if step < 0 or not 0 <= micro_step < count:
+            raise IndexError(f"Batches: step {step}, micro step {micro_step} of {count}")
+        part, piece = divmod(micro_step, self.accumulate)  # which batch of the step, what of it
+        number = part + (self._growth.before(step) if self.growth else step)
+        epoch, place = divmod(number, self.steps_per_epoch)
+        first, start = place * self.batch_size, self.rank * self.share + piece * self.micro
         order = _order(len(self.split), self.seed, epoch)[first : first + self.batch_size]
         index = order[start : start + self.micro]
         rows = Rows(self.split, index)
@@ -164,6 +183,7 @@ class Batches:
             made = recipe.make(name, rows, lambda view: keyed.key(self.seed, epoch, view))
             _refuse_foreign(name, made, len(index))
             batch |= made
+        start += part * self.batch_size
         batch["index"], batch["row"] = index.clone(), torch.arange(start, start + len(index))
         if self.labels:
             labels = np.asarray(self.split.labels)[index.numpy()]
@@ -187,6 +207,8 @@ class Batches:
             made.close()
 
     def _micro_steps(self, step: int) -> int:
+        if self.growth:
+            return self.accumulate * self._growth.batches(step)
         left = len(self.split) - step % self.steps_per_epoch * self.batch_size
         return self.accumulate if self.drop_last else min(self.accumulate, -(-left // self.micro))
 

@@ -16,6 +16,7 @@ gives bit-equal features and carries the data set's mean and std in `pretrained_
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -112,6 +113,34 @@ def masked(
     if attention:
         given["attention"] = True
     return _result(encoder, *family.masked(encoder, images, mask, token, **given), norm)
+
+
+def shallow(encoder: nn.Module, discard: int) -> nn.Module:
+    """The same encoder without its last `discard` blocks, which are of its last stage. Parameters
+    are shared; it is not exported. ValueError unless a block of that stage stays.
+    """
+    count = depths(encoder)[-1]
+    if not 0 <= discard < count:
+        raise ValueError(f"discard: found {discard}, expected 0 to {count - 1} blocks")
+    if discard == 0:
+        return encoder
+    found = _twin(encoder)
+    stage = found
+    if not hasattr(encoder, "blocks"):
+        found.layers = type(encoder.layers)(*encoder.layers[:-1], _twin(encoder.layers[-1]))
+        stage = found.layers[-1]
+    blocks = list(stage.blocks)[: count - discard]
+    kind = type(stage.blocks)
+    stage.blocks = kind(blocks) if kind is nn.ModuleList else kind(*blocks)
+    return found
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Another module of the same parts, which can be exchanged in it alone."""
+    twin = copy.copy(module)
+    for name in ("_modules", "_parameters", "_buffers"):
+        setattr(twin, name, dict(getattr(module, name)))
+    return twin
 
 
 def can(encoder: nn.Module, ability: str) -> bool:

@@ -89,14 +89,22 @@ def sincos_init(encoder: nn.Module) -> None:
 
 
 @torch.no_grad()
+def xavier_qkv(blocks: nn.Module) -> None:
+    """Draws query, key and value of a ViT's blocks again, as three xavier-uniform matrices: where a
+    paper's code has three layers instead of a fused one.
+    """
+    for block in blocks:
+        for matrix in block.attn.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(matrix)
+
+
+@torch.no_grad()
 def moco_init(encoder: nn.Module) -> None:
     """Makes a ViT that starts as MAE's start as MoCo v3's (arXiv 2104.02057, its official code).
 
     Query, key and value are three xavier-uniform matrices instead of one, the class token has the
     deviation 1e-6, and the patch embedding has no bias at first. The rest is the same.
     """
-    for block in encoder.blocks:
-        for matrix in block.attn.qkv.weight.chunk(3):
-            nn.init.xavier_uniform_(matrix)
+    xavier_qkv(encoder.blocks)
     nn.init.normal_(encoder.cls_token, std=1e-6)
     nn.init.zeros_(encoder.patch_embed.proj.bias)

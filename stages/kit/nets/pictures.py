@@ -50,6 +50,16 @@ def colour_codes(codes: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(colours.unflatten(2, (rows, rows)), size=side, mode="nearest")
 
 
+def heat(values: torch.Tensor, side: int) -> torch.Tensor:
+    """Numbers in [0,1] (B,N) of the patches of square images -> pictures (B,3,side,side): from
+    black by red and yellow to white.
+    """
+    rows = round(values.shape[1] ** 0.5)
+    shift = torch.arange(3, device=values.device)[:, None]  # of red, green, blue
+    colours = (3 * values.float()[:, None] - shift).clamp(0, 1)  # (B, 3, N)
+    return F.interpolate(colours.unflatten(2, (rows, rows)), size=side, mode="nearest")
+
+
 def principal_colours(features: torch.Tensor) -> torch.Tensor:
     """Features (B,N,D) of square grids -> pictures (B,3,G,G) in [0,1]: the first three principal
     components as RGB.

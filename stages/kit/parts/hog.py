@@ -2,8 +2,8 @@
 
 As in the official code (arXiv 2301.00230, mx-mark/DMJD) with one departure: magnitudes are added in
 float64. The sums are then exact for 8-bit images, and hence the same in any order that a GPU takes.
-The HOG of MaskFeat (arXiv 2112.09133) is another one: it differs in the gradient at the borders,
-the origin of the bins and the normalisation.
+The HOG of MaskFeat (arXiv 2112.09133, maskfeat.py) is another one: it differs in the gradient, also
+at the borders, the origin of the bins and the normalisation.
 """
 
 from __future__ import annotations
@@ -83,14 +83,16 @@ def from_tokens(tokens: torch.Tensor, cells: int, channels: int = 3) -> torch.Te
     return x.permute(0, 6, 1, 3, 2, 4, 5).flatten(4, 5).flatten(2, 3)
 
 
-def strokes(histograms: torch.Tensor, side: int) -> torch.Tensor:
+def strokes(histograms: torch.Tensor, side: int, angle: torch.Tensor | None = None) -> torch.Tensor:
     """Histograms (B,C,rows,columns,bins) -> pictures of edges (B,C,rows*side,columns*side).
 
     Each bin is a stroke through its cell's centre, across the gradient and as bright as the bin.
-    The brightest is 1; negative bins are dark.
+    The brightest is 1; negative bins are dark. angle (bins,): of the gradients of a bin, from the
+    direction of the columns; by default the middles of this module's bins.
     """
-    bins = histograms.shape[-1]
-    angle = (torch.arange(bins, device=histograms.device) + 0.5) * (math.pi / bins)
+    if angle is None:
+        bins = histograms.shape[-1]
+        angle = (torch.arange(bins, device=histograms.device) + 0.5) * (math.pi / bins)
     place = torch.arange(side, device=histograms.device) - (side - 1) / 2
     distance = angle.sin()[:, None, None] * place[:, None] + angle.cos()[:, None, None] * place
     glyphs = (1 - distance.abs()).clamp(min=0)  # (bins, side, side): one pixel wide

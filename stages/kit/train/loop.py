@@ -43,8 +43,9 @@ def fit(module: nn.Module, batches, recipe: Recipe, run, seed: int) -> None:
     checkpoint lies there.
 
     Fills run.summary with final_loss, images_seen, views_seen, effective_epochs, steps, train_s,
-    images_per_s, flops_per_image (FLOPs of the first step; the size of views may change after it),
-    utilisation (of what large matrix products reach here, see kit/train/flops.py), precision.
+    images_per_s, flops_per_image (FLOPs of the first step; where steps grow, see kit/growth.py, the
+    mean of those of the first step of each part), utilisation (of what large matrix products reach
+    here, see kit/train/flops.py), precision.
     SystemExit(143 or 130) after SIGTERM or SIGINT, with a checkpoint written; NonFiniteError with
     step, term and dumped batch; ValueError if the module cannot be trained on a batch that is cut
     as `batches` does (see `refuse_cuts`).
@@ -67,7 +68,11 @@ class _Fit:
         self.updates = Updates(module, recipe, self.device, self.precision.scaler())
         self.history = History(Path(run.work) / HISTORY, self.device)
         self.checkpoint = Checkpoint(Path(run.work))
-        self.seconds = self.flops = 0.0  # training time over all restarts; FLOPs per image
+        self.seconds = 0.0  # training time over all restarts
+        self.phases = dict(recipe.batches.phases)  # first steps, batches of a step from there on
+        self.counted: dict[int, float] = {}  # FLOPs per image, by those steps
+        # of a step at most, which tells the places of micro batches apart
+        self.micros = getattr(batches, "most_micros", batches.accumulate)
         self.skipped: list[int] = []  # steps left out, because they gave NaN or infinity
         self.last_save = time.monotonic()
 
@@ -105,7 +110,7 @@ class _Fit:
                     self.history.row(
                         step=done, epoch=done / recipe.steps_per_epoch, lr=recipe.lr_at(step)
                     )
-                display.flops_per_image = self.flops
+                display.flops_per_image = next(reversed(self.counted.values()), 0.0)
                 display.update(done, self.history.last.get("loss"))
                 self.save_if_due(done, signals)
 
@@ -155,18 +160,18 @@ class _Fit:
         self.updates.set_rates(step)
         torch.manual_seed(keyed.key(self.seed, "dropout", step, dist.rank()))
         images = sum(len(micro["row"]) for micro in micros)
-        place = step * self.batches.accumulate
+        place = step * self.micros
         for index, micro in enumerate(micros):
             batch = {key: value.to(self.device, non_blocking=True) for key, value in micro.items()}
             weight, progress = len(micro["row"]), self.progress(step, batch["row"])
-            first, last = step == index == 0, index == len(micros) - 1
+            first, last = index == 0 and step in self.phases, index == len(micros) - 1
             counter = flops.counting() if first else contextlib.nullcontext()
             hold = contextlib.nullcontext() if last or dist.world() == 1 else stepper.no_sync()
             with counter, hold:
                 loss, scalars = stepper(batch, progress)
                 self.updates.backward(loss * (weight / images))
             if first:
-                self.flops = counter.get_total_flops() / weight
+                self.counted[step] = counter.get_total_flops() / weight
             self.history.add(scalars, weight, place + index)
         self.updates.unscale()
         if hasattr(self.module, "before_step"):
@@ -198,7 +203,7 @@ class _Fit:
         bad = self.history.bad()
         if bad:
             place, terms = bad
-            step, micro = divmod(place, self.batches.accumulate)
+            step, micro = divmod(place, self.micros)
             raise NonFiniteError(self.explain(step, micro, terms), step)
 
     def explain(self, step: int, micro: int, terms: list[str]) -> str:
@@ -264,7 +269,7 @@ class _Fit:
             **self.updates.state(),
             "history": self.history.state(),
             "seconds": self.seconds,
-            "flops": self.flops,
+            "flops": self.counted,
             "skipped": self.skipped,
         }
 
@@ -276,7 +281,8 @@ class _Fit:
             return 0
         self.module.load_state_dict(state["model"])
         self.updates.load(state)
-        self.seconds, self.flops, self.skipped = state["seconds"], state["flops"], state["skipped"]
+        self.seconds, self.skipped = state["seconds"], state["skipped"]
+        self.counted = dict(state["flops"])
         self.say(f"continuing at step {state['step']} of {self.recipe.steps}")
         return state["step"]
 
@@ -287,8 +293,11 @@ class _Fit:
             write_atomic(Path(self.run.out) / HISTORY, self.history.text)
         split = getattr(self.batches, "split", range(recipe.steps_per_epoch * recipe.batch_size))
         # a last batch may be short
-        seen = min(recipe.steps * recipe.batch_size, recipe.epochs * len(split))
-        seen -= len(self.skipped) * recipe.batch_size
+        taken = recipe.batches
+        seen = taken.before(recipe.steps) * recipe.batch_size
+        seen = seen if recipe.growth else min(seen, recipe.epochs * len(split))
+        seen -= sum(map(taken.batches, self.skipped)) * recipe.batch_size
+        self.flops = self.mean_flops(taken)
         summary = {
             "final_loss": self.history.last.get("loss"),
             "images_seen": seen,
@@ -306,6 +315,16 @@ class _Fit:
             summary["skipped_steps"] = self.skipped
         self.run.summary.update(summary)
         dist.barrier()
+
+    def mean_flops(self, taken) -> float:
+        """FLOPs per image, over all parts of the training whose first step was taken."""
+        firsts = [*self.phases, self.recipe.steps]
+        parts = [
+            (taken.before(end) - taken.before(first), self.counted[first])
+            for first, end in zip(firsts, firsts[1:], strict=False)
+            if first in self.counted
+        ]
+        return sum(n * each for n, each in parts) / max(sum(n for n, _ in parts), 1)
 
     def say(self, text: str) -> None:
         if dist.is_main():

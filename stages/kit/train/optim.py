@@ -46,11 +46,11 @@ def layer_decay_groups(
     `module` is a ViT or a Swin, or holds one anywhere; `depths` are the blocks of its stages, one
     number for a ViT. With n blocks in all, a parameter's rate is multiplied by decay ** (n + 1 -
     id): id 0 for patch embedding, class token, position embedding, mask token; i + 1 for block i,
-    counted over all stages; a Swin's patch merging belongs to the last block before it
-    (microsoft/SimMIM); n + 1 (scale 1) for everything else: final norms, head, shared relative
-    positions. No weight decay on 1-d tensors, class token, position embedding, and names in
-    `no_decay` (default: `module.no_weight_decay()`). ValueError when a block's number exceeds its
-    stage's depth.
+    counted over all stages; a Swin's patch merging (microsoft/SimMIM), and a PVT's norm between
+    stages, belong to the last block before them; n + 1 (scale 1) for everything else: final norms,
+    head, shared relative positions. No weight decay on 1-d tensors, class token, position
+    embedding, and names in `no_decay` (default: `module.no_weight_decay()`). ValueError when a
+    block's number exceeds its stage's depth.
     """
     exempt = _exempt(module) if no_decay is None else set(no_decay)
     found: dict[tuple[int, bool], dict] = {}
@@ -88,6 +88,9 @@ def layer_id(name: str, depths: int | tuple[int, ...]) -> int:
     merging = re.search(r"(?:^|\.)layers\.(\d+)\.downsample\.", name)
     if merging:
         return sum(depths[: int(merging[1])])
+    between = re.search(r"(?:^|\.)layers\.(\d+)\.norm\.", name)
+    if between:
+        return sum(depths[: int(between[1]) + 1])
     parts, tokens = name.split("."), ("cls_token", "pos_embed", "mask_token", "reg_token")
     embedding = "patch_embed" in parts or parts[-1] in tokens
     return 0 if embedding else sum(depths) + 1

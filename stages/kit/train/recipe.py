@@ -9,6 +9,7 @@ import torch
 
 from stages.kit import keyed
 from stages.kit.eager import eager
+from stages.kit.growth import Growth, Pairs
 from stages.kit.train import schedule
 from workflow import checks
 
@@ -112,18 +113,26 @@ class Recipe:
     save_minutes: float = 5.0
     views_per_image: float = 1
     nan_skips: int = 0  # batches that may be left out because they give NaN or infinity
+    growth: Pairs = ()  # when a step takes several batches, see kit/growth.py
+    lr_grows: bool = False  # the peak rate with them
 
     @property
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+    @property
+    def batches(self) -> Growth:
+        """How many batches each step takes."""
+        return Growth(self.growth, self.steps)
 
     @classmethod
     def of(cls, config: checks.Optimiser, train: dict, steps_per_epoch: int) -> Recipe:
         """From a plug-in's Config and the train section {epochs, batch_size, precision,
         save_minutes, nan_skips}.
 
-        A Config may have two more properties: `lr_factor`, which lr is multiplied by, and
-        `views_per_image`. TypeError for a Config that is no checks.Optimiser.
+        A Config may have more properties: `lr_factor`, which lr is multiplied by,
+        `views_per_image`, and `growth`, with which the rate grows where it is one for so many
+        images. TypeError for a Config that is no checks.Optimiser.
         """
         if not isinstance(config, checks.Optimiser):
             raise TypeError(
@@ -153,12 +162,16 @@ class Recipe:
             save_minutes=train.get("save_minutes", 5.0),
             views_per_image=getattr(config, "views_per_image", 1),
             nan_skips=train.get("nan_skips", 0),
+            growth=getattr(config, "growth", ()),
+            lr_grows=config.lr_per is not None,
         )
 
     def lr_at(self, step: int) -> float:
         counts = (self.schedule, step, self.steps, self.warmup)
-        start = self.warmup_from * self.lr
-        return schedule.rate(*counts, self.lr, self.min_lr, start, self.lr_drops)
+        peak = self.lr
+        if self.growth and self.lr_grows:
+            peak = peak * self.batches.batches(step)
+        return schedule.rate(*counts, peak, self.min_lr, self.warmup_from * peak, self.lr_drops)
 
     def weight_decay_at(self, step: int, start: float) -> float:
         """A group's weight decay, `start` at step 0; groups without any keep it at 0."""
