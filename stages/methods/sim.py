@@ -235,8 +235,8 @@ class Method(nn.Module):
         """Two contact sheets, of at most 8 images a row each:
 
         - correspondence: first view | what the encoder sees of it | second view | for each patch of
-          the second view that patch of the first one whose target is most like the prediction |
-          that in which its centre really lies, grey where it lies outside;
+          the second view that patch of the first one whose target is most like the prediction,
+          beside what all have in common | that in which its centre lies, grey where outside;
         - nearest: image | the images of the batch's gallery with the most similar mean features.
         """
         pixels, patch = batch["view"][:8], self.spec.patch
@@ -247,8 +247,10 @@ class Method(nn.Module):
         ids = self.visible(lambda *args: uniform(*args).to(pixels.device))
         mask = torch.ones(len(pixels), self.patches, device=pixels.device).scatter(1, ids, 0.0)
         images = self.spec.normalise(first)
-        predicted = F.normalize(self.predict(images, ids, self.code(*boxes)).float(), dim=2)
-        targets = F.normalize(F.layer_norm(self.tokens(images), predicted.shape[2:]), dim=2)
+        predicted = self.predict(images, ids, self.code(*boxes)).float()
+        targets = F.layer_norm(self.tokens(images), predicted.shape[2:])
+        both = (predicted, targets)
+        predicted, targets = (contrast.alike(x.flatten(0, 1)).view(x.shape) for x in both)
         found = (predicted @ targets.transpose(1, 2)).argmax(dim=2)  # (B,N)
         places = seen_from(*boxes, self.spec.grid)[0].round().long()
         inside = ((places >= 0) & (places < self.spec.grid)).all(dim=2)

@@ -188,6 +188,7 @@ class _Fit:
             rows,
             self.device,
             end_of_epoch=(step + 1) % epoch == 0,
+            epochs=self.recipe.epochs,
         )
 
     def check(self) -> None:
