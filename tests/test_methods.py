@@ -47,6 +47,9 @@ for _case in (case for case, (name, _) in CASES.items() if name == "mcbeit"):
     SETTINGS[_case] = {"temp": 0.1, "masks": "block", "mask_ratio": 0.39}
 # at half the side its last stage has a single place, which squares of half of that divide
 SETTINGS["fastmimp-swin"] = {"block": 4}
+# features of the target are nearly alike: only at a low temperature are they told apart
+for _case in (case for case, (name, _) in CASES.items() if name == "mimco"):
+    SETTINGS[_case] = {"temperature": 0.005, "image_temperature": 0.005}
 SWEPT = [case for case, (name, _) in CASES.items() if name in TRAINED]
 progress = tiny.progress
 

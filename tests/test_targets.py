@@ -30,6 +30,13 @@ KINDS = plugins.names("target")
 MODULES = {kind: tiny.module(kind, "target") for kind in KINDS}
 TRAINED = [kind for kind in KINDS if hasattr(MODULES[kind], "Training")]
 FITTED = [kind for kind in KINDS if hasattr(MODULES[kind].Target, "fit")]
+# targets that look through their upstream when they are finished, and what it is here
+LOOKING = [
+    kind
+    for kind in KINDS
+    if "upstream" in inspect.signature(MODULES[kind].Target.__init__).parameters
+]
+ABOVE = {"kmeans": "pixels", "heads": "dino", "parts": "dino"}
 WORDS = {"ids", "logits", "patch", "cls", "attention", "layers", "parts"}
 SPEC = tiny.spec()
 images = tiny.images
@@ -69,6 +76,8 @@ CHANGES = {
         "min_perplexity": 0.0,
     },
     "kmeans": {"codes": 8, "vectors": 200, "min_usage": 0.0, "min_perplexity": 0.0},
+    "heads": {"min_parts": 0.0, "min_in_image": 0.0},
+    "parts": {"min_parts": 0.0, "min_in_image": 0.0},
     "dvae": {"codes": 8, "hidden": 8, "code_dim": 4, "min_usage": 0.0, "min_perplexity": 0.0},
 }
 NO_GRADIENT = {"hog"}  # targets through which none passes to the images
@@ -103,16 +112,19 @@ def made(kind: str, seed: int = 0, upstream: Frozen | None = None):
     """(Target, Training or None) of a kind, weights and all."""
     module, config = MODULES[kind], config_of(kind)
     torch.manual_seed(seed)
+    if kind in LOOKING and upstream is None:
+        upstream = Frozen(made(ABOVE[kind])[0])
+        torch.manual_seed(seed)
     if hasattr(module, "Training"):
         if module.UPSTREAM and upstream is None:
             upstream = tiny.target(SPEC, *module.UPSTREAM)
         training = module.Training(config, SPEC, upstream)
         return training.target, training
     if kind in FITTED:
-        target = module.Target(config, SPEC, upstream or Frozen(made("pixels")[0]))
+        target = module.Target(config, SPEC, upstream)
         target.fit(iter([images(8), images(8, seed=1)]), seed)
         return target, None
-    target = module.Target(config, SPEC)
+    target = module.Target(config, SPEC, *([upstream] if kind in LOOKING else []))
     if hasattr(target, "prepare"):
         if kind == "pretrained":
             need_package()
@@ -125,7 +137,7 @@ def save(target, folder: Path, kind: str) -> None:
     above = None
     if target.upstream is not None:
         above = folder.with_name(f"{folder.name}-upstream")
-        targets.save(target.upstream.open, above, "pixels", config_of("pixels"), SPEC)
+        targets.save(target.upstream.open, above, ABOVE[kind], config_of(ABOVE[kind]), SPEC)
     targets.save(target, folder, kind, config_of(kind), SPEC, above)
     if above:
         shutil.rmtree(above)  # a finished target needs it no more
@@ -226,7 +238,8 @@ def test_declarations(kind):
     first, *rest = list(inspect.signature(module.Target.__init__).parameters.values())[1:]
     assert [first.name, rest[0].name] == ["config", "spec"]
     extra = [p.name for p in rest[1:] if p.default is p.empty]
-    assert extra == (["upstream"] if kind in FITTED and module.UPSTREAM else [])
+    assert extra == (["upstream"] if kind in LOOKING else [])
+    assert module.UPSTREAM or not extra
     if hasattr(module, "Training"):
         Recipe.of(module.Config(), {"epochs": 2, "batch_size": 8}, 3)
     if kind in TRAINED + FITTED:
@@ -318,7 +331,7 @@ def test_gradients_reach_the_images_and_no_weight(kind):
 def test_ids_are_the_codes_with_the_largest_logits():
     """For every target that gives both."""
     both = [kind for kind in KINDS if {"ids", "logits"} <= MODULES[kind].PRODUCES]
-    assert {"dalle", "dvae", "kmeans", "vqkd"} <= set(both)
+    assert {"dalle", "dvae", "heads", "kmeans", "parts", "vqkd"} <= set(both)
     for kind in both:
         found = made(kind)[0](images(), "ids", "logits")
         assert torch.equal(found["logits"].argmax(-1), found["ids"])

@@ -64,10 +64,13 @@ def batch(module, spec: Spec, config=None, rows: int = 8) -> dict[str, torch.Ten
     """
     generator = torch.Generator().manual_seed(5)
     coarse = torch.rand(rows, 3, 4, 4, generator=generator)
+    recipes = module.views(config or module.Config(), spec)
     out = {
         view: F.interpolate(coarse, size=recipe.size, mode="bilinear").clamp(0, 1)
-        for view, recipe in module.views(config or module.Config(), spec).items()
+        for view, recipe in recipes.items()
     }
+    whole = torch.tensor([0, 0, spec.image_size, spec.image_size, 0])
+    out |= {f"{view}.box": whole.expand(rows, -1) for view in recipes}
     out |= {"index": torch.arange(rows), "row": torch.arange(rows)}
     if module.LABELS:
         out["label"] = torch.arange(rows) % spec.num_classes

@@ -211,6 +211,32 @@ class BeitEncoder(BeitStart):
 
 
 @dataclass(frozen=True)
+class UnitMasks(Settings):
+    """Random squares of pixels, larger than patches, that are hidden (SimMIM's masks)."""
+
+    mask_ratio: float = 0.6  # share of the units that is hidden, rounded up
+    mask_unit: int | None = None  # side of a unit in pixels; None: a quarter of the image's
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "(0, 1)", "mask_ratio")
+        within(self, "[1, inf)", "mask_unit")
+
+    def unit(self, image_size: int) -> int:
+        """Side of a mask unit in pixels."""
+        return image_size // 4 if self.mask_unit is None else self.mask_unit
+
+    def check(self, image_size: int, model) -> None:
+        unit, patch = self.unit(image_size), model.patch_size
+        if unit < 1 or image_size % unit or unit % patch:
+            raise ValueError(
+                f"mask_unit: found {unit} pixels, expected a multiple of model.patch_size {patch} "
+                f"that divides image_size {image_size}"
+            )
+        unit_count((image_size // unit) ** 2, self.mask_ratio)
+
+
+@dataclass(frozen=True)
 class TokenPrediction(Optimiser, Crop, BeitEncoder):
     """BEiT's student, which predicts a tokenizer's codes of hidden patches (kit/parts/beit.py)."""
 
@@ -249,6 +275,19 @@ class Codes(Settings):
         super().__post_init__()
         within(self, "[2, inf)", "codes")
         within(self, "[0, 1]", "min_usage", "min_perplexity")
+
+
+@dataclass(frozen=True)
+class Parts(Settings):
+    """Parts of an image as codes of its patches, and when they are none (kit/parts/segments.py)."""
+
+    min_parts: float = 1.5  # perplexity of the parts over all patches; below, the stage fails
+    min_in_image: float = 1.2  # mean perplexity of the parts of an image
+    gate: bool = True  # parts no better than chance (kit/parts/tokens.py) fail the stage
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, "[0, inf)", "min_parts", "min_in_image", most=10**7)
 
 
 @dataclass(frozen=True)

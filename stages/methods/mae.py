@@ -4,9 +4,8 @@ A uniformly random part of the patches is dropped; a ViT encodes the rest, witho
 small decoder gets the encoded patches back in their places, one learnt token everywhere else, and
 regresses the pixels of the dropped patches.
 
-Three calls hold what other methods do as well: `random_masking` orders the patches by random
-numbers and keeps the first (kit/nets/masks.py), `encoders.visible` encodes those that are kept
-(kit/nets/encoders.py), `Decoder` puts the tokens back in order and decodes (kit/nets/decoder.py).
+What other methods do as well lies in the kit: `random_masking` orders the patches by random numbers
+and keeps the first (kit/nets/masks.py); encoder, decoder and loss are kit/parts/autoencoder.py's.
 
 Follows facebookresearch/mae, with these departures:
 - masks are a pure function of seed, step and sample, so that a step can be repeated;
@@ -28,14 +27,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from stages.kit.data.views import View
-from stages.kit.nets import encoders
-from stages.kit.nets.decoder import Decoder
 from stages.kit.nets.masks import random_masking
-from stages.kit.nets.patches import normalise_patches, patch_statistics, patchify, unpatchify
 from stages.kit.nets.pictures import contact_sheet, paint
+from stages.kit.parts.autoencoder import Autoencoder
 from stages.kit.parts.uniformity import REASON, uniformity
 from workflow import checks
 
@@ -85,18 +81,10 @@ def views(config: Config, spec) -> dict[str, View]:
     return {"view": View(size=spec.image_size, scale=(config.crop_min, 1.0), flip=config.flip)}
 
 
-class Method(nn.Module):
-    """The encoder, which is exported, and the decoder, which only pretraining needs."""
-
+class Method(Autoencoder):
     def __init__(self, config: Config, spec, target=None):
-        super().__init__()
-        self.config, self.spec = config, spec
-        self.patches = spec.grid**2  # N
+        super().__init__(config, spec)
         self.keep = checks.keep_count(self.patches, config.mask_ratio)
-        self.encoder = encoders.create(spec, "sincos")
-        self.fusion = encoders.fusion(self.encoder)  # of a ConvViT; a ViT has none
-        width, prefix = self.encoder.embed_dim, self.encoder.num_prefix_tokens
-        self.decoder = Decoder.of(config, width, 3 * spec.patch**2, spec.grid, prefix=prefix)
         if config.uniformity:
             self.whole_batch = REASON
 
@@ -109,47 +97,20 @@ class Method(nn.Module):
         noise = progress.uniform("mask", self.patches)
         ids_keep, ids_restore, mask = random_masking(noise, self.keep)  # mask (B,N), 1 = dropped
         encoded = self.encode(images, ids_keep)
-        predicted = self.decode(encoded, ids_restore)  # (B,N,3*patch^2)
-        error = (predicted.float() - self.target(images)).square().mean(dim=-1)  # (B,N)
-        pixels = (error * mask).sum() / mask.sum()
+        predicted = self.decoder(encoded["tokens"], ids_restore)  # (B,N,3*patch^2)
+        pixels = self.error(predicted, images, mask)
         if not self.config.uniformity:
             return {"loss": pixels}
         alike = uniformity(encoded["cls"])
         loss = pixels + self.config.uniformity * alike
         return {"loss": loss, "pixels": pixels, "uniformity": alike}
 
-    def encode(self, images, ids_keep) -> dict[str, torch.Tensor]:
-        """Normalised images -> what the encoder has of the kept patches (kit/nets/encoders.py)."""
-        return encoders.visible(self.encoder, images, ids_keep, fusion=self.fusion)
-
-    def decode(self, encoded: dict, ids_restore) -> torch.Tensor:
-        """What the encoder has -> pixels of every patch (B,N,3*patch^2)."""
-        return self.decoder(encoded["tokens"], ids_restore)
-
-    def reconstruct(self, images, ids_keep, ids_restore) -> torch.Tensor:
-        """Normalised images -> pixels of every patch (B,N,3*patch^2), from the kept ones alone."""
-        return self.decode(self.encode(images, ids_keep), ids_restore)
-
-    def target(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images -> their patches (B,N,3*patch^2), float32, normalised if norm_pix."""
-        patches = patchify(images.float(), self.spec.patch)
-        return normalise_patches(patches) if self.config.norm_pix else patches
-
     @torch.no_grad()
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
-        """Of at most 8 images: original | what the encoder sees | its reconstruction.
-
-        Visible patches are copied from the image, since nothing trains their prediction. With
-        norm_pix the predicted patches get the mean and deviation of the TRUE patch, which the model
-        does not know: only their structure is its own.
-        """
+        """Of at most 8 images: original | what the encoder sees | its reconstruction (`filled`)."""
         pixels = batch["view"][:8]
-        images, patch = self.spec.normalise(pixels), self.spec.patch
-        noise = torch.rand(len(images), self.patches, generator=torch.Generator().manual_seed(0))
-        ids_keep, ids_restore, mask = random_masking(noise.to(images.device), self.keep)
-        predicted = self.reconstruct(images, ids_keep, ids_restore).float()
-        if self.config.norm_pix:
-            mean, deviation = patch_statistics(patchify(images, patch))
-            predicted = predicted * deviation + mean
-        filled = paint(pixels, mask, self.spec.denormalise(unpatchify(predicted, patch)))
-        return {"reconstruction": contact_sheet([pixels, paint(pixels, mask), filled])}
+        noise = torch.rand(len(pixels), self.patches, generator=torch.Generator().manual_seed(0))
+        ids_keep, ids_restore, mask = random_masking(noise.to(pixels.device), self.keep)
+        predicted = self.reconstruct(self.spec.normalise(pixels), ids_keep, ids_restore)
+        columns = [pixels, paint(pixels, mask), self.filled(pixels, predicted, mask)]
+        return {"reconstruction": contact_sheet(columns)}

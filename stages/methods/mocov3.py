@@ -56,4 +56,4 @@ class Method(MomentumContrast):
 
     def pictures(self, batch: dict) -> dict[str, np.ndarray]:
         """features, nearest and similarity of kit/parts/contrast.py."""
-        return contrast.pictures(self.query, batch["view"])
+        return contrast.pictures(self.query, batch["view"], batch.get("gallery"))

@@ -71,9 +71,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Config(checks.Optimiser, checks.SizedCrop, checks.BeitEncoder):
-    mask_ratio: float = 0.6  # share of the units that is hidden, rounded up
-    mask_unit: int | None = None  # side of a unit in pixels; None: a quarter of the image's
+class Config(checks.Optimiser, checks.SizedCrop, checks.BeitEncoder, checks.UnitMasks):
     masked_only: bool = True  # loss over hidden pixels; False: over all
     local_norm: int | None = None  # side of the window that normalises the target; None: raw pixels
     final_norm: bool = True  # the encoder's last norm stands before the head
@@ -85,26 +83,11 @@ class Config(checks.Optimiser, checks.SizedCrop, checks.BeitEncoder):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.within(self, "(0, 1)", "mask_ratio")
-        checks.within(self, "[1, inf)", "mask_unit")
         checks.within(self, "[0, 1)", "drop_path")
         if self.local_norm is not None and (self.local_norm < 3 or self.local_norm % 2 == 0):
             raise ValueError(
                 f"local_norm: found {self.local_norm}, expected an odd number of pixels from 3"
             )
-
-    def unit(self, image_size: int) -> int:
-        """Side of a mask unit in pixels."""
-        return image_size // 4 if self.mask_unit is None else self.mask_unit
-
-    def check(self, image_size: int, model) -> None:
-        unit, patch = self.unit(image_size), model.patch_size
-        if unit < 1 or image_size % unit or unit % patch:
-            raise ValueError(
-                f"mask_unit: found {unit} pixels, expected a multiple of model.patch_size {patch} "
-                f"that divides image_size {image_size}"
-            )
-        checks.unit_count((image_size // unit) ** 2, self.mask_ratio)
 
 
 def views(config: Config, spec) -> dict[str, View]:

@@ -17,6 +17,7 @@ from stages.kit.data.loader import Batches
 from stages.kit.spec import Spec
 
 SHOWN = 8  # validation images in the pictures
+GALLERY = 256  # among which the nearest ones are looked for
 MOST = 256  # images at a time, of those that are only looked at
 
 
@@ -87,12 +88,19 @@ def held_out(data: Path) -> store.Split:
 
 
 def shown_batch(data: Path, spec: Spec, device: torch.device) -> dict[str, torch.Tensor]:
-    """The first images that are held out, as a batch with one view."""
+    """The first images that are held out, as a batch with one view.
+
+    "gallery" (n,3,H,W) are these and more, evenly taken from the rest of the split.
+    """
     split = held_out(data)
     index = torch.arange(min(SHOWN, len(split)))
-    images = split.square(index.numpy(), spec.image_size).permute(0, 3, 1, 2).float().div(255)
+    rest = torch.arange(len(index), len(split))
+    rest = rest[:: max(1, -(-len(rest) // (GALLERY - len(index))))]
+    every = torch.cat([index, rest]).numpy()
+    gallery = split.square(every, spec.image_size).permute(0, 3, 1, 2).float().div(255)
     labels = torch.as_tensor(split.labels[index.numpy()], dtype=torch.int64)
-    batch = {"view": images, "index": index, "row": index, "label": labels}
+    batch = {"view": gallery[: len(index)], "index": index, "row": index, "label": labels}
+    batch["gallery"] = gallery
     return {name: value.to(device) for name, value in batch.items()}
 
 

@@ -14,8 +14,8 @@ from stages.kit.eager import eager
 
 
 class BatchNorm(nn.Module):
-    """(n,D) on each rank -> (n,D) in float32: zero mean and unit variance over the rows of all
-    ranks, in training and evaluation alike.
+    """(..., D) on each rank -> the same in float32: zero mean and unit variance over the rows of
+    all ranks, in training and evaluation alike. Of tokens (B,T,D) each is a row.
 
     The variance is the biased one. affine: learnt gain and shift follow; they start at 1 and 0.
     """
@@ -29,8 +29,8 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            x = x - mean_of_all(x)
-            x = x * torch.rsqrt(mean_of_all(x.square()) + self.eps)
+            x = x - mean_of_all(x.flatten(0, -2))
+            x = x * torch.rsqrt(mean_of_all(x.square().flatten(0, -2)) + self.eps)
             return x if self.weight is None else x * self.weight + self.bias
 
 

@@ -38,6 +38,22 @@ def paint(
     )
 
 
+def framed(images: torch.Tensor, boxes: torch.Tensor, colour: tuple) -> torch.Tensor:
+    """Images (B,3,H,W) in which a line of one pixel goes round the inner edge of boxes (B,4+): top,
+    left, height and width in pixels. colour: red, green and blue in [0, 1].
+    """
+    top, left, height, width = boxes[:, :4].T[:, :, None]  # (B,1) each
+    line = []
+    for size, first, length in ((images.shape[2], top, height), (images.shape[3], left, width)):
+        place = torch.arange(size, device=images.device)
+        inside = (place >= first) & (place < first + length)  # (B,size)
+        line.append((inside, inside & ((place == first) | (place == first + length - 1))))
+    (rows, row_edges), (columns, column_edges) = line
+    edge = row_edges[:, :, None] & columns[:, None] | rows[:, :, None] & column_edges[:, None]
+    ink = torch.tensor(colour, dtype=images.dtype, device=images.device).view(3, 1, 1)
+    return torch.where(edge[:, None], ink, images)
+
+
 def colour_codes(codes: torch.Tensor, side: int) -> torch.Tensor:
     """Integers (B,N) of the patches of square images -> pictures (B,3,side,side): a colour for
     each, far from the next's.

@@ -33,14 +33,42 @@ def sincos_2d(dim: int, grid: int | tuple[int, int]) -> torch.Tensor:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, found {dim}")
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     # On the CPU in float64 whatever the default device is: the table is a constant of the method.
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
     y, x = torch.meshgrid(
         torch.arange(rows, dtype=torch.float64, device="cpu"),
         torch.arange(columns, dtype=torch.float64, device="cpu"),
         indexing="ij",
     )
-    angles = [place.reshape(-1, 1) * omega for place in (x, y)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+    return sincos(torch.stack([x, y], dim=-1).reshape(-1, 2), dim).float()
+
+
+def sincos(places: torch.Tensor, dim: int) -> torch.Tensor:
+    """Numbers (..., 2) -> their code (..., dim), of each as `sincos_2d` has it, the first's before
+    the second's. They need not be whole; dim is a multiple of 4.
+    """
+    steps = torch.arange(dim // 4, dtype=places.dtype, device=places.device)
+    angles = places[..., None] * 10000.0 ** (-steps / (dim // 4))  # (..., 2, dim / 4)
+    return torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)
+
+
+def seen_from(first: torch.Tensor, second: torch.Tensor, grid: int) -> tuple:
+    """Where a view's patches lie in another view of the same image (SiM, arXiv 2206.01204).
+
+    Boxes (B,5) of both, see data/views.View.make -> for each of the second one's grid*grid patches,
+    row by row, its centre's column and row in the first one's grid, (B,N,2), in which 0 is the
+    centre of the first patch, and which may lie outside of it; and how much wider and higher the
+    second view is, natural logarithms (B,2). float64.
+    """
+    middle = (torch.arange(grid, dtype=torch.float64, device=first.device) + 0.5) / grid
+    row, column = torch.cartesian_prod(middle, middle).unbind(1)  # (N,)
+    top, left, height, width, flip = second.double().T[:, :, None]  # (B,1) each
+    y = top + height * row
+    x = left + width * torch.where(flip > 0, 1 - column, column)
+    sizes = [width, height]
+    top, left, height, width, flip = first.double().T[:, :, None]
+    row, column = (y - top) / height, (x - left) / width
+    column = torch.where(flip > 0, 1 - column, column)
+    places = grid * torch.stack([column, row], dim=2) - 0.5
+    return places, torch.cat([sizes[0] / width, sizes[1] / height], dim=1).log()
 
 
 def fitted(

@@ -28,7 +28,28 @@ def views(config, spec) -> dict[str, View]:
     return {"view": View(spec.image_size, scale, flip=config.flip, jitter=jitter)}
 
 
-class TokenStudent(nn.Module):
+class BeitGroups:
+    """Weight decay and rates of a method with such an encoder; its config is a
+    checks.BeitEncoder.
+    """
+
+    def no_weight_decay(self) -> set[str]:
+        """Besides one-dimensional parameters: the class token, and absolute positions where the
+        encoder has any. The mask token is decayed, the table of relative positions with
+        `rel_pos_decay`.
+        """
+        names = encoders.embeddings(self.encoder)
+        if not self.config.rel_pos_decay:
+            names |= encoders.relative_positions(self.encoder)
+        return {f"encoder.{name}" for name in names}
+
+    def rates(self) -> dict[str, float]:
+        """Factors of learning rates: of the tables of relative positions."""
+        tables = encoders.relative_positions(self.encoder)
+        return {f"encoder.{name}": self.config.rel_pos_rate for name in tables}
+
+
+class TokenStudent(BeitGroups, nn.Module):
     """Encoder, mask token and head (codes), and the tokenizer, which is no part of the module.
 
     A subclass ends its __init__ with `start`, so that what it adds exists by then.
@@ -50,21 +71,6 @@ class TokenStudent(nn.Module):
         """
         trunc_init(self.head)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-
-    def no_weight_decay(self) -> set[str]:
-        """Besides one-dimensional parameters: the class token, and absolute positions where the
-        encoder has any. The mask token is decayed, the table of relative positions with
-        `rel_pos_decay`.
-        """
-        names = encoders.embeddings(self.encoder)
-        if not self.config.rel_pos_decay:
-            names |= encoders.relative_positions(self.encoder)
-        return {f"encoder.{name}" for name in names}
-
-    def rates(self) -> dict[str, float]:
-        """Factors of learning rates: of the tables of relative positions."""
-        tables = encoders.relative_positions(self.encoder)
-        return {f"encoder.{name}": self.config.rel_pos_rate for name in tables}
 
     def blocks(self, uniform: Callable[..., torch.Tensor]) -> torch.Tensor:
         """BEiT's masks, bool (B,N), of at most `count` patches each: the last block may not fit."""

@@ -68,6 +68,39 @@ class Streak(nn.Module):
             raise CollapseError(explain())
 
 
+class SpreadWatch(Streak):
+    """Stops a training whose targets have nearly all in common: `min_spread` is the least share of
+    their squared length that their mean may leave them. `count` takes that share of each forward.
+    """
+
+    def __init__(self, min_spread: float):
+        super().__init__()
+        self.min_spread = min_spread
+        self._found: list[Tensor] = []
+
+    @torch.no_grad()
+    def count(self, spread: Tensor) -> None:
+        self._found.append(spread.detach())
+
+    @torch.no_grad()
+    def step(self, progress) -> None:
+        """Once per optimiser step. Raises CollapseError, on all ranks at the same step."""
+        if not self._found:
+            return
+        spread, self._found = dist.mean(torch.stack(self._found).mean()), []
+
+        def explain() -> str:
+            return (
+                f"the targets have collapsed at step {progress.step + 1} of {progress.steps}: for "
+                f"{int(self.steps_below)} steps their mean had more than "
+                f"{1 - self.min_spread:.2%} of their squared length (min_spread "
+                f"{self.min_spread:g}), now {1 - float(spread):.2%}.\nTry a lower lr, a longer "
+                "warm-up, a larger negative_weight, larger batches. min_spread: 0 lets it go on."
+            )
+
+        self.judge(spread, self.min_spread, progress, explain)
+
+
 class Watch(Streak):
     """Counts the steps in a row with too little mutual information of prototypes and images.
 

@@ -1,5 +1,7 @@
 """Momentum contrast between two views of an image: MoCo v3's training (arXiv 2104.02057).
 
+InfoNCE, its watch over the training, and the pictures serve other contrastive methods, too.
+
 A query is what encoder, projector and predictor make of one view; a key is what moving averages of
 encoder and projector make of the other view. Each query must pick, among the keys of all images of
 the batch, that of its own image (InfoNCE, without a queue). The target and the method `mocov3` are
@@ -25,6 +27,8 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,8 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.kit import dist, keyed
-from stages.kit.data.views import View
-from stages.kit.data.views import apply as apply_view
+from stages.kit.data.views import View, linked
 from stages.kit.eager import eager
 from stages.kit.nets import ema, encoders
 from stages.kit.nets.batchnorm import BatchNorm
@@ -62,12 +65,17 @@ def views(config, spec) -> dict[str, View]:
         "jitter": tuple(config.jitter),
         "jitter_p": config.jitter_p,
         "grey": config.grey,
-        "blur_sigma": (0.1, max(0.2, 2 * min(1, size / 128))),
+        "blur_sigma": blur_sigma(size),
     }
     return {
         "view1": View(**common, blur=1.0 * blur),
         "view2": View(**common, blur=0.1 * blur, solarise=config.solarise),
     }
+
+
+def blur_sigma(size: int) -> tuple[float, float]:
+    """Range of the blur's deviation in pixels: up to 2 from 128 pixels on, less in small images."""
+    return 0.1, max(0.2, 2 * min(1, size / 128))
 
 
 def head(width: int, hidden: int, dim: int, layers: int) -> nn.Sequential:
@@ -172,13 +180,7 @@ class MomentumContrast(nn.Module):
         return self._unit(found, self.key_projector)
 
     def _unit(self, tokens: Tensor, *heads: nn.Module) -> tuple[Tensor, Tensor]:
-        found = []
-        with torch.autocast(tokens.device.type, enabled=False):
-            for view in tokens.float().chunk(2):
-                for part in heads:
-                    view = part(view)
-                found.append(F.normalize(view, dim=1))
-        return tuple(found)
+        return tuple(directions(view, *heads) for view in tokens.chunk(2))
 
     @torch.no_grad()
     def after_step(self, progress) -> None:
@@ -193,15 +195,33 @@ class MomentumContrast(nn.Module):
             self.query.information.lerp_(share, weight)
 
 
+def directions(tokens: Tensor, *heads: nn.Module) -> Tensor:
+    """(n,D) through the heads, one after the other -> unit vectors (n,dim), float32 whatever
+    autocast is active.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        tokens = tokens.float()
+        for part in heads:
+            tokens = part(tokens)
+        return F.normalize(tokens, dim=1)
+
+
 def info_nce(
-    queries: Tensor, keys: Tensor, temperature: float, place: int = 0
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float,
+    place: int = 0,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unit vectors, queries (n,D) and keys (B,D) -> (cross-entropy, accuracy), float32 scalars.
 
-    The key of query i is that in row place + i; all others are negatives.
+    The key of query i is that in row place + i; all others are negatives. known: bool (B,), which
+    rows hold a key at all; None: all do.
     """
     with torch.autocast(queries.device.type, enabled=False):
         logits = queries @ keys.T / temperature  # (n,B)
+        if known is not None:
+            logits = logits.masked_fill(~known, -torch.inf)
         labels = place + torch.arange(len(queries), device=queries.device)
         accuracy = (logits.detach().argmax(dim=1) == labels).to(logits.dtype).mean()
         return F.cross_entropy(logits, labels), accuracy
@@ -256,37 +276,58 @@ class InformationWatch(Streak):
 
 
 @torch.no_grad()
-def pictures(query: QueryEncoder, images: Tensor) -> dict[str, np.ndarray]:
+def pictures(
+    query: QueryEncoder, images: Tensor, gallery: Tensor | None = None
+) -> dict[str, np.ndarray]:
     """Of images (B,3,H,W) in [0,1], of which at most 8 have a row:
 
     - features: image | principal components of its patch tokens | its two views;
-    - nearest: image | the other images with the most similar class tokens, the nearest first;
+    - nearest: image | the images of the gallery (by default the others) with the most similar class
+      tokens;
     - similarity: of the class tokens of first views (rows) and of second views (columns), from
       black (the least) to white. What all have in common is subtracted. A training that worked has
       a white diagonal.
     """
-    raw = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    rows = torch.arange(len(images))
-    seen = [
-        apply_view(recipe, raw, keyed.key(0, "pictures", name), rows).to(images.device)
-        for name, recipe in views(query.config, query.spec).items()
-    ]
-    found = query(images, "patch", "cls")
-    colours = principal_colours(found["patch"])
+    seen = seen_as(views(query.config, query.spec), images)
+    seen = [seen[name] for name in VIEWS]
+    colours = principal_colours(query(images, "patch")["patch"])
     colours = F.interpolate(colours, size=images.shape[-2:], mode="nearest")
     columns = [images, colours, *seen]
-    tokens = alike(found["cls"])
-    close = (tokens @ tokens.T).fill_diagonal_(-torch.inf).argsort(dim=1, descending=True)
-    close = close[:, : min(NEAREST, len(images) - 1)]
+    gallery = images if gallery is None else gallery
     first, second = alike(torch.cat([query(view, "cls")["cls"] for view in seen])).chunk(2)
     cosines = first @ second.T
     low, high = cosines.amin(), cosines.amax()
     grey = ((cosines - low) / (high - low).clamp(min=1e-9))[None, None].expand(1, 3, -1, -1)
     return {
         "features": contact_sheet([x[:8] for x in columns]),
-        "nearest": contact_sheet([images[:8], *(images[n] for n in close[:8].T)]),
+        "nearest": nearest(gallery, query(gallery, "cls")["cls"]),
         "similarity": contact_sheet([grey], side=256),
     }
+
+
+def seen_as(recipes: dict[str, View], images: Tensor) -> dict[str, Tensor]:
+    """Images (B,3,H,W) in [0,1] as the views of `recipes` show them, always in the same way.
+
+    {view: (B,3,size,size), view.box: (B,5)}, see `View.make`; on the images' device.
+    """
+    raw = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    rows = SimpleNamespace(images=raw, index=torch.arange(len(images)))
+    key, found = partial(keyed.key, 0, "pictures"), {}
+    for name, recipe in linked(recipes).items():
+        found |= recipe.make(name, rows, key)
+    return {name: value.to(images.device) for name, value in found.items()}
+
+
+def nearest(images: Tensor, features: Tensor) -> np.ndarray:
+    """Images (B,3,H,W) in [0,1] and a vector for each, (B,D) -> a contact sheet: at most 8 of them
+    | the others whose vectors are the most similar, the nearest first.
+
+    Similarity is the cosine, after what all vectors have in common was subtracted.
+    """
+    tokens = alike(features)
+    close = (tokens @ tokens.T).fill_diagonal_(-torch.inf).argsort(dim=1, descending=True)
+    close = close[:8, : min(NEAREST, len(images) - 1)]
+    return contact_sheet([images[:8], *(images[n] for n in close.T)])
 
 
 def alike(tokens: Tensor) -> Tensor:

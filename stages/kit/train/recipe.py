@@ -18,7 +18,7 @@ from workflow import checks
 class Progress:
     """Where a training is. `rows` (b,) are the rows of this micro batch in the global batch, on
     `device`; `end_of_epoch`: this step is the last of its epoch (a step that nan_skips leaves out
-    is never told of).
+    is never told of); `epochs`: of the whole training.
 
     A compiled forward (kit/train/compiled.py) is compiled again whenever a number that it read is
     another. In a forward `step`, `epoch` and `fraction` are therefore read under @eager, as
@@ -32,7 +32,7 @@ class Progress:
     rows: torch.Tensor
     device: torch.device
     end_of_epoch: bool = False
-    epochs: int = 1  # of the whole training
+    epochs: int = 1
     clock: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
