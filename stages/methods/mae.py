@@ -97,7 +97,7 @@ class Method(Autoencoder):
         noise = progress.uniform("mask", self.patches)
         ids_keep, ids_restore, mask = random_masking(noise, self.keep)  # mask (B,N), 1 = dropped
         encoded = self.encode(images, ids_keep)
-        predicted = self.decoder(encoded["tokens"], ids_restore)  # (B,N,3*patch^2)
+        predicted = self.decode(encoded, ids_restore)  # (B,N,3*patch^2)
         pixels = self.error(predicted, images, mask)
         if not self.config.uniformity:
             return {"loss": pixels}

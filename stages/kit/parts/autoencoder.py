@@ -34,9 +34,13 @@ class Autoencoder(nn.Module):
         """
         return encoders.visible(self.encoder, images, ids_keep, fusion=self.fusion)
 
-    def reconstruct(self, images, ids_keep, ids_restore) -> Tensor:
+    def decode(self, encoded: dict[str, Tensor], ids_restore: Tensor) -> Tensor:
+        """What `encode` gives -> pixels of every patch (B,N,3*patch^2)."""
+        return self.decoder(encoded["tokens"], ids_restore)
+
+    def reconstruct(self, images: Tensor, ids_keep: Tensor, ids_restore: Tensor) -> Tensor:
         """Normalised images -> pixels of every patch (B,N,3*patch^2), from the kept ones alone."""
-        return self.decoder(self.encode(images, ids_keep)["tokens"], ids_restore)
+        return self.decode(self.encode(images, ids_keep), ids_restore)
 
     def error(self, predicted: Tensor, images: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error of predictions (B,N,3*patch^2) at patches where mask (B,N) is 1."""
