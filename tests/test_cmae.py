@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from stages.kit import keyed
+from stages.kit.data import batches
 from stages.kit.data.crops import Crops
 from stages.kit.data.views import linked
 from stages.kit.nets import encoders
@@ -300,6 +302,36 @@ def test_nearest_images_are_those_with_the_most_similar_vectors():
         order = [j for j in cosines.argsort(descending=True).tolist() if j != row]
         wanted = [round(float(angles[j]) / 6 * 255) for j in [row, *order]]
         assert sheet[row * 100 + 50, 48::100, 0].tolist() == wanted
+
+
+class Split:
+    """1,000 images, whose grey tells their number."""
+
+    labels = np.arange(1000) % 7
+
+    def __len__(self):
+        return 1000
+
+    def square(self, index, size):
+        return torch.as_tensor(index)[:, None, None, None].expand(-1, size, size, 3) // 4
+
+
+def test_the_nearest_are_looked_for_in_more_images_than_are_shown(monkeypatch):
+    monkeypatch.setattr(batches, "held_out", lambda data: Split())
+    found = batches.shown_batch(None, tiny.spec(), torch.device("cpu"))
+    numbers = (found["gallery"][:, 0, 0, 0] * 255).tolist()
+    assert found["view"].shape == (8, 3, 16, 16) and found["label"].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        0,
+    ]
+    assert torch.equal(found["gallery"][:8], found["view"])
+    assert 190 < len(numbers) <= 256 and numbers == sorted(numbers) and numbers[-1] > 245
 
 
 @pytest.mark.parametrize(

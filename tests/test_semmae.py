@@ -83,7 +83,7 @@ def test_which_parts_are_hidden_whole():
     ids = torch.arange(7).repeat_interleave(torch.tensor(SIZES))
     orders = torch.tensor(list(itertools.permutations(range(7)))).float()
     counts = torch.tensor(SIZES).expand(len(orders), -1)
-    whole = part_counts(counts, orders, 0.75, 1.0) == counts
+    whole = part_counts(counts, orders, 196, 0.75, 1.0) == counts
     expected = [0.686, 0.648, 0.686, 0.667, 0.648, 0.667, 0.667]
     assert whole.double().mean(0).tolist() == pytest.approx(expected, abs=5e-4)
     rows = 3000
@@ -99,9 +99,9 @@ def test_which_parts_are_hidden_whole():
 def test_parts_without_patches_and_halves():
     counts = torch.tensor([[0, 2, 6, 8]])  # 1.5 and 4.5 are halves
     order = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
-    assert part_counts(counts, order, 0.75, 0.0).tolist() == [[0, 2, 4, 6]]
-    assert part_counts(counts, order, 0.75, 1.0).tolist() == [[0, 2, 6, 4]]
-    assert part_counts(counts, order, 0.75, 0.5).tolist() == [[0, 2, 5, 5]]
+    assert part_counts(counts, order, 16, 0.75, 0.0).tolist() == [[0, 2, 4, 6]]
+    assert part_counts(counts, order, 16, 0.75, 1.0).tolist() == [[0, 2, 6, 4]]
+    assert part_counts(counts, order, 16, 0.75, 0.5).tolist() == [[0, 2, 5, 5]]
 
 
 def test_one_part_is_random_masking():

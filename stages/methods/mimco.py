@@ -233,13 +233,13 @@ class Method(BeitGroups, nn.Module):
         """The step's teacher features enter the queue, and their mean the running one."""
         if not self._seen:
             return
-        means, keys = (torch.stack(each) for each in zip(*self._seen, strict=True))
+        means, keys = zip(*self._seen, strict=True)
         self._seen = []
         if self.config.centre:
-            mean = dist.mean(means.mean(dim=0))
+            mean = dist.mean(torch.stack(means).mean(dim=0))
             self.mean.lerp_(mean, 1 - self.config.centre_momentum)
         if len(self.queue):
-            keys = keys.flatten(0, 1)
+            keys = torch.cat(keys)
             self.queue.copy_(torch.cat([keys, self.queue])[: len(self.queue)])
             self.filled.add_(len(keys)).clamp_(max=len(self.queue))
 

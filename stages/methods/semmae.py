@@ -174,16 +174,18 @@ def alpha_of(config: Config, progress) -> Tensor:
     return torch.tensor(between(config, done / progress.epochs), dtype=torch.float64, device="cpu")
 
 
-def part_counts(counts: Tensor, order: Tensor, ratio: float, alpha: Tensor | float) -> Tensor:
+def part_counts(
+    counts: Tensor, order: Tensor, patches: int, ratio: float, alpha: Tensor | float
+) -> Tensor:
     """How many patches of each part to hide, float64 (B,P): counts (B,P) of its patches, `order`
-    (B,P) noise that says which parts come first, `ratio` of all patches.
+    (B,P) noise that says which parts come first, `ratio` of all `patches`.
 
     By the easy task round(ratio * count) of each part; by the hard one all patches of the first
     parts until floor(ratio * patches) are hidden; alpha is the hard one's share, rounded again.
     Halves are rounded to even.
     """
     counts = counts.double()
-    budget = floor(Fraction(str(ratio)) * round(float(counts[0].sum())))
+    budget = floor(Fraction(str(ratio)) * patches)
     inside = (ratio * counts).round()
     turn = order.argsort(dim=1, stable=True)
     sorted_ = counts.gather(1, turn)
@@ -208,7 +210,7 @@ def part_masking(
     shuffle = noise.argsort(dim=1, stable=True)
     labels = ids.gather(1, shuffle)
     of_part = F.one_hot(labels, parts)  # (B,N,P) in random order
-    wanted = part_counts(of_part.sum(dim=1), order, ratio, alpha)
+    wanted = part_counts(of_part.sum(dim=1), order, ids.shape[1], ratio, alpha)
     rank = of_part.cumsum(dim=1).gather(2, labels[..., None])[..., 0]  # 1 is a part's first
     flagged = rank <= wanted.gather(1, labels)
     return chosen(torch.zeros_like(flagged).scatter(1, shuffle, flagged), noise, keep)
