@@ -67,7 +67,7 @@ def block_masks(
     column = torch.arange(columns, device=draws.device)
     for number in range(rounds):
         cap = (count - hidden.sum((1, 2))).clamp(max=largest or count)
-        area = smallest + draws[:, number, :, 0] * (cap[:, None] - smallest)  # (B, TRIES)
+        area = smallest + draws[:, number, :, 0] * (cap[:, None] - smallest)  # (B, tries)
         height, width = (
             (area * ratio[:, number]).sqrt().round(),
             (area / ratio[:, number]).sqrt().round(),
