@@ -139,6 +139,8 @@ BAD = {
         "crop_min": [0.0],
         "lr": [0.0],
     },
+    checks.UnitMasks: {"mask_ratio": [0.0, 1.0], "mask_unit": [0]},
+    checks.Parts: {"min_parts": [-0.1], "min_in_image": [-0.1]},
     checks.BeitStart: {"layer_scale": [-0.1]},
     checks.BeitEncoder: {"rel_pos_rate": [-1.0], "layer_scale": [-0.1]},
     checks.TokenPrediction: {
