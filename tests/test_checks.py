@@ -110,6 +110,8 @@ BAD = {
         "min_information": [1.1],
     },
     checks.MaskedSelfDistillation: {
+        "mask_share": [-0.1, 1.1],
+        "mask_ratio": [(0.0, 0.5), (0.5, 0.4)],
         "cls_weight": [-0.1],
         "patch_weight": [-0.1],
         "patch_temp_end": [0.0],
