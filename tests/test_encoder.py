@@ -123,7 +123,7 @@ def test_a_spec_survives_json(kind):
     info = {"mean": list(spec.mean), "std": list(spec.std), "classes": ["a"] * spec.num_classes}
     info["splits"] = {"train": {"count": spec.images}}
     entry = {"kind": kind, "config": json.loads(json.dumps(spec.to_json()))["model"]}
-    assert Spec.of(info, 32, entry) == spec
+    assert Spec.of(info, 32, entry) == dataclasses.replace(spec, classes=("a",) * spec.num_classes)
 
 
 @pytest.mark.parametrize(("kind", "style"), STYLES)

@@ -332,6 +332,7 @@ def test_presets_that_ask_for_the_published_tokenizer_get_its_kmeans():
         for name, target in read(path).targets.items():
             if target.kind == "vqkd" and target.settings.config["kmeans_after"] == 0:
                 found.setdefault(path.stem, set()).add(name)
+    assert found.pop("clip-imagenet") == {"vqkd"}
     assert found == {"imagenet": {"vqkd"}, "photos64": {"vqkd", "vqkd-dino"}}
 
 
