@@ -31,6 +31,7 @@ from workflow.files import JobError
 BATCH, IMAGES, EPOCHS = 8, 16, 3  # 6 steps
 PLUGINS = [f"method/{name}" for name in test_methods.TRAINED]
 PLUGINS += [f"target/{kind}" for kind in test_targets.TRAINED]
+NEAR_NOUGHT = {"method/eva"}  # minus a cosine
 SPEC = tiny.spec()
 # where a plug-in has them
 SMALL = {"drop_path": 0.3, "prototypes": 64, "hidden": 32, "bottleneck": 16, "n_local": 2}
@@ -182,8 +183,9 @@ def test_a_short_run_in_bf16_stays_beside_that_in_fp32(plugin, tmp_path):
         train(plugin, str(tmp_path / name), precision=name)["losses"] for name in ("fp32", "bf16")
     )
     assert exact != rounded
-    # bf16 has three digits; some codes flip; cosines start near nought
-    np.testing.assert_allclose(rounded, exact, rtol=0.08, atol=0.02)
+    # bf16 has three digits; some codes flip. A loss that starts near nought has no share of itself
+    small = 0.02 if plugin in NEAR_NOUGHT else 0.0
+    np.testing.assert_allclose(rounded, exact, rtol=0.08, atol=small)
 
 
 def noted(folder: str, state: dict | None) -> tuple[dict, dict]:
