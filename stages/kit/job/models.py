@@ -52,7 +52,7 @@ def _described(model, config: dict):
 
 def newest(client, experiment: str, group: str, run: str | None = None):
     """The newest logged model of a group, or that of one run; None if there is none."""
-    newest = [{"field_name": "creation_time", "ascending": False}]
+    order = [{"field_name": "creation_time", "ascending": False}]
     where = f"tags.group = '{group}'" + (f" AND source_run_id = '{run}'" if run else "")
-    found = client.search_logged_models([experiment], where, max_results=1, order_by=newest)
+    found = client.search_logged_models([experiment], where, max_results=1, order_by=order)
     return found[0] if found else None
