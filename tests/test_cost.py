@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_content, write_params
 
-from stages import data
+from stages import data, pretrain
 from stages.cost import __main__ as cost_command
 from stages.cost import estimate, rehearsal, table
 from stages.cost.rehearsal import Clock, Cost, Rehearsal
@@ -322,6 +322,28 @@ def test_a_quick_estimate_of_the_real_stages_is_what_the_view_reads(tmp_path, ca
     steps = 48 // 16 * 16
     written = json.loads(file.read_text())["jobs"]["pretrain/mae-s0"]
     assert found.flops("pretrain/mae-s0") == written["flops"] > 0 and written["images"] == steps
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_images_and_flops_of_growing_steps_are_those_of_the_real_training(
+    tmp_path, monkeypatch, quick
+):
+    monkeypatch.setattr(rehearsal, "ENOUGH_S", 0.0)
+    content = tiny_content(train={"epochs": 5, "batch_size": 8})
+    content["data"]["options"]["train"] = 16  # two steps an epoch: ten in all
+    content["targets"], content["tasks"] = {}, {"knn": {"k": [3]}}
+    content["methods"] = {"fastmimp": {"cell": 4, "predict": "pixels"}}
+    content["grid"]["runs"] = {"grows": {"method": "fastmimp"}}
+    params, results = write_params(tmp_path, content), tmp_path / "results"
+    costs = estimate.estimate(load(params, results), quick=quick)
+    where = ["--params", str(params), "--results", str(results)]
+    data.main(where)
+    pretrain.main(["--run", "grows-s0", *where])
+    summary = load(params, results).manifest("pretrain/grows-s0").summary
+    found = costs["pretrain/grows-s0"]
+    assert found.images == summary["images_seen"] == (5 * 4 + 3 * 2 + 2 * 1) * 8
+    real = summary["images_seen"] * summary["flops_per_image"]
+    assert found.flops == pytest.approx(real, rel=1e-9) and found.seconds > 0
 
 
 def test_later_stages_of_a_chain_share_a_rehearsal(tmp_path):

@@ -8,6 +8,9 @@ with the images of train; val and test shrink in proportion. `once` is what is d
 whatever the epochs (reading, encoding, testing). `fixed` includes what only a first run does, such
 as compiling. No stage is imitated, so that all that a plug-in does is counted.
 
+Where steps grow (kit/growth.py), one epoch would see the first part of the training only. There all
+runs have LONG epochs or more of one step each, which show the parts in proportion.
+
 The images are the first of each split, repeated where a batch needs more. What a job learns from is
 what earlier rehearsals made: of the right size, though hardly trained. Each task makes its features
 anew, also those that another task on the same encoder leaves in fact.
@@ -32,9 +35,11 @@ from stages import data, pretrain, target, transfer
 from stages.kit.data import store
 from stages.kit.data.store import SPLITS
 from stages.kit.data.writer import SplitWriter
+from stages.kit.growth import Growth
 from stages.kit.job.device import resolved
 from stages.kit.job.job import Run
 from stages.kit.job.process import set_threads
+from stages.kit.spec import configure
 from stages.kit.train import compiled
 from stages.sources._splits import assign
 from workflow import machine, plugins
@@ -45,6 +50,7 @@ WORK = {"target": target.build, "pretrain": pretrain.pretrain, "transfer": trans
 FEW = 64  # images at first, of a job without a batch size
 LEAST = 8  # images of val and of test, where there are so many
 MOST = 64  # times as many images or epochs as at first
+LONG = 10  # epochs of a rehearsal whose steps grow
 QUICK = 5  # batches in the second run of a quick rehearsal
 ENOUGH_S = 1.0  # by which a longer run must exceed the first, and by a quarter of that
 
@@ -91,24 +97,26 @@ class Rehearsal:
         """What the job will take, but for its memory."""
         how, train = settings(self.job.params), self.counts["train"]
         batch, epochs = min(how.get("batch_size", FEW), train), how.get("epochs", 1)
-        few = max(1, batch // self.world)
-        first, summary = self.timed(few, 1)
+        few, least = max(1, batch // self.world), LONG if self.growth else 1
+        first, summary = self.timed(few, least)
         trained = "steps" in summary
         if self.quick:
-            return self.coarse(few, first, summary)
+            return self.coarse(few, least, first, summary)
         if not trained and self.job.stage != "transfer":
             epochs = 1  # of a training that there is not
-        again = first if first > 10 * ENOUGH_S else self.timed(few, 1)[0]
-        epoch = slope(lambda n: self.timed(few, n)[0], again, 1, epochs) / few
-        both = slope(lambda n: self.timed(n, 1)[0], again, few, train)
-        once, seen = max(0.0, both - epoch), train // batch * batch * epochs
-        fixed = first - few * (once + epoch)
-        seconds = max(first, fixed + once * train + epoch * seen / self.world)
+        again = first if first > 10 * ENOUGH_S else self.timed(few, least)[0]
+        most = max(epochs, 2 * LONG) if self.growth else epochs
+        epoch = slope(lambda n: self.timed(few, n)[0], again, least, most) / few
+        both = slope(lambda n: self.timed(n, least)[0], again, few, train)
+        once, passed = max(0.0, both - epoch * least), train // batch * batch * epochs
+        fixed = first - few * (once + epoch * least)
+        seconds = max(first, fixed + once * train + epoch * passed / self.world)
         if trained:
+            seen = self.seen(batch, epochs)
             return Cost(seen, seen * summary["flops_per_image"], seconds)
         return Cost(0 if self.job.stage == "pretrain" else sum(self.counts.values()), None, seconds)
 
-    def coarse(self, few: int, first: float, summary: dict) -> Cost:
+    def coarse(self, few: int, least: int, first: float, summary: dict) -> Cost:
         """The cost from the first run, and of a training from two more of a few steps each.
 
         What is done once for each image counts as done in each epoch of a training. A job that
@@ -119,12 +127,28 @@ class Rehearsal:
         if "steps" not in summary:
             cost = Cost(0 if self.job.stage == "pretrain" else sum(self.counts.values()))
             return replace(cost, seconds=first * max(1.0, train / few))
-        batch = min(how.get("batch_size", FEW), train)
-        seen = train // batch * batch * how.get("epochs", 1)
-        again, more = self.timed(few, 1)[0], min(train, QUICK * few)
-        each = (self.timed(more, 1)[0] - again) / (more - few) if more > few else again / few
-        seconds = first + max(0.0, each) * max(0.0, seen / self.world - few)
+        batch, epochs = min(how.get("batch_size", FEW), train), how.get("epochs", 1)
+        passed = train // batch * batch * epochs
+        again, more = self.timed(few, least)[0], min(train, QUICK * few)
+        each = self.timed(more, least)[0] - again if more > few else again
+        each /= least * (more - few or few)
+        seconds = first + max(0.0, each) * max(0.0, passed / self.world - few * least)
+        seen = self.seen(batch, epochs)
         return Cost(seen, seen * summary["flops_per_image"], seconds)
+
+    @cached_property
+    def growth(self) -> tuple:
+        """The pairs of kit/growth.py of a method whose steps grow, else ()."""
+        if self.job.stage != "pretrain":
+            return ()
+        method = self.job.params["method"]
+        config = plugins.module("method", method["kind"]).Config
+        return getattr(configure(config, method["config"]), "growth", ())
+
+    def seen(self, batch: int, epochs: int) -> int:
+        """Images that a training sees, every epoch anew."""
+        steps = self.counts["train"] // batch * epochs
+        return Growth(self.growth, steps).before(steps) * batch
 
     @cached_property
     def counts(self) -> dict[str, int]:
