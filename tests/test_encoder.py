@@ -743,9 +743,18 @@ def test_relative_positions_are_resized_as_in_beits_code(old, new, extra):
         assert x[-1] == pytest.approx(target // 2, abs=1e-3)
 
 
-def test_relative_tables_of_tiny_grids_are_refused():
-    with pytest.raises(ValueError, match="found tables of 12 and 28 entries"):
-        positions.relative(torch.zeros(12, 2), 28)
+def test_relative_tables_of_tiny_grids_are_resized_along_lines():
+    table = torch.arange(9.0)[:, None]  # of 2 x 2 places
+    rows = torch.tensor([0, 0, 1, 2, 2])  # the nearest offset for those that the table lacks
+    assert torch.equal(positions.relative(table, 25)[:, 0].view(5, 5), 3 * rows[:, None] + rows)
+    assert torch.equal(positions.relative(table, 1), table[4:5])
+    assert torch.equal(positions.relative(table[:1] + 7, 9), torch.full((9, 1), 7.0))
+
+
+@pytest.mark.parametrize(("entries", "others"), [(12, 25), (16, 49), (28, 9)])
+def test_tables_that_are_not_of_grids_are_refused(entries, others):
+    with pytest.raises(ValueError, match=f"found tables of {entries} and {others} entries"):
+        positions.relative(torch.zeros(entries, 2), others)
 
 
 @pytest.mark.parametrize("how", ["bicubic", "dino"])
@@ -956,6 +965,44 @@ def test_classifier_of_a_swin(version, tmp_path):
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
     larger = encoders.classifier(tmp_path, 50, img_size=48, window_size=6)
     assert larger(torch.randn(1, 3, 48, 48)).shape == (1, 50)
+
+
+@pytest.mark.parametrize(
+    ("window", "old", "new", "expected"),
+    [(6, 192, 224, 7), (7, 224, 128, 4), (7, 224, 384, 12), (4, 32, 36, 4), (4, 32, 4, 4)],
+)
+def test_windows_of_a_swin_follow_the_images(window, old, new, expected):
+    """As published, SimMIM's 192 to 224 and FastMIM's 128 and 224; else they stay."""
+    spec = swin_spec(size=old, window_size=window)
+    assert spec.at(new).model.window_size == expected
+    assert spec.at(None) == spec
+    assert tiny.spec(64).at(32).model == tiny.spec(64).model  # a ViT has none
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("how", ["timm", "bicubic"])
+@torch.no_grad()
+def test_a_swin_is_loaded_with_windows_that_fit(version, how, tmp_path):
+    encoder = swin(version)
+    encoders.save(encoder, tmp_path, swin_spec(version))
+    larger = encoders.load(tmp_path, how, img_size=48).eval()
+    found = [block.window_size for stage in larger.layers for block in stage.blocks]
+    assert found == [(6, 6)] * 4  # grids of 24, 12 and 6
+    seen = encoders.masked(larger, torch.randn(2, 3, 48, 48), None, None)["patch"]
+    assert seen.shape == (2, 36, 48) and seen.isfinite().all()
+    old, new = encoder.layers[0].blocks[0].attn, larger.layers[0].blocks[0].attn
+    if version == 1:
+        table = old.relative_position_bias_table
+        resized = new.relative_position_bias_table
+        assert table.shape == (49, 1) and resized.shape == (121, 1)
+        assert torch.equal(resized[60], table[24]), "a patch and itself"
+        if how == "bicubic":
+            assert torch.equal(resized, positions.relative(table, 121))
+    else:  # two patches at the same distance mean the same to the network
+        inner = new.relative_coords_table[0, 2:-2, 2:-2]
+        assert torch.allclose(inner, old.relative_coords_table[0])
+        weights = (encoders.load(tmp_path, img_size=32).state_dict(), encoder.state_dict())
+        assert all(torch.equal(weights[0][key], value) for key, value in weights[1].items())
 
 
 def test_a_swin_with_a_missing_part_is_refused(tmp_path):

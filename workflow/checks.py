@@ -15,7 +15,7 @@ ValueError as "key: found ..., expected ...". A Config inherits what it shares w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import ceil, inf
 from typing import Any, Literal
@@ -500,6 +500,16 @@ class Encoder(Settings):
         """Tokens along a side that the encoder gives for images of `image_size` pixels."""
         return image_size // self.stride
 
+    @property
+    def follow(self) -> tuple[str, ...]:
+        """Settings that grow and shrink with the images."""
+        return ()
+
+    def at(self, image_size: int, other: int) -> Encoder:
+        """The same for images of `other` pixels, if this is for images of `image_size`."""
+        found = {key: scaled(getattr(self, key), image_size, other) for key in self.follow}
+        return replace(self, **found) if found else self
+
     def check(self, image_size: int) -> None:
         """ValueError unless there can be such an encoder for images of `image_size` pixels."""
         if image_size % self.stride:
@@ -507,6 +517,12 @@ class Encoder(Settings):
                 f"patch_size: found {self.patch_size}, which makes tokens of {self.stride} pixels, "
                 f"expected a divisor of image_size {image_size}"
             )
+
+
+def scaled(number: int, old: int, new: int) -> int:
+    """number * new / old, or the number where that is not whole."""
+    found, rest = divmod(number * new, old)
+    return found if found and not rest else number
 
 
 # --- checks of single settings ------------------------------------------------------------------

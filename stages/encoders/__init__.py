@@ -9,6 +9,7 @@ of an entry under `models`), and functions that stages/kit/nets/encoders.py call
     masked(encoder, images, mask, ...)    where it CAN "mask"
     attention(encoder, images)            where it CAN "attention"
     fusion(encoder)                       optional: modules that pretraining adds and nobody exports
+    resized(args, size)                   optional: arguments of timm for images of another size
     start(encoder, init)                  optional: other weights of style "beit" than the published
 
 Abilities in `CAN`:

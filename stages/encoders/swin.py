@@ -6,6 +6,12 @@ window_size are those of the first one:
     model: {name: swin_tiny_patch4_window7_224, patch_size: 2, embed_dim: 48, depth: [2, 2, 4],
             num_heads: [3, 6, 12], window_size: 4}   # 32 px: grids of 16, 8, 4; last width 192
 
+Windows grow and shrink with the images: an encoder that is trained on images of 192 pixels in
+windows of 6 sees images of 224 pixels in windows of 7, as in SimMIM's and FastMIM's code, and its
+tables of relative positions are resized. A Swin V2 has none; the network that computes its
+positions is told the windows of its pretraining (2111.09883, section 3.3). Where that is no whole
+number, windows stay as they are.
+
 There is one kind of Swin, whatever style a method asks for. It has no class token. Its windows need
 all patches of their place, so hidden ones are replaced and not dropped.
 """
@@ -60,6 +66,10 @@ class Config(checks.Encoder):
         """Side in pixels of a token of the last stage."""
         return self.patch_size * 2 ** (len(self.depth) - 1)
 
+    @property
+    def follow(self) -> tuple[str, ...]:
+        return ("window_size",)
+
     def check(self, image_size: int) -> None:
         super().check(image_size)
         for stage in range(len(self.depth)):
@@ -69,6 +79,18 @@ class Config(checks.Encoder):
                     f"window_size: found {self.window_size}, expected a divisor of the {grid} "
                     f"tokens per side in stage {stage + 1}"
                 )
+
+
+def resized(args: dict, size: int) -> dict:
+    """Arguments of timm for images of `size` pixels, by those of an exported encoder."""
+    old, window = args["img_size"][0], args["window_size"]
+    found = {"window_size": checks.scaled(window, old, size)}
+    if "swinv2" in args["name"] and found["window_size"] != window:
+        found["pretrained_window_sizes"] = [
+            min(window, old // (args["patch_size"] * 2**stage))
+            for stage in range(len(args["depths"]))
+        ]
+    return found
 
 
 def create(spec, style: str = "timm", *, drop_path=0.0, layer_scale=None, **kw) -> nn.Module:

@@ -57,7 +57,8 @@ class Spec:
 
     def at(self, image_size: int | None) -> Spec:
         """The same for images of another size; None leaves it as it is."""
-        return replace(self, image_size=image_size or self.image_size)
+        size = image_size or self.image_size
+        return replace(self, image_size=size, model=self.model.at(self.image_size, size))
 
     @property
     def patch(self) -> int:

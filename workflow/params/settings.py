@@ -143,6 +143,7 @@ class Checker:
         """Ask a plug-in's Config whether it can work with a data set's images and an encoder."""
         encoder, size = model.settings.values, settings.input_size
         if size is not None and hasattr(encoder, "check"):
+            encoder = encoder.at(data.image_size, size)
             try:
                 encoder.check(size)
             except ValueError as error:

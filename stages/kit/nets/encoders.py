@@ -284,16 +284,26 @@ def save(encoder: nn.Module, folder: str | Path, spec, crop: float = 1.0) -> Non
 def load(folder: str | Path, positions: str = "timm", **kw) -> nn.Module:
     """The exported encoder with its weights.
 
-    **kw goes to timm.create_model; another img_size resizes its positions. positions: by timm, or
-    as `positions.fitted` does. FileNotFoundError if there is none.
+    **kw goes to timm.create_model; another img_size resizes its positions and a Swin's windows.
+    positions: by timm, or as `positions.fitted` does. FileNotFoundError if there is none.
     """
     kind, ready = _kind(folder), positions == "timm"
+    kw = _sized(folder, kind, kw)
     encoder = timm.create_model(f"local-dir:{_checked(folder)}", pretrained=ready, **kw)
     if not ready:
         state = load_file(Path(folder) / "model.safetensors")
         encoder.load_state_dict(fitted(state, encoder, positions))
     encoder.family = kind
     return encoder
+
+
+def _sized(folder: str | Path, kind: str, kw: dict) -> dict:
+    """Arguments of timm for an exported encoder, with those that follow another size of images."""
+    resized = getattr(plugins.module("encoder", kind), "resized", None)
+    if resized is None or "img_size" not in kw:
+        return kw
+    exported = json.loads((Path(folder) / "config.json").read_text())
+    return resized(exported["model_args"] | {"name": exported["architecture"]}, kw["img_size"]) | kw
 
 
 def _kind(folder: str | Path) -> str:
@@ -322,12 +332,13 @@ def classifier(
     over the blocks. A shared relative-position table is copied into every block. The head's weights
     start at truncated normal, standard deviation 2e-5 (ViT), 0.02 scaled by 0.001 (BEiT) or 0.02
     (Swin), or for all with head_std (dBOT: 0.01); its bias at 0. positions as for `load`. **kw goes
-    to timm (img_size resizes positions, a Swin's with its window_size). Raises RuntimeError if
+    to timm (img_size resizes positions, a Swin's windows with them). Raises RuntimeError if
     other than the new layers are missing from the file.
     """
     if pool not in ("avg", "token"):
         raise ValueError(f"pool: found {pool!r}, expected 'avg' or 'token'")
     kind = _kind(folder)
+    kw = _sized(folder, kind, kw)
     state = load_file(Path(folder) / "model.safetensors")
     if pool == "token" and "cls_token" not in state:
         raise ValueError("pool: found 'token', but this encoder has no class token; expected 'avg'")

@@ -8,7 +8,8 @@ as the papers' codes do:
   multiplied by (new + 0.1) / old, lest a product be rounded down, and the samples lie that much
   closer together;
 - relative tables, with either (microsoft/unilm, microsoft/SimMIM): a cubic spline on offsets that
-  grow geometrically with the distance.
+  grow geometrically with the distance; a straight line for grids of 2 x 2 places, as in ggjy/
+  FastMIM.
 Prefix tokens, and the class token's entries of a relative table, are copied.
 """
 
@@ -113,22 +114,24 @@ def relative(table: torch.Tensor, entries: int) -> torch.Tensor:
     n - 1 offsets to one side are placed at 1, 1 + q, 1 + q + q^2, ... so that the last one lies at
     the new table's last; through them goes a cubic spline (not-a-knot), first along one axis, then
     along the other. q is 1.01 at least: for a smaller grid the middle of the table is read. What
-    lies outside is taken at the edge. ValueError for fewer than 3 x 3 places.
+    lies outside is taken at the edge. Of 2 x 2 places there are too few offsets for a spline, and
+    lines go through them; one place says the same for all. ValueError for tables of other grids.
     """
     from scipy.interpolate import make_interp_spline  # here, as it is slow to import
 
     old, new = math.isqrt(len(table)), math.isqrt(entries)
     extra = len(table) - old**2
-    if old < 5 or extra != entries - new**2:
+    if not old % 2 or not new % 2 or extra != entries - new**2:
         raise ValueError(
             f"relative positions: found tables of {len(table)} and {entries} entries, expected "
-            "those of square grids of 3 x 3 places or more"
+            "those of square grids, both with or both without a class token"
         )
     places = geometric(old // 2, new // 2)
     offsets = np.clip(np.arange(-(new // 2), new // 2 + 1), places[0], places[-1])
     values = table[: old**2].detach().cpu().double().unflatten(0, (old, old)).numpy()
     for axis in (0, 1):
-        values = make_interp_spline(places, values, k=3, axis=axis)(offsets)
+        degree = 3 if old > 3 else old // 2
+        values = make_interp_spline(places, values, k=degree, axis=axis)(offsets)
     found = torch.from_numpy(values).flatten(0, 1).to(table)
     return torch.cat([found, table[old**2 :]])
 
