@@ -1085,6 +1085,19 @@ def test_a_swin_of_params_is_one():
     assert (model.kind, model.settings.config["depth"]) == ("swin", (1, 1))
 
 
+@pytest.mark.parametrize(("size", "fits"), [(8, True), (12, True), (10, False)])
+def test_windows_are_checked_at_the_size_of_the_crops(size, fits):
+    """In images of 16 pixels windows of 4 of 8 tokens: of 8 pixels 2 of 4, of 12 pixels 3 of 6."""
+    content = swin_params()
+    content["methods"] = {"fastmim": {"input_size": size, "predict": "pixels"}}
+    content["grid"]["runs"] = {"fastmim": {"method": "fastmim"}}
+    if fits:
+        check(content)
+    else:
+        with pytest.raises(ParamsError, match="input_size: found 10"):
+            check(content)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
