@@ -121,7 +121,8 @@ class Rehearsal:
 
         What is done once for each image counts as done in each epoch of a training. A job that
         trains nothing is taken to need as much for every image as for the first ones, which is too
-        much where a part of its time is fixed. FLOPs and images are exact.
+        much where a part of its time is fixed. Images and FLOPs are exact, but for FLOPs
+        where steps grow at other shares of a training than tenths.
         """
         how, train = settings(self.job.params), self.counts["train"]
         if "steps" not in summary:
