@@ -657,22 +657,43 @@ def test_exported_features_are_the_teachers(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "weights, untrained", [({"patch_weight": 0.0}, "patch"), ({"cls_weight": 0.0}, "class")]
-)
-def test_what_no_loss_trains_may_be_without_information(monkeypatch, weights, untrained):
-    """Ablations without one of the losses: an untrained layer is no collapse."""
+def test_a_class_token_without_a_loss_may_be_without_information(monkeypatch):
+    """An ablation: an untrained layer is no collapse."""
     monkeypatch.setattr("stages.kit.parts.collapse.LEAST_STEPS", 2)
-    model = method(shared_head=False, **weights)
-    both = (model.patch_watch, model.watch)
-    untrained, trained = both if untrained == "patch" else both[::-1]
+    model = method(shared_head=False, cls_weight=0.0)
     for step in range(4):
-        untrained.count(torch.full((4, 24), 1 / 24))
-        untrained.step(progress(step, 4))
+        model.watch.count(torch.full((4, 24), 1 / 24))
+        model.watch.step(progress(step, 4))
     with pytest.raises(RuntimeError, match="collapsed"):
         for step in range(4):
-            trained.count(torch.full((4, 24), 1 / 24))
-            trained.step(progress(step, 4))
+            model.patch_watch.count(torch.full((4, 24), 1 / 24))
+            model.patch_watch.step(progress(step, 4))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("centring", ["centre", "sinkhorn"])
+def test_without_a_patch_loss_nothing_is_asked_of_the_patches(monkeypatch, shared, centring):
+    """The class token's loss and gradients are what they are beside a patch loss."""
+    both, alone = (
+        method(shared_head=shared, centring=centring, patch_weight=weight) for weight in (1.0, 0.0)
+    )
+    state = {name: both.state_dict()[name] for name in alone.state_dict()}
+    alone.load_state_dict(state)
+    x, now = batch(both), progress()
+    expected = both(x, now)
+    monkeypatch.setattr(alone, "patch_loss", None)  # calling it would be an error
+    found = alone(x, now)
+    assert torch.equal(found["loss"], expected["cls_loss"])
+    assert torch.equal(found["divergence"], expected["cls_loss"] - expected["teacher_entropy"])
+    assert not {"patch_loss", "patch_entropy"} & found.keys()
+    expected["cls_loss"].backward()
+    found["loss"].backward()
+    theirs = dict(both.named_parameters())
+    for name, parameter in alone.student.named_parameters():
+        if parameter.requires_grad:  # the length of prototypes is fixed
+            assert torch.equal(parameter.grad, theirs[f"student.{name}"].grad), name
+    alone.after_step(now)
+    assert alone.masked_pictures(tiny.images(2, 16), torch.eye(2, 16).bool())
 
 
 # --- another method's masks -----------------------------------------------------------------------

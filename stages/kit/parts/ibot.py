@@ -15,6 +15,7 @@ first ask the teacher; iBOT's own are `drawn`. A step is:
   weigh nothing, as there;
 - shared_head is one setting for student and teacher; the official code has two, both true in the
   published recipe;
+- without a patch_weight nothing is asked of the patches' head, and it is that of the class token;
 - teacher and student start equal in all that they share, also where the last layers are two;
 - masks are pure functions of seed and step, where the official ones come from the loader's
   generators; a view with a ratio r hides at most r of its patches, by the same rule.
@@ -46,17 +47,15 @@ class MaskedSelfDistillation(SelfDistillation):
     """
 
     def __init__(self, config, spec, most: int):
-        super().__init__(config, spec, patch_layer=not config.shared_head)
+        own = bool(config.patch_weight) and not config.shared_head
+        super().__init__(config, spec, patch_layer=own)
         self.most = most
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.embed_dim))  # the student's
         self.patch_centre = centring(config)
         watched = (config.prototypes, config.min_information, "assignments of patches")
         self.patch_watch = Watch(*watched)
-        # a layer that no loss trains need not depend on the image
-        if not config.cls_weight:
+        if not config.cls_weight:  # a layer that no loss trains need not depend on the image
             self.watch.min_information = 0.0
-        if not config.patch_weight:
-            self.patch_watch.min_information = 0.0
 
     def drawn(
         self, uniform: Callable[..., torch.Tensor], view: str, share: float, kind: str
@@ -81,13 +80,15 @@ class MaskedSelfDistillation(SelfDistillation):
 
     @torch.no_grad()
     def look(self, images: torch.Tensor, *more: str) -> dict[str, torch.Tensor]:
-        """Whole views (V,3,H,W) in [0,1] -> the teacher's raw logits "cls" (V,K), "patch" (V,N,K).
+        """Whole views (V,3,H,W) in [0,1] -> the teacher's raw logits "cls" (V,K), and "patch"
+        (V,N,K) if patches have a loss.
 
         `more`: what else the teacher shall give, such as its "attention" (V,heads,N).
         """
-        seen = self.teacher(images, "cls", "patch", *more)
-        cls, patch = self.teacher.head(seen["cls"]), self.teacher.patch_logits(seen["patch"])
-        return {**seen, "cls": cls, "patch": patch}
+        wanted = ("cls", "patch") if self.config.patch_weight else ("cls",)
+        seen = self.teacher(images, *wanted, *more)
+        heads = {"cls": self.teacher.head, "patch": self.teacher.patch_logits}
+        return {**seen, **{name: heads[name](seen[name]) for name in wanted}}
 
     def tokens(self, images: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """The student's "cls" (V,D) and "patch" (V,N,D) for whole views with patches hidden."""
@@ -99,21 +100,29 @@ class MaskedSelfDistillation(SelfDistillation):
 
         The others are the two losses, entropies of the teacher's distributions for class tokens and
         hidden patches, and "divergence", by which the weighted loss is above the least possible.
+        Those of the patches are left out if they weigh nothing.
         """
         tokens = self.tokens(large, mask)
         cls_logits = self.student.head(tokens["cls"])
         cls_loss, entropy = self.class_loss(seen["cls"], cls_logits, batch, progress)
+        weights = (self.config.cls_weight, self.config.patch_weight)
+        out = {
+            "loss": weights[0] * cls_loss,
+            "cls_loss": cls_loss,
+            "teacher_entropy": entropy,
+            "divergence": weights[0] * (cls_loss - entropy),
+        }
+        if not self.config.patch_weight:
+            return out
         patch_loss, least, patch_entropy = self.patch_loss(
             seen["patch"], tokens["patch"], mask, progress
         )
-        weights = (self.config.cls_weight, self.config.patch_weight)
         return {
-            "loss": weights[0] * cls_loss + weights[1] * patch_loss,
-            "cls_loss": cls_loss,
+            **out,
+            "loss": out["loss"] + weights[1] * patch_loss,
             "patch_loss": patch_loss,
-            "teacher_entropy": entropy,
             "patch_entropy": patch_entropy,
-            "divergence": weights[0] * (cls_loss - entropy) + weights[1] * (patch_loss - least),
+            "divergence": out["divergence"] + weights[1] * (patch_loss - least),
         }
 
     def patch_loss(self, teacher: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, progress):
@@ -153,7 +162,9 @@ class MaskedSelfDistillation(SelfDistillation):
         """
         guess = self.student.patch_logits(self.tokens(images, mask)["patch"]).argmax(dim=-1)
         temperature = self.temperature(1.0, "patch_temp_end")
-        assigned = self.patch_centre.sharpen(self.look(images)["patch"], temperature)
+        centre = self.patch_centre if self.config.patch_weight else self.teacher.centre
+        logits = self.teacher.patch_logits(self.teacher(images, "patch")["patch"])
+        assigned = centre.sharpen(logits, temperature)
         share, given = assigned.max(dim=-1)
         size = images.shape[-1]
         columns = [
