@@ -343,15 +343,18 @@ def test_the_status_and_the_words_of_a_command_are_kept(plan):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_command_which_decides(plan, tmp_path, number):
-    if signal.getsignal(number) == signal.SIG_IGN:
-        pytest.skip("ignored here, as a script's background jobs ignore Ctrl-C")
     code = (
         "import signal, sys, time, pathlib\n"
         f"signal.signal({number}, lambda *_: sys.exit({128 + number}))\n"
         f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\n"
         "time.sleep(60)"
     )
-    process = watch(plan, child=[sys.executable, "-c", code])
+    # the tests may run in a script's background, where Ctrl-C is ignored, by what they start, too
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        process = watch(plan, child=[sys.executable, "-c", code])
+    finally:
+        signal.signal(number, before)
     while not (tmp_path / "up").exists():
         assert process.poll() is None
         time.sleep(0.05)
