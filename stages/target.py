@@ -88,7 +88,7 @@ def finish(run, module, config, spec: Spec, target, upstream, data) -> str:
         problems += found.problems if fatal else []
         notes = found.notes if fatal else found.problems + found.notes
         health |= {"tokens": found.numbers, "notes": notes}
-    elif of_images and "cls" in target.sizes:
+    elif of_images and {"cls", "patch"} & target.sizes.keys():
         health["probes"] = probes.of_features(target, data, spec, seed, run.device, size)
     write_json(run.out / "health.json", {**health, "problems": problems})
     numbers = {**health, **health.get("tokens", {}), **health.get("probes", {})}

@@ -54,9 +54,9 @@ def shade(grey, seen):
 class Knowing(Target):
     """Features that are one number for each of a few shades."""
 
-    def __init__(self):
+    def __init__(self, *gives: str):
         super().__init__()
-        self.spec, self.sizes = SPEC, {"patch": CODES, "cls": CODES}
+        self.spec, self.sizes = SPEC, dict.fromkeys(gives or ("patch", "cls"), CODES)
 
     def look(self, images, wanted, norm, layers):
         patch = F.one_hot(Codes(shade)(images, "ids")["ids"], CODES).float()
@@ -157,9 +157,10 @@ def test_codes_that_tell_the_class_pass(data):
     assert n["probe_chance"] == 0.25 and (n["probe_train"], n["probe_val"]) == (96, 48)
 
 
-def test_a_teachers_own_features_are_probed(data):
-    """By the class feature; the untrained encoder's stands beside it."""
-    found = probes.of_features(Frozen(Knowing()), data, SPEC, 0, "cpu", 16)
+@pytest.mark.parametrize("given", ["cls", "patch"])
+def test_a_teachers_own_features_are_probed(data, given):
+    """By the class feature, or the mean of patches; the untrained encoder's stands beside it."""
+    found = probes.of_features(Frozen(Knowing(given)), data, SPEC, 0, "cpu", 16)
     if not labelled(data):
         assert found == {}
         return

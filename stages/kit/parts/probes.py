@@ -1,12 +1,13 @@
 """What a linear classifier makes of what a target gives, where there are labels.
 
 Top-1 accuracy, on validation images, of a linear classifier of one vector for each image: the
-histogram of a tokenizer's codes, the class feature of a teacher. Beside it stand the same
-classifier of mean patch features of the student's encoder before any training, drawn from the job's
-seed, and of the target's own teacher. Chance is the share of the largest class among these
-validation images. The classifier is ridge regression on standardised inputs; its penalty is chosen
-among ALPHAS by leaving one out on the training images. The labels judge; nothing is trained on them
-that anybody uses, so a target is not one that saw labels for that.
+histogram of a tokenizer's codes, the class feature of a teacher, or its mean patch feature if it
+has no class token. Beside it stand the same classifier of mean patch features of the student's
+encoder before any training, drawn from the job's seed, and of the target's own teacher. Chance is
+the share of the largest class among these validation images. The classifier is ridge regression on
+standardised inputs; its penalty is chosen among ALPHAS by leaving one out on the training images.
+The labels judge; nothing is trained on them that anybody uses, so a target is not one that saw
+labels for that.
 
 At most TRAIN training and HELD_OUT validation images are looked at, never the test split.
 """
@@ -52,12 +53,15 @@ def of_codes(
 
 
 def of_features(target, data: Path, spec: Spec, seed: int, device, batch_size: int) -> dict:
-    """`measured` of a teacher's class feature, and of the untrained encoder."""
+    """`measured` of a teacher's class feature, without one of its mean patch feature, and of the
+    untrained encoder.
+    """
 
     def cls(images: Tensor) -> Tensor:
         return target(images, "cls")["cls"].float()
 
-    ways = {"": cls, "untrained": mean_patch(untrained(spec, seed, device))}
+    way = cls if "cls" in target.sizes else mean_patch(target)
+    ways = {"": way, "untrained": mean_patch(untrained(spec, seed, device))}
     return measured(ways, data, spec, seed, device, batch_size)
 
 
