@@ -406,7 +406,9 @@ class MaskedSelfDistillation(SelfDistillation):
     mask_share: float = 0.5  # of the global views that are masked, on average
     mask_ratio: tuple[float, float] = (0.1, 0.5)  # of the patches of those views, uniform in it
     cls_weight: float = 1.0  # of the loss between class tokens, DINO's
-    patch_weight: float = 1.0  # of the loss at hidden patches
+    # of the loss at hidden patches, published 1, which drowns the other in short trainings
+    # (docs/results-attmask.md)
+    patch_weight: float = 0.1
     shared_head: bool = True  # False: patches have prototypes of their own
     patch_temp_end: float | None = None  # for patches, which also start at teacher_temp
 

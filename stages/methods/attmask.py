@@ -52,6 +52,7 @@ PUBLISHED = {
     "mask_share": 0.5,
     "mask_ratio": [0.1, 0.5],
     "show_max": 0.1,
+    "patch_weight": 1.0,
     "shared_head": True,
     "prototypes": 8192,
     "hidden": 2048,

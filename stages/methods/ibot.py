@@ -7,10 +7,10 @@ head is a tokenizer that is learnt meanwhile. The teacher's encoder is what is e
 
 Follows bytedance/ibot, with the departures of DINO's training (kit/parts/selfdistil.py), of the two
 losses and the masks (kit/parts/ibot.py, which AttMask shares); Swin is not supported.
-Defaults are for small images and short runs; they are DINO's, of which alone several were compared
-(docs/results-dino.md). PUBLISHED is the recipe for ImageNet and ViT-S/16. A step sees two large and
-n_local small crops of each image: compare it with single-view methods by the crops seen, or by
-cost.
+Defaults are for small images and short runs; they are DINO's (docs/results-dino.md), and the loss
+at hidden patches has a tenth of its weight (docs/results-attmask.md). PUBLISHED is the recipe for
+ImageNet and ViT-S/16. A step sees two large and n_local small crops of each image: compare it with
+single-view methods by the crops seen, or by cost.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ PUBLISHED = {
     "mask": "block",
     "mask_share": 0.5,
     "mask_ratio": [0.1, 0.5],
+    "patch_weight": 1.0,
     "shared_head": True,
     "prototypes": 8192,
     "hidden": 2048,
