@@ -311,11 +311,15 @@ def test_settings_of_method_and_target_agree():
 
 @pytest.mark.parametrize("module", [dino, method, ibot])
 def test_the_published_recipe_keeps_nothing_of_the_tuned_defaults(module):
-    more = {"patch_temp_end", "patch_weight"} if module is ibot else set()
+    more = {"patch_temp_end"} if module is ibot else set()
     assert module.PUBLISHED.keys() >= TUNED | more
-    assert module.PUBLISHED.get("patch_weight", 1.0) == 1.0
     values = [module.PUBLISHED[key] for key in ("centring", "teacher_temp", "momentum", "lr_per")]
     assert values == ["centre", 0.04, 0.996, 256]
+
+
+def test_the_published_recipe_of_ibot_gives_both_losses_the_same_weight():
+    config = ibot.Config(patch_weight=ibot.PUBLISHED["patch_weight"])
+    assert config.patch_weight == config.cls_weight == 1.0 > ibot.Config().patch_weight
 
 
 def test_a_step_learns_from_so_many_large_crops():
