@@ -473,7 +473,7 @@ def test_codes_are_judged_in_plain_words(lab, tmp_path):
     for words in ("41.2% of the places", "35.0 to 41.0 points", "33.7% (29.2% to 38.5%)", "55.5%"):
         assert words in text
     assert "The labels judge the codes" in text and "little to gain" not in text
-    note = "A student can gain little from it: so it is."
+    note = "A student that predicts these codes can gain little: so it is."
     other = fabricate(tmp_path)
     path = other.results / "target" / "vqkd" / "health.json"
     put(path, json.loads(path.read_text()) | {"notes": [note]})

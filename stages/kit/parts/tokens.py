@@ -112,8 +112,9 @@ def judge(found: Found) -> None:
         reached.append(f"chance is {n['probe_chance']:.1%}")
     if reached and not found.problems:
         found.notes.append(
-            f"A student can gain little from it: a linear probe of its codes gets {n['probe']:.1%} "
-            f"({n['probe_low']:.1%} to {n['probe_high']:.1%}), {', '.join(reached)}."
+            f"A student that predicts these codes can gain little: a linear probe of them gets "
+            f"{n['probe']:.1%} ({n['probe_low']:.1%} to {n['probe_high']:.1%}), "
+            f"{', '.join(reached)}."
         )
 
 
