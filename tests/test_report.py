@@ -479,7 +479,7 @@ def test_codes_are_judged_in_plain_words(lab, tmp_path):
     put(path, json.loads(path.read_text()) | {"notes": [note]})
     report.write(other)
     assert page_of(other).count(note) == 2 and "little to gain" in page_of(other)
-    assert f"**The tokenizer vqkd.** {note}" in (other.out / "summary.md").read_text()
+    assert f"**The target vqkd.** {note}" in (other.out / "summary.md").read_text()
 
 
 def test_a_teachers_own_score_stands_beside_its_students(tmp_path):

@@ -173,7 +173,7 @@ def _tokenizers(jobs: Jobs) -> Iterator[Remark]:
     for id, folder in jobs.folders.items():
         if id.startswith("target/"):
             for note in results.read(folder / "health.json").get("notes", []):
-                yield f"The tokenizer {id.removeprefix('target/')}", note
+                yield f"The target {id.removeprefix('target/')}", note
 
 
 def _machines(jobs: Jobs) -> Iterator[Remark]:
