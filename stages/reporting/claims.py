@@ -73,7 +73,7 @@ def warnings(
         *_images_seen(racing, costs),
         *_different(racing, jobs),
         *_untrained(rows, racing, tasks, cells),
-        *_targets(jobs),
+        *_notes(jobs),
         *_machines(jobs),
     ]
 
@@ -168,7 +168,7 @@ def _untrained(
             )
 
 
-def _targets(jobs: Jobs) -> Iterator[Remark]:
+def _notes(jobs: Jobs) -> Iterator[Remark]:
     """What the stage noted of targets without failing them."""
     for id, folder in jobs.folders.items():
         if id.startswith("target/"):
