@@ -288,7 +288,7 @@ def intervals(points: Sequence[Point], title: str, x_label: str) -> str:
     """
     if not points:
         return ""
-    row, top, left = 26, 8, min(WIDTH * 3 // 5, 16 + int(7.6 * max(len(p.name) for p in points)))
+    row, top, left = 26, 8, min(WIDTH * 3 // 5, 16 + int(8.4 * max(len(p.name) for p in points)))
     height, right = top + row * len(points) + 40, WIDTH - 16
     low, high = _limits([v for p in points for v in (p.x, p.low, p.high) if v is not None], 0.06)
     foot, parts = top + row * len(points), []
