@@ -29,7 +29,7 @@ from stages.kit.job.command import command
 from stages.kit.parts import probes, tokens
 from stages.kit.spec import Spec, configure
 from stages.kit.train.loop import Recipe, fit
-from workflow import plugins
+from workflow import checks, plugins
 from workflow.files import JobError, write_json
 
 
@@ -86,7 +86,9 @@ def finish(run, module, config, spec: Spec, target, upstream, data) -> str:
         found = tokens.examine(target, upstream, data, spec, seed, run.device, size)
         fatal = getattr(config, "gate", True)
         problems += found.problems if fatal else []
-        notes = found.notes if fatal else found.problems + found.notes
+        # parts place masks and no student predicts them, so they need not tell the classes
+        notes = [] if isinstance(config, checks.Parts) else found.notes
+        notes = notes if fatal else found.problems + notes
         health |= {"tokens": found.numbers, "notes": notes}
     elif of_images and {"cls", "patch"} & target.sizes.keys():
         health["probes"] = probes.of_features(target, data, spec, seed, run.device, size)

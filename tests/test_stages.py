@@ -226,6 +226,24 @@ def test_codes_that_are_no_better_than_chance_fail_unless_the_gate_is_open(
     assert health["tokens"]["agreement"] == opened.summary["agreement"] < 0.5
 
 
+def test_parts_need_not_tell_the_classes(monkeypatch, tmp_path, images):
+    """A student that predicts codes gains little from poor ones; one that hides parts does not
+    predict them.
+    """
+    said = "A student that predicts these codes can gain little"
+    monkeypatch.setattr(tokens, "examine", lambda *given: tokens.Found(notes=[said]))
+
+    @dataclass(frozen=True)
+    class Parted(Config, checks.Parts):
+        pass
+
+    for name, config, notes in (("codes", Config, [said]), ("parts", Parted, [])):
+        plug_in(monkeypatch, "target", **KIND | {"Config": config})
+        run = target_run(tmp_path / name, images)
+        target.make(run)
+        assert json.loads((run.out / "health.json").read_text())["notes"] == notes
+
+
 def test_load_names_what_is_wrong(monkeypatch, tmp_path, images):
     plug_in(monkeypatch, "target", **KIND)
     with pytest.raises(FileNotFoundError, match=r"there is no target\.json"):
