@@ -123,7 +123,7 @@ def test_the_cost_chart_counts_targets(lab):
     svg = gathered(lab)["charts"]["cost-knn"]
     text = re.findall(r'<(?:circle|rect|path) (?:cx|x|d)="M?([\d.]+)[^>]*><title>([\w-]+):', svg)
     place = {name: float(x) for x, name in text}  # left edges or centres: a few units apart
-    unit = (place["mae"] - place["random"]) / math.log(140 / 3)
+    unit = (place["mae"] - place["random"]) / math.log(10)  # the untrained stands at a tenth
     expected = place["mae"] + unit * math.log(330 / 140)
     assert place["beitv2"] == pytest.approx(expected, abs=12)
     assert place["beitv2"] - place["mae"] > 25
@@ -466,6 +466,20 @@ def test_charts_put_values_where_they_belong():
         and charts.curves([], "t", "x", "y") == ""
     )
     assert charts.bars([0, 0], "t", "x", "y") == ""
+
+
+def test_an_untrained_encoder_does_not_squeeze_the_others_in_a_chart_of_cost():
+    """It stands one decade left of the cheapest, wherever its own cost is."""
+
+    def drawn(cost: float) -> list[float]:
+        trained = [charts.Point("a", 10, 50), charts.Point("b", 1000, 70)]
+        untrained = charts.Point("untrained", cost, 40, hollow=True)
+        svg = charts.scatter([*trained, untrained], "t", "s", "%")
+        return [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)]
+
+    a, b, untrained = drawn(1e-3)
+    assert b - a == pytest.approx(2 * (a - untrained), abs=0.2)
+    assert drawn(1e-3) == drawn(0.5) and drawn(5)[2] > drawn(0.5)[2]
 
 
 def test_codes_are_judged_in_plain_words(lab, tmp_path):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -201,9 +201,12 @@ def _mark(x: float, y: float, colour: int, hollow: bool, text: str) -> str:
 
 def scatter(points: Sequence[Point], title: str, x_label: str, y_label: str) -> str:
     """Quality against cost: marks with vertical ranges and their names beside them; the cost axis
-    is logarithmic.
+    is logarithmic. Hollow marks that cost less than a tenth of the cheapest filled one stand at
+    that tenth, or an untrained encoder would squeeze all others together.
     """
     points = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y) and p.x > 0]
+    least = min((p.x for p in points if not p.hollow), default=0.0) / 10
+    points = [replace(p, x=max(p.x, least)) for p in points]
     if not points:
         return ""
     height = 260
