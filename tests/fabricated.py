@@ -227,7 +227,11 @@ class Fabricated:
             inputs,
             140.0 if trained else 3.0,
             summary=(seen if trained else {}) | {"parameters": 1234567},
-            params={"method": {"name": about["method"]}, "run": run, "model": model},
+            params={
+                "method": {"name": about["method"], "kind": about["method"]},
+                "run": run,
+                "model": model,
+            },
         )
 
     def transfer(self, job: str, about: dict, task: str, rate: float) -> None:

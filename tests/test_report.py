@@ -12,13 +12,14 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from stages import report
-from stages.reporting import charts, colours, formats, page, pictures, results, stats
+from stages.reporting import charts, claims, colours, formats, page, pictures, results, stats
 from tests import browser
 from tests.fabricated import FLOPS, IMAGES_SEEN, RUNS, TOP1, fabricate, facts, put
 from workflow.manifest import Manifest
@@ -494,6 +495,21 @@ def test_codes_are_judged_in_plain_words(lab, tmp_path):
     report.write(other)
     assert page_of(other).count(note) == 2 and "little to gain" in page_of(other)
     assert f"**The target vqkd.** {note}" in (other.out / "summary.md").read_text()
+
+
+def test_what_has_no_official_code_is_called_our_reading():
+    made = {
+        f"{stage}/{kind}": SimpleNamespace(params={what: {"kind": kind}})
+        for stage, what, kind in (
+            ("pretrain", "method", "mimco"),
+            ("pretrain", "method", "sim"),  # it has such code; one option is our reading
+            ("target", "target", "parts"),
+        )
+    }
+    made["transfer/mimco-s0/knn"] = SimpleNamespace(params={"task": {"kind": "knn"}})
+    found = list(claims.readings(SimpleNamespace(manifests=made)))
+    assert [title for title, _ in found] == ["mimco is our reading", "parts is our reading"]
+    assert "stages/methods/mimco.py" in found[0][1]
 
 
 def test_a_teachers_own_score_stands_beside_its_students(tmp_path):

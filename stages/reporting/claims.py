@@ -9,6 +9,7 @@ from stages.reporting import results
 from stages.reporting.lineage import Cost
 from stages.reporting.results import Cell, Jobs, Row, Task
 from stages.reporting.stats import MIN_SEEDS, Verdict
+from workflow import plugins
 
 Remark = tuple[str, str]  # title, explanation
 SAME_COST = 1.25  # up to this ratio of FLOPs, teachers' included, runs cost the same
@@ -74,6 +75,7 @@ def warnings(
         *_different(racing, jobs),
         *_untrained(rows, racing, tasks, cells),
         *_notes(jobs),
+        *readings(jobs),
         *_machines(jobs),
     ]
 
@@ -174,6 +176,20 @@ def _notes(jobs: Jobs) -> Iterator[Remark]:
         if id.startswith("target/"):
             for note in results.read(folder / "health.json").get("notes", []):
                 yield f"The target {id.removeprefix('target/')}", note
+
+
+def readings(jobs: Jobs) -> Iterator[Remark]:
+    """Methods and targets without official code, by the first line of their files."""
+    shown = {"pretrain": "method", "target": "target"}
+    made = [(shown.get(id.split("/")[0]), m.params) for id, m in jobs.manifests.items()]
+    for what, kind in sorted({(what, params[what]["kind"]) for what, params in made if what}):
+        plugin = plugins.declared(what, kind)
+        if "our reading" in plugin.doc.partition("\n")[0]:
+            yield (
+                f"{kind} is our reading",
+                "It has no official code to be checked against, so its scores judge this reading "
+                f"of the paper. What is known and what is ours stands in {plugin.path}.",
+            )
 
 
 def _machines(jobs: Jobs) -> Iterator[Remark]:
